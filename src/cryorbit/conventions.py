@@ -1,0 +1,119 @@
+"""Every sign, axis, centre and unit, and the converters to and from RELION and cryoSPARC. Nothing else decides these.
+
+The rules (each has a test in ``tests/test_conventions.py``; prose in ``docs/conventions.md``):
+
+* Arrays are ``zyx`` (maps) and ``yx`` (images); the centre of a side of length D is index ``D // 2``, odd and even alike.
+* Rotations act on ``xyz`` columns, ``(R.v)(x) = v(R^T x)``; an atom at r lands at image ``(R r)[:2]`` and a projection's transform
+  is ``v^(R^T (kx, ky, 0))``. R is RELION's matrix A of (rot, tilt, psi): the transpose of
+  ``scipy.spatial.transform.Rotation.from_euler("ZYZ", [rot, tilt, psi]).as_matrix()``.
+* ``image(x) = P(x - shift)``: shifts move the particle. RELION stores the way back: ``rlnOriginXAngst = -shift_x``.
+* Protein is bright (positive) in particles.
+* ``CTF = -sin(gamma)`` as RELION has it, so ``CTF(0) = +Q0``.
+* Units inside: angstrom, radian, kV, mm. Degrees only in files and on the command line.
+
+This module is numpy only, so that file readers need not load torch.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def centre(side: int) -> int:
+    """Index of the centre of an axis of ``side`` samples."""
+    return side // 2
+
+
+def euler_to_matrix(angles_deg: Array) -> Array:
+    """RELION's matrix A = Rz(psi) Ry(tilt) Rz(rot) (passive form) from angles in degrees.
+
+    Parameters
+    ----------
+    angles_deg
+        (..., 3) array of rot, tilt, psi in degrees (``rlnAngleRot``, ``rlnAngleTilt``, ``rlnAnglePsi``).
+
+    Returns
+    -------
+    (..., 3, 3) rotation matrices; an atom at r lands at image ``(A r)[:2]``.
+    """
+    alpha, beta, gamma = np.moveaxis(np.deg2rad(np.asarray(angles_deg, dtype=np.float64)), -1, 0)
+    ca, sa, cb, sb, cg, sg = np.cos(alpha), np.sin(alpha), np.cos(beta), np.sin(beta), np.cos(gamma), np.sin(gamma)
+    rows = [
+        [cg * cb * ca - sg * sa, cg * cb * sa + sg * ca, -cg * sb],
+        [-sg * cb * ca - cg * sa, -sg * cb * sa + cg * ca, sg * sb],
+        [sb * ca, sb * sa, cb],
+    ]
+    return np.stack([np.stack(row, axis=-1) for row in rows], axis=-2)
+
+
+def matrix_to_euler(rotations: Array) -> Array:
+    """RELION's (rot, tilt, psi) in degrees, tilt in [0, 180], rot and psi in (-180, 180]; psi carries everything where tilt is 0 or 180.
+
+    Parameters
+    ----------
+    rotations
+        (..., 3, 3) rotation matrices A.
+
+    Returns
+    -------
+    (..., 3) angles in degrees.
+    """
+    a = np.asarray(rotations, dtype=np.float64)
+    sin_beta = np.hypot(a[..., 2, 0], a[..., 2, 1])
+    beta = np.arctan2(sin_beta, a[..., 2, 2])
+    regular = sin_beta > 1e-7
+    alpha = np.where(regular, np.arctan2(a[..., 2, 1], a[..., 2, 0]), 0.0)
+    gamma = np.where(regular, np.arctan2(a[..., 1, 2], -a[..., 0, 2]), np.arctan2(-np.sign(a[..., 2, 2]) * a[..., 1, 0], a[..., 1, 1]))
+    return np.rad2deg(np.stack([alpha, beta, gamma], axis=-1))
+
+
+def shift_from_relion(origin_angst: Array) -> Array:
+    """Particle shift (x, y) in angstrom from ``rlnOriginXAngst``, ``rlnOriginYAngst`` (RELION stores the way back)."""
+    return -np.asarray(origin_angst, dtype=np.float64)
+
+
+def shift_to_relion(shift: Array) -> Array:
+    """``rlnOriginXAngst``, ``rlnOriginYAngst`` from the particle shift (x, y) in angstrom."""
+    return 0.0 - np.asarray(shift, dtype=np.float64)
+
+
+def rotvec_to_matrix(rotvec: Array) -> Array:
+    """Rodrigues' formula: (..., 3) rotation vectors in radian to (..., 3, 3) matrices."""
+    v = np.asarray(rotvec, dtype=np.float64)
+    angle = np.linalg.norm(v, axis=-1)[..., None, None]
+    x, y, z = np.moveaxis(v, -1, 0)
+    zero = np.zeros_like(x)
+    k = np.stack([np.stack([zero, -z, y], -1), np.stack([z, zero, -x], -1), np.stack([-y, x, zero], -1)], -2)
+    safe = np.where(angle > 1e-12, angle, 1.0)
+    a = np.where(angle > 1e-12, np.sin(safe) / safe, 1.0)
+    b = np.where(angle > 1e-12, (1 - np.cos(safe)) / safe**2, 0.5)
+    return np.eye(3) + a * k + b * (k @ k)
+
+
+def rotation_from_cryosparc(rotvec: Array) -> Array:
+    """RELION's A from cryoSPARC's ``alignments3D/pose`` rotation vector.
+
+    The matrix of the rotation vector, as pyem converts it (``expmap`` then Euler angles without a transpose).
+    """
+    return rotvec_to_matrix(rotvec)
+
+
+def shift_from_cryosparc(shift_px: Array, pixel_size: float | Array) -> Array:
+    """Particle shift in angstrom from cryoSPARC's ``alignments3D/shift`` (pixels, same sign as RELION's origin)."""
+    return -np.asarray(shift_px, dtype=np.float64) * np.asarray(pixel_size, dtype=np.float64)
+
+
+def rotation_from_cryodrgn(rotation: Array) -> Array:
+    """RELION's A from a matrix of cryoDRGN's ``poses.pkl`` (checked: the ``toy_projections`` set images as ``A = M``)."""
+    return np.asarray(rotation, dtype=np.float64)
+
+
+def shift_from_cryodrgn(shift_fraction: Array, box: int, pixel_size: float) -> Array:
+    """Particle shift in angstrom from cryoDRGN's translation, a fraction of the box with RELION's sign."""
+    return -np.asarray(shift_fraction, dtype=np.float64) * box * pixel_size
+
+
+def snr_from_db(db: float) -> float:
+    """Signal variance over noise variance from decibels: ``10 ** (db / 10)``."""
+    return float(10.0 ** (db / 10.0))

@@ -1,0 +1,140 @@
+"""Centred Fourier transforms and the disk of Fourier pixels every likelihood is summed over. The only caller of ``torch.fft``.
+
+Transforms are unnormalised, with the phase origin at the centre index ``D // 2``:
+``F(k) = sum_x f(x) exp(-2 pi i k.(x - centre) / D)``. White noise of variance s^2 in an image has ``E|F(k)|^2 = D^2 s^2``.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from jaxtyping import Complex, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FourierDisk:
+    """The independent Fourier pixels of a D x D real image with ``|k| <= radius``, ordered by row.
+
+    One pixel of each Friedel pair is kept: ``kx > 0``, or ``kx == 0`` and ``ky >= 0``. Pixels at ``|k| >= D / 2`` are left out: at Nyquist
+    an even box stores a sum of two conjugates, which no shift or CTF acts on linearly.
+
+    Attributes
+    ----------
+    box
+        Side length D in pixels.
+    radius
+        Largest ``|k|`` in Fourier pixels.
+    kx, ky
+        (P,) integer frequencies.
+    weight
+        (P,) 1 at the origin, 2 elsewhere, so that ``sum(weight * |F|^2)`` counts the whole plane (Parseval).
+    """
+
+    box: int
+    radius: float
+    kx: Int[Tensor, " p"]
+    ky: Int[Tensor, " p"]
+    weight: Float[Tensor, " p"]
+
+    def __len__(self) -> int:
+        return self.kx.shape[0]
+
+    @property
+    def k(self) -> Float[Tensor, "p 2"]:
+        """(P, 2) frequencies (kx, ky) in Fourier pixels."""
+        return torch.stack([self.kx, self.ky], dim=-1).to(torch.float32)
+
+    @property
+    def k_norm(self) -> Float[Tensor, " p"]:
+        """(P,) ``|k|`` in Fourier pixels."""
+        return torch.hypot(self.kx.to(torch.float32), self.ky.to(torch.float32))
+
+    @property
+    def shell(self) -> Int[Tensor, " p"]:
+        """(P,) index of the spectral shell, ``|k|`` rounded to the nearest integer."""
+        return self.k_norm.round().to(torch.int64)
+
+    def to(self, device: torch.device | str) -> "FourierDisk":
+        """The same disk on another device."""
+        return FourierDisk(self.box, self.radius, self.kx.to(device), self.ky.to(device), self.weight.to(device))
+
+
+@lru_cache(maxsize=64)
+def fourier_disk(box: int, radius: float | None = None) -> FourierDisk:
+    """The disk of radius ``radius`` Fourier pixels (default: everything below Nyquist) of a box of ``box`` pixels."""
+    limit = box / 2 if radius is None else min(float(radius), box / 2)
+    ky, kx = torch.meshgrid(torch.arange(-(box // 2), box // 2 + 1), torch.arange(box // 2 + 1), indexing="ij")
+    norm2 = kx**2 + ky**2
+    inside = (norm2 <= limit**2) & (4 * norm2 < box**2) & ((kx > 0) | (ky >= 0))
+    kx, ky = kx[inside], ky[inside]
+    weight = torch.where((kx == 0) & (ky == 0), 1.0, 2.0)
+    return FourierDisk(box, limit, kx, ky, weight)
+
+
+def disk_subset(outer: FourierDisk, inner: FourierDisk) -> Int[Tensor, " q"]:
+    """Positions within ``outer`` of the pixels of ``inner`` (same box, smaller radius)."""
+    width = 2 * outer.box + 1
+    lookup = torch.full((width * width,), -1, dtype=torch.int64, device=outer.kx.device)
+    lookup[(outer.ky + outer.box) * width + outer.kx] = torch.arange(len(outer), device=outer.kx.device)
+    return lookup[(inner.ky + outer.box) * width + inner.kx]
+
+
+def image_to_fourier(images: Float[Tensor, "*b d d"]) -> Complex[Tensor, "*b d h"]:
+    """Centred 2-D transform, rfft layout (ky in FFT order, kx = 0 .. D // 2)."""
+    return torch.fft.rfft2(torch.fft.ifftshift(images, dim=(-2, -1)))
+
+
+def fourier_to_image(transform: Complex[Tensor, "*b d h"], box: int) -> Float[Tensor, "*b d d"]:
+    """Inverse of :func:`image_to_fourier` for images of side ``box``."""
+    return torch.fft.fftshift(torch.fft.irfft2(transform, s=(box, box)), dim=(-2, -1))
+
+
+def volume_to_fourier(volume: Float[Tensor, "*b d d d"]) -> Complex[Tensor, "*b d d h"]:
+    """Centred 3-D transform, rfft layout (kz, ky in FFT order, kx = 0 .. D // 2)."""
+    return torch.fft.rfftn(torch.fft.ifftshift(volume, dim=(-3, -2, -1)), dim=(-3, -2, -1))
+
+
+def fourier_to_volume(transform: Complex[Tensor, "*b d d h"], box: int) -> Float[Tensor, "*b d d d"]:
+    """Inverse of :func:`volume_to_fourier` for maps of side ``box``."""
+    return torch.fft.fftshift(torch.fft.irfftn(transform, s=(box, box, box), dim=(-3, -2, -1)), dim=(-3, -2, -1))
+
+
+def images_to_disk(images: Float[Tensor, "*b d d"], disk: FourierDisk) -> Complex[Tensor, "*b p"]:
+    """Fourier pixels of ``disk`` of real images."""
+    return rfft_to_disk(image_to_fourier(images), disk)
+
+
+def rfft_to_disk(transform: Complex[Tensor, "*b d h"], disk: FourierDisk) -> Complex[Tensor, "*b p"]:
+    """Pick the pixels of ``disk`` from transforms in rfft layout."""
+    return transform[..., disk.ky % disk.box, disk.kx]
+
+
+def disk_to_rfft(values: Complex[Tensor, "*b p"], disk: FourierDisk) -> Complex[Tensor, "*b d h"]:
+    """Transforms in rfft layout, (..., D, D // 2 + 1), zero outside ``disk``; the ``kx = 0`` column is made Hermitian."""
+    d = disk.box
+    out = values.new_zeros(*values.shape[:-1], d * (d // 2 + 1))
+    out = out.index_copy(-1, (disk.ky % d) * (d // 2 + 1) + disk.kx, values)
+    mate = (disk.kx == 0) & (disk.ky > 0)
+    out = out.index_copy(-1, ((-disk.ky[mate]) % d) * (d // 2 + 1), values[..., mate].conj().resolve_conj())
+    return out.reshape(*values.shape[:-1], d, d // 2 + 1)
+
+
+def disk_to_images(values: Complex[Tensor, "*b p"], disk: FourierDisk) -> Float[Tensor, "*b d d"]:
+    """Real images of side D from their Fourier pixels (zero outside ``disk``)."""
+    return fourier_to_image(disk_to_rfft(values, disk), disk.box)
+
+
+def crop_fourier(transform: Complex[Tensor, "*b d h"], box: int, new_box: int) -> Complex[Tensor, "*b e g"]:
+    """Centred 2-D rfft of side ``box`` cut down to side ``new_box`` (Fourier cropping; values unscaled)."""
+    low = (new_box - 1) // 2
+    rows = torch.cat([torch.arange(0, new_box - low), torch.arange(box - low, box)]).to(transform.device)
+    return transform[..., rows, : new_box // 2 + 1]
+
+
+def shell_index(box: int, device: torch.device | str = "cpu") -> Int[Tensor, "d d h"]:
+    """Spectral shell (``|k|`` rounded) of every voxel of a 3-D rfft of side ``box``."""
+    full = torch.fft.fftfreq(box, d=1.0 / box, device=device)
+    half = torch.arange(box // 2 + 1, device=device, dtype=full.dtype)
+    norm2 = full[:, None, None] ** 2 + full[None, :, None] ** 2 + half[None, None, :] ** 2
+    return norm2.sqrt().round().to(torch.int64)
