@@ -1,0 +1,63 @@
+"""Rotations of space: random elements, geodesic distance, exponential map, and grids (HEALPix directions x in-plane angles)."""
+
+import math
+from functools import lru_cache
+
+import numpy as np
+import roma
+import torch
+from astropy_healpix import HEALPix
+from jaxtyping import Float
+from torch import Tensor
+
+from cryorbit.conventions import euler_to_matrix
+
+
+def in_plane_count(order: int) -> int:
+    """In-plane angles that match the spacing of HEALPix directions of ``order``: 6 * 2^order (RELION's choice)."""
+    return 6 * 2**order
+
+
+def grid_spacing(order: int) -> float:
+    """Angular step of the grid of ``order`` in radian: 60 deg / 2^order."""
+    return math.radians(60.0) / 2**order
+
+
+@lru_cache(maxsize=8)
+def healpix_grid(order: int) -> Float[Tensor, "g 3 3"]:
+    """Uniform rotations: 12 * 4^order HEALPix directions x 6 * 2^order in-plane angles, in-plane fastest, float32.
+
+    Directions are (rot, tilt) of RELION's A; psi is the in-plane angle. Order 0..6: 72, 576, 4608, 36864, ... rotations, with steps of
+    60, 30, 15, 7.5 ... degrees.
+    """
+    pixels = HEALPix(nside=2**order, order="nested")
+    lon, lat = pixels.healpix_to_lonlat(np.arange(pixels.npix))
+    rot, tilt = np.rad2deg(lon.to_value("rad")), 90.0 - np.rad2deg(lat.to_value("rad"))
+    psi = np.arange(in_plane_count(order)) * 360.0 / in_plane_count(order)
+    angles = np.stack(
+        [np.repeat(rot, len(psi)), np.repeat(tilt, len(psi)), np.tile(psi, len(rot))],
+        axis=-1,
+    )
+    return torch.from_numpy(euler_to_matrix(angles)).to(torch.float32)
+
+
+def random_rotations(n: int, generator: torch.Generator) -> Float[Tensor, "n 3 3"]:
+    """Uniform (Haar) rotations, float32, from normalised Gaussian quaternions."""
+    quaternion = torch.randn(n, 4, generator=generator, dtype=torch.float64)
+    return roma.unitquat_to_rotmat(quaternion / quaternion.norm(dim=-1, keepdim=True)).to(torch.float32)
+
+
+def exp(rotvec: Float[Tensor, "*b 3"]) -> Float[Tensor, "*b 3 3"]:
+    """Rotation of a rotation vector in radian; finite gradient at zero."""
+    return roma.rotvec_to_rotmat(rotvec)
+
+
+def log(rotation: Float[Tensor, "*b 3 3"]) -> Float[Tensor, "*b 3"]:
+    """Rotation vector in radian, of length at most pi."""
+    return roma.rotmat_to_rotvec(rotation)
+
+
+def distance(a: Float[Tensor, "*b 3 3"], b: Float[Tensor, "*b 3 3"]) -> Float[Tensor, "*b"]:
+    """Geodesic angle between rotations in radian, accurate near 0 and pi."""
+    chord = (a - b).flatten(-2).norm(dim=-1) / (2 * math.sqrt(2.0))
+    return 2 * torch.asin(chord.clamp(max=1.0))
