@@ -1,0 +1,50 @@
+"""What every kernel backend offers; the functions are documented in ``reference``."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+NormalEquations = tuple[Tensor, Tensor, Tensor]
+
+
+class Kernels(Protocol):
+    """A backend: a module with these four functions."""
+
+    def slice_forward(self, data: Tensor, rotations: Tensor, kx: Tensor, ky: Tensor, oversampling: int) -> Tensor: ...
+
+    def slice_backward(
+        self,
+        gradient: Tensor,
+        data: Tensor,
+        rotations: Tensor,
+        kx: Tensor,
+        ky: Tensor,
+        oversampling: int,
+        need_data: bool,
+        need_rotations: bool,
+    ) -> tuple[Tensor | None, Tensor | None]: ...
+
+    def insert(
+        self,
+        values: Tensor,
+        weights: Tensor,
+        rotations: Tensor,
+        kx: Tensor,
+        ky: Tensor,
+        oversampling: int,
+        shape: tuple[int, int, int],
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def normal_equations(
+        self,
+        data: Tensor,
+        images: Tensor,
+        ctf: Tensor,
+        precision: Tensor,
+        rotations: Tensor,
+        shifts_px: Tensor,
+        kx: Tensor,
+        ky: Tensor,
+        oversampling: int,
+        box: int,
+    ) -> NormalEquations: ...

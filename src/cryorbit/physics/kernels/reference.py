@@ -1,0 +1,143 @@
+"""Slicing kernels in plain torch operations: any device, float32 and float64. The definition the fast kernels are tested against.
+
+A grid holds the transform of a real map at ``z, y = -c .. c`` and ``x = 0 .. c`` (oversampled Fourier pixels), shape (2c+1, 2c+1, c+1).
+A slice reads it at ``q = oversampling * R^T (kx, ky, 0)``; where ``q_x < 0`` it reads ``-q`` and conjugates (Friedel). Interpolation is
+trilinear. Gradients of complex tensors follow torch: ``dL/dRe + i dL/dIm``.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from cryorbit.physics.kernels.interface import NormalEquations
+
+_CORNERS = [(z, y, x) for z in (0, 1) for y in (0, 1) for x in (0, 1)]
+
+
+class _Cells:
+    """Where each pixel falls: flat index of its cell's low corner, position in the cell, and whether it was flipped."""
+
+    def __init__(self, shape: tuple[int, int, int], rotations: Tensor, kx: Tensor, ky: Tensor, oversampling: int) -> None:
+        self.shape = shape
+        c = shape[2] - 1
+        self.kx = kx.to(rotations.dtype) * oversampling
+        self.ky = ky.to(rotations.dtype) * oversampling
+        q = self.kx[:, None] * rotations[:, None, 0, :] + self.ky[:, None] * rotations[:, None, 1, :]
+        self.flip = q[..., 0] < 0
+        q = torch.where(self.flip[..., None], -q, q)
+        low = q.floor()
+        self.t = q - low
+        ix, iy, iz = low.to(torch.int64).unbind(-1)
+        self.index = ((iz + c) * shape[1] + iy + c) * shape[2] + ix
+
+    def corner(self, z: int, y: int, x: int) -> Tensor:
+        return self.index + (z * self.shape[1] + y) * self.shape[2] + x
+
+    def factors(self, z: int, y: int, x: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Linear weight of a corner along x, y, z."""
+        tx, ty, tz = self.t.unbind(-1)
+        return (tx if x else 1 - tx), (ty if y else 1 - ty), (tz if z else 1 - tz)
+
+    def unflip(self, values: Tensor) -> Tensor:
+        """Conjugate where the pixel was flipped."""
+        return torch.where(self.flip, values.conj().resolve_conj(), values)
+
+
+def _read(data: Tensor, cells: _Cells) -> Tensor:
+    flat = data.reshape(-1)
+    total = torch.zeros_like(cells.flip, dtype=data.dtype)
+    for corner in _CORNERS:
+        wx, wy, wz = cells.factors(*corner)
+        total = total + flat[cells.corner(*corner)] * (wx * wy * wz)
+    return cells.unflip(total)
+
+
+def _read_gradient(data: Tensor, cells: _Cells) -> Tensor:
+    """(B, P, 3) complex derivative of the slice with respect to q (x, y, z)."""
+    flat = data.reshape(-1)
+    total = torch.zeros(*cells.flip.shape, 3, dtype=data.dtype, device=data.device)
+    for corner in _CORNERS:
+        wx, wy, wz = cells.factors(*corner)
+        sz, sy, sx = (2 * i - 1 for i in corner)
+        total = total + flat[cells.corner(*corner)][..., None] * torch.stack([sx * wy * wz, sy * wx * wz, sz * wx * wy], dim=-1)
+    return torch.where(cells.flip[..., None], -total.conj().resolve_conj(), total)
+
+
+def slice_forward(data: Tensor, rotations: Tensor, kx: Tensor, ky: Tensor, oversampling: int) -> Tensor:
+    """(B, P) slices of a grid."""
+    return _read(data, _Cells(_shape(data), rotations, kx, ky, oversampling))
+
+
+def slice_backward(
+    gradient: Tensor,
+    data: Tensor,
+    rotations: Tensor,
+    kx: Tensor,
+    ky: Tensor,
+    oversampling: int,
+    need_data: bool,
+    need_rotations: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients with respect to grid and rotations of ``slice_forward``, those that are needed."""
+    cells = _Cells(_shape(data), rotations, kx, ky, oversampling)
+    to_data = _scatter(cells.unflip(gradient), cells, data.shape) if need_data else None
+    to_rotations = None
+    if need_rotations:
+        slope = (gradient.conj()[..., None] * _read_gradient(data, cells)).real
+        rows = [(slope * cells.kx[:, None]).sum(1), (slope * cells.ky[:, None]).sum(1)]
+        to_rotations = torch.stack([*rows, torch.zeros_like(rows[0])], dim=1)
+    return to_data, to_rotations
+
+
+def _scatter(values: Tensor, cells: _Cells, shape: torch.Size) -> Tensor:
+    out = torch.zeros(shape.numel(), dtype=values.dtype, device=values.device)
+    for corner in _CORNERS:
+        wx, wy, wz = cells.factors(*corner)
+        out.index_add_(0, cells.corner(*corner).reshape(-1), (values * (wx * wy * wz)).reshape(-1))
+    return out.reshape(shape)
+
+
+def insert(
+    values: Tensor, weights: Tensor, rotations: Tensor, kx: Tensor, ky: Tensor, oversampling: int, shape: tuple[int, int, int]
+) -> tuple[Tensor, Tensor]:
+    """Adjoint of ``slice_forward`` on (B, P) values, and the same on real weights without the conjugation."""
+    cells = _Cells(shape, rotations, kx, ky, oversampling)
+    size = torch.Size(shape)
+    return _scatter(cells.unflip(values), cells, size), _scatter(weights, cells, size)
+
+
+def normal_equations(
+    data: Tensor,
+    images: Tensor,
+    ctf: Tensor,
+    precision: Tensor,
+    rotations: Tensor,
+    shifts_px: Tensor,
+    kx: Tensor,
+    ky: Tensor,
+    oversampling: int,
+    box: int,
+) -> NormalEquations:
+    """Loss, gradient and Gauss-Newton matrix of each image's pose; float64 results."""
+    cells = _Cells(_shape(data), rotations, kx, ky, oversampling)
+    value = _read(data, cells)
+    slope = oversampling * torch.einsum("bij,bpj->bpi", rotations.to(data.dtype), _read_gradient(data, cells))
+    fx, fy = kx.to(rotations.dtype), ky.to(rotations.dtype)
+    angle = (2 * math.pi / box) * (shifts_px[:, :1] * fx + shifts_px[:, 1:] * fy)
+    residual = images * torch.polar(torch.ones_like(angle), angle) - ctf * value
+    ramp = -2j * math.pi / box * value
+    jacobian = ctf[..., None] * torch.stack(
+        [-fy * slope[..., 2], fx * slope[..., 2], fy * slope[..., 0] - fx * slope[..., 1], ramp * fx, ramp * fy], dim=-1
+    )
+    wide_residual, wide_jacobian = residual.to(torch.complex128), jacobian.to(torch.complex128)
+    weight = precision.expand_as(ctf).to(torch.float64)
+    loss = 0.5 * (weight * wide_residual.abs() ** 2).sum(1)
+    gradient = -torch.einsum("bp,bp,bpi->bi", weight.to(torch.complex128), wide_residual.conj(), wide_jacobian).real
+    hessian = torch.einsum("bp,bpi,bpj->bij", weight.to(torch.complex128), wide_jacobian.conj(), wide_jacobian).real
+    return loss, gradient, hessian
+
+
+def _shape(data: Tensor) -> tuple[int, int, int]:
+    nz, ny, nx = data.shape
+    return nz, ny, nx

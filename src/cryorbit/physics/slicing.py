@@ -1,0 +1,337 @@
+"""Fourier-slice projection, its adjoint, and pose derivatives (papers/002 eq. 9-13; the projector inside papers/001 eq. 1).
+
+A map is divided by the transform of the interpolation kernel, zero-padded by the oversampling factor and transformed once
+(:func:`slicing_grid`); each projection is then a trilinear read of the central plane ``R^T (kx, ky, 0)`` (:func:`slice_grid`).
+:func:`insert_slices` is the exact adjoint of that read. Everything is differentiable where a gradient makes sense.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor
+
+from cryorbit.errors import ConfigError, DataError
+from cryorbit.physics import kernels
+from cryorbit.physics.fourier import FourierDisk, disk_to_images, fourier_disk, fourier_to_volume, volume_to_fourier
+
+
+@dataclass(frozen=True)
+class SlicingGrid:
+    """Oversampled transform of a map, cropped to what slices of ``radius`` read.
+
+    Attributes
+    ----------
+    data
+        (2c+1, 2c+1, c+1) transform at ``z, y = -c .. c``, ``x = 0 .. c`` in steps of 1 / oversampling Fourier pixels.
+    box
+        Side D of the map in pixels.
+    oversampling
+        Grid points per Fourier pixel.
+    radius
+        Largest ``|k|`` in Fourier pixels that may be sliced.
+    """
+
+    data: Complex[Tensor, "z y x"]
+    box: int
+    oversampling: int
+    radius: float
+
+    def detach(self) -> "SlicingGrid":
+        """The same grid cut from the autograd graph."""
+        return SlicingGrid(self.data.detach(), self.box, self.oversampling, self.radius)
+
+
+@dataclass(frozen=True)
+class Accumulator:
+    """Sums of inserted slices on a grid laid out as :class:`SlicingGrid`: complex ``numerator`` and real ``weight``."""
+
+    numerator: Complex[Tensor, "z y x"]
+    weight: Float[Tensor, "z y x"]
+    box: int
+    oversampling: int
+    radius: float
+
+    def __add__(self, other: "Accumulator") -> "Accumulator":
+        if self.numerator.shape != other.numerator.shape or self.box != other.box:
+            raise ConfigError("CONF102", f"accumulators of {_describe(self)} and {_describe(other)} cannot be added")
+        return Accumulator(self.numerator + other.numerator, self.weight + other.weight, self.box, self.oversampling, self.radius)
+
+    def scaled(self, factor: float) -> "Accumulator":
+        """Both sums times ``factor`` (forgetting in online EM)."""
+        return Accumulator(self.numerator * factor, self.weight * factor, self.box, self.oversampling, self.radius)
+
+
+def _describe(x: SlicingGrid | Accumulator | FourierDisk) -> str:
+    oversampling = "" if isinstance(x, FourierDisk) else f", oversampling {x.oversampling}"
+    return f"box {x.box}, radius {x.radius:g}{oversampling}"
+
+
+def _half_width(radius: float, oversampling: int) -> int:
+    return math.ceil(radius * oversampling) + 1
+
+
+def _checked(box: int, radius: float, oversampling: int) -> float:
+    if oversampling < 1:
+        raise ConfigError("CONF103", f"oversampling must be at least 1, found {oversampling}")
+    if radius <= 0:
+        raise ConfigError("CONF104", f"the slicing radius must be positive, found {radius}")
+    return min(float(radius), box / 2)
+
+
+def _interpolation_window(box: int, oversampling: int, like: Tensor) -> Float[Tensor, " d"]:
+    """Transform of the linear interpolation kernel along one axis of the map: ``sinc^2(x / (oversampling * D))``."""
+    x = torch.arange(box, device=like.device, dtype=like.dtype) - box // 2
+    return torch.sinc(x / (oversampling * box)) ** 2
+
+
+def _over_window(volume: Tensor, oversampling: int) -> Tensor:
+    w = _interpolation_window(volume.shape[-1], oversampling, volume)
+    return volume / (w[:, None, None] * w[:, None] * w)
+
+
+def slicing_grid(volume: Float[Tensor, "d d d"], radius: float, oversampling: int = 2) -> SlicingGrid:
+    """Prepare a map for slicing; differentiable in ``volume``.
+
+    Parameters
+    ----------
+    volume
+        (D, D, D) real map, centre at ``D // 2``, D even or odd.
+    radius
+        Largest ``|k|`` in Fourier pixels to be sliced; cut to D / 2.
+    oversampling
+        Grid points per Fourier pixel. 1 is fast and poor, 2 the default, 3 for references (errors: ``docs/projector.md``).
+    """
+    box = volume.shape[-1]
+    radius = _checked(box, radius, oversampling)
+    side = oversampling * box
+    before = side // 2 - box // 2
+    after = side - box - before
+    transform = volume_to_fourier(torch.nn.functional.pad(_over_window(volume, oversampling), [before, after] * 3))
+    return SlicingGrid(_crop(transform, side, _half_width(radius, oversampling)), box, oversampling, radius)
+
+
+def _crop(transform: Tensor, side: int, c: int) -> Tensor:
+    """Centred half grid of half-width c from a 3-D rfft; frequencies beyond Nyquist wrap."""
+    axis = torch.arange(-c, c + 1, device=transform.device)
+    stored = min(c, side // 2)
+    near = transform[..., : stored + 1].index_select(0, axis % side).index_select(1, axis % side)
+    if stored == c:
+        return near.contiguous()
+    beyond = (side - torch.arange(stored + 1, c + 1, device=transform.device)) % side
+    far = transform.index_select(2, beyond).index_select(0, (-axis) % side).index_select(1, (-axis) % side)
+    return torch.cat([near, far.conj()], dim=-1)
+
+
+class _Slice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, data: Tensor, rotations: Tensor, kx: Tensor, ky: Tensor, oversampling: int, backend: str | None) -> Tensor:
+        ctx.save_for_backward(data, rotations, kx, ky)
+        ctx.oversampling, ctx.backend = oversampling, backend
+        return kernels.select(data.device, backend).slice_forward(data, rotations, kx, ky, oversampling)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        data, rotations, kx, ky = ctx.saved_tensors
+        run = kernels.select(data.device, ctx.backend).slice_backward
+        need = ctx.needs_input_grad
+        to_data, to_rotations = run(gradient.resolve_conj().contiguous(), data, rotations, kx, ky, ctx.oversampling, need[0], need[1])
+        return to_data, to_rotations, None, None, None, None
+
+
+def _checked_rotations(rotations: Tensor, radius: float, oversampling: int, like: Tensor) -> Tensor:
+    """Rotations in the working precision, refused when they would read outside the grid (or hold NaN)."""
+    top = rotations.detach()[:, :2]
+    if len(top):
+        stretch = float(torch.linalg.matrix_norm(top.to(torch.float64), ord=2).max())
+        if not stretch * radius * oversampling < _half_width(radius, oversampling):
+            raise DataError("DATA101", f"a rotation stretches vectors by {stretch:.4g}, expected 1", "re-orthonormalise the matrices")
+    return rotations.to(device=like.device, dtype=like.dtype.to_real()).contiguous()
+
+
+def _checked_disk(disk: FourierDisk, grid: SlicingGrid) -> FourierDisk:
+    if disk.box != grid.box or disk.radius > grid.radius + 1e-6:
+        raise ConfigError("CONF105", f"a grid of {_describe(grid)} cannot be sliced on a disk of {_describe(disk)}")
+    return disk.to(grid.data.device)
+
+
+def slice_grid(
+    grid: SlicingGrid, rotations: Float[Tensor, "b 3 3"], disk: FourierDisk, *, backend: str | None = None
+) -> Complex[Tensor, "b p"]:
+    """Transforms of projections, ``v^(R^T (kx, ky, 0))`` (papers/002 eq. 9-11); differentiable in grid and rotations.
+
+    Parameters
+    ----------
+    grid
+        From :func:`slicing_grid`; its radius must cover the disk's.
+    rotations
+        (B, 3, 3) rotation matrices R. The gradient is the exact derivative of the trilinear interpolant, in the ambient 3 x 3 matrix.
+    disk
+        Fourier pixels to read.
+    backend
+        Kernel to use instead of the device's own (tests).
+
+    Raises
+    ------
+    ConfigError
+        Box or radius of grid and disk do not fit.
+    DataError
+        A rotation is not finite or stretches vectors beyond the grid.
+    """
+    disk = _checked_disk(disk, grid)
+    rotations = _checked_rotations(rotations, grid.radius, grid.oversampling, grid.data)
+    return _Slice.apply(grid.data.contiguous(), rotations, disk.kx, disk.ky, grid.oversampling, backend)
+
+
+def project(volume: Float[Tensor, "d d d"], rotations: Float[Tensor, "b 3 3"], oversampling: int = 2) -> Float[Tensor, "b d d"]:
+    """Real-space projections of a map along z of the rotated frame, up to Nyquist; differentiable in both arguments."""
+    box = volume.shape[-1]
+    disk = fourier_disk(box)
+    return disk_to_images(slice_grid(slicing_grid(volume, box / 2, oversampling), rotations, disk), disk)
+
+
+def insert_slices(
+    values: Complex[Tensor, "b p"],
+    weights: Float[Tensor, "b p"],
+    rotations: Float[Tensor, "b 3 3"],
+    disk: FourierDisk,
+    oversampling: int = 2,
+    out: Accumulator | None = None,
+    *,
+    backend: str | None = None,
+) -> Accumulator:
+    """Exact adjoint of :func:`slice_grid` on ``values``, with ``weights`` inserted beside them.
+
+    ``Re <slice_grid(v), u> = Re <v, insert_slices(u).numerator>`` over the stored half grid. Results do not depend on the number of threads.
+
+    Parameters
+    ----------
+    values, weights
+        (B, P) what goes into numerator and weight, for example ``ctf * image / variance`` and ``ctf^2 / variance``.
+    rotations
+        (B, 3, 3).
+    disk
+        Fourier pixels of the columns.
+    oversampling
+        Grid points per Fourier pixel.
+    out
+        Sums so far; the result adds to them (the argument is left as it is).
+    backend
+        Kernel to use instead of the device's own (tests).
+    """
+    radius = _checked(disk.box, disk.radius, oversampling)
+    c = _half_width(radius, oversampling)
+    rotations = _checked_rotations(rotations.detach(), radius, oversampling, values)
+    disk = disk.to(values.device)
+    run = kernels.select(values.device, backend).insert
+    real = values.dtype.to_real()
+    numerator, weight = run(
+        values.detach().resolve_conj().contiguous(),
+        weights.detach().to(real).contiguous(),
+        rotations,
+        disk.kx,
+        disk.ky,
+        oversampling,
+        (2 * c + 1, 2 * c + 1, c + 1),
+    )
+    new = Accumulator(numerator, weight, disk.box, oversampling, radius)
+    return new if out is None else out + new
+
+
+def _complete(plane: Tensor) -> Tensor:
+    """Add to the ``x = 0`` plane of a half grid what the other half's slices put there."""
+    mate = plane[..., 0].flip(0, 1)
+    return torch.cat([(plane[..., 0] + mate.conj())[..., None], plane[..., 1:]], dim=-1)
+
+
+def volume_from_accumulator(acc: Accumulator, regularisation: Float[Tensor, " shells"] | Float[Tensor, ""] | float = 0.0) -> Float[Tensor, "d d d"]:
+    """Map of regularised least squares from inserted slices: ``numerator / (weight + regularisation)`` back in real space.
+
+    Parameters
+    ----------
+    acc
+        From :func:`insert_slices`.
+    regularisation
+        Added to the weights (same units): a number, or one value for each shell ``|k|`` in Fourier pixels (the last one serves beyond).
+        Grid points with no weight and no regularisation are zero.
+
+    Returns
+    -------
+    (D, D, D) real map, band-limited to the accumulator's radius.
+    """
+    numerator, weight = _complete(acc.numerator), _complete(acc.weight)
+    device, real = weight.device, weight.dtype
+    c = weight.shape[-1] - 1
+    full = torch.arange(-c, c + 1, device=device, dtype=real)
+    norm = (full[:, None, None] ** 2 + full[None, :, None] ** 2 + full[None, None, c:] ** 2).sqrt()
+    extra = torch.as_tensor(regularisation, device=device, dtype=real)
+    if extra.ndim:
+        shell = (norm / acc.oversampling).round().to(torch.int64).clamp(max=len(extra) - 1)
+        extra = extra[shell]
+    weight = weight + extra
+    side = acc.oversampling * acc.box
+    keep = (norm <= acc.radius * acc.oversampling) & (2 * norm < side) & (weight > 0)
+    ratio = torch.where(keep, numerator / torch.where(keep, weight, 1.0), 0.0)
+    inner = min(c, (side - 1) // 2)
+    ratio = ratio[c - inner : c + inner + 1, c - inner : c + inner + 1, : inner + 1]
+    transform = ratio.new_zeros(side, side, side // 2 + 1)
+    axis = torch.arange(-inner, inner + 1, device=device) % side
+    transform[axis[:, None], axis[None, :], : inner + 1] = ratio
+    start = side // 2 - acc.box // 2
+    box = slice(start, start + acc.box)
+    return _over_window(fourier_to_volume(transform, side)[box, box, box], acc.oversampling)
+
+
+def pose_normal_equations(
+    grid: SlicingGrid,
+    images: Complex[Tensor, "b p"],
+    ctf: Float[Tensor, "b p"],
+    precision: Float[Tensor, "#b p"] | Float[Tensor, " p"],
+    rotations: Float[Tensor, "b 3 3"],
+    shifts_px: Float[Tensor, "b 2"],
+    disk: FourierDisk,
+    *,
+    backend: str | None = None,
+) -> tuple[Float[Tensor, " b"], Float[Tensor, "b 5"], Float[Tensor, "b 5 5"]]:
+    """Loss of each image at its pose with its gradient and Gauss-Newton matrix on so(3) x R^2.
+
+    ``loss = 1/2 sum_p precision |image - ctf * exp(-2 pi i k.s / D) * slice|^2``; parameters (omega_x, omega_y, omega_z, s_x, s_y) with
+    ``R <- exp(omega) R``, in radian and pixels. A Gauss-Newton step is ``-solve(hessian, gradient)``.
+
+    Parameters
+    ----------
+    grid
+        From :func:`slicing_grid`.
+    images, ctf
+        (B, P) image transforms and CTF on the disk.
+    precision
+        (P,) or (B, P) weight over noise variance of a Fourier pixel.
+    rotations, shifts_px
+        Current poses, (B, 3, 3) and (B, 2) in pixels.
+    disk
+        Fourier pixels of the columns.
+    backend
+        Kernel to use instead of the device's own (tests).
+
+    Returns
+    -------
+    loss (B,), gradient (B, 5), hessian (B, 5, 5), float64.
+    """
+    disk = _checked_disk(disk, grid)
+    real = grid.data.dtype.to_real()
+    run = kernels.select(grid.data.device, backend).normal_equations
+    return run(
+        grid.data.detach().contiguous(),
+        images.detach().to(grid.data.dtype).resolve_conj().contiguous(),
+        ctf.detach().to(real).contiguous(),
+        precision.detach().to(real).expand(ctf.shape),
+        _checked_rotations(rotations.detach(), grid.radius, grid.oversampling, grid.data),
+        shifts_px.detach().to(real).contiguous(),
+        disk.kx,
+        disk.ky,
+        grid.oversampling,
+        grid.box,
+    )
