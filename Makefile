@@ -59,7 +59,7 @@ $(VENV)/.torch: $(VENV)/.python
 	  echo "Installing PyTorch $(TORCH_VERSION) for the CPU (about 200 MB; GPU: make demo TORCH=cuda)"; \
 	  { $(PIP) install --quiet --no-index --no-deps "torch==$(TORCH_VERSION)" 2>/dev/null || \
 	    $(PIP) install --no-deps --index-url $(TORCH_CPU_INDEX) "torch==$(TORCH_VERSION)"; } && \
-	  $(PIP) install --quiet filelock typing-extensions sympy networkx jinja2 fsspec numpy setuptools && \
+	  $(PIP) install --quiet filelock typing-extensions sympy networkx jinja2 fsspec numpy "setuptools>=77" && \
 	  { $(PY) -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' || { \
 	    echo "The installed PyTorch is a CUDA build or does not start."; false; }; } || { \
 	  echo "No CPU build of PyTorch $(TORCH_VERSION) could be installed, and nothing larger is fetched without your word."; \

@@ -1,4 +1,4 @@
-"""Rotations of space: random elements, geodesic distance, exponential map, and grids (HEALPix directions x in-plane angles)."""
+"""Rotations of space: random elements, geodesic distance, exponential map, grids (HEALPix x in-plane angles)."""
 
 import math
 from functools import lru_cache
@@ -27,8 +27,8 @@ def grid_spacing(order: int) -> float:
 def healpix_grid(order: int) -> Float[Tensor, "g 3 3"]:
     """Uniform rotations: 12 * 4^order HEALPix directions x 6 * 2^order in-plane angles, in-plane fastest, float32.
 
-    Directions are (rot, tilt) of RELION's A; psi is the in-plane angle. Order 0..6: 72, 576, 4608, 36864, ... rotations, with steps of
-    60, 30, 15, 7.5 ... degrees.
+    Directions are (rot, tilt) of RELION's A; psi is the in-plane angle. Orders 0, 1, 2, 3: 72, 576, 4608, 36864
+    rotations, with steps of 60, 30, 15, 7.5 degrees.
     """
     pixels = HEALPix(nside=2**order, order="nested")
     lon, lat = pixels.healpix_to_lonlat(np.arange(pixels.npix))
@@ -61,3 +61,40 @@ def distance(a: Float[Tensor, "*b 3 3"], b: Float[Tensor, "*b 3 3"]) -> Float[Te
     """Geodesic angle between rotations in radian, accurate near 0 and pi."""
     chord = (a - b).flatten(-2).norm(dim=-1) / (2 * math.sqrt(2.0))
     return 2 * torch.asin(chord.clamp(max=1.0))
+
+
+def orthonormalise(rotation: Float[Tensor, "*b 3 3"]) -> Float[Tensor, "*b 3 3"]:
+    """Nearest rotation matrix (special Procrustes): removes the drift of repeated products."""
+    return roma.special_procrustes(rotation)
+
+
+class SO3:
+    """Rotations of space, (..., 3, 3) matrices acting on xyz columns: the functions above as an ``orbit.Group``."""
+
+    def identity(self) -> Float[Tensor, "3 3"]:
+        """No rotation."""
+        return torch.eye(3)
+
+    def random(self, n: int, generator: torch.Generator) -> Float[Tensor, "n 3 3"]:
+        """``n`` uniform rotations."""
+        return random_rotations(n, generator)
+
+    def quadrature(self, n: int) -> tuple[Float[Tensor, "g 3 3"], Float[Tensor, " g"]]:
+        """The coarsest HEALPix grid of at least ``n`` rotations, equally weighted."""
+        order = 0
+        while 72 * 8**order < n:
+            order += 1
+        grid = healpix_grid(order).clone()
+        return grid, torch.full((len(grid),), 1.0 / len(grid))
+
+    def compose(self, a: Float[Tensor, "*b 3 3"], b: Float[Tensor, "*c 3 3"]) -> Float[Tensor, "*d 3 3"]:
+        """Matrix product: ``b`` acts first."""
+        return a @ b
+
+    def inverse(self, a: Float[Tensor, "*b 3 3"]) -> Float[Tensor, "*b 3 3"]:
+        """The transpose."""
+        return a.mT
+
+    def distance(self, a: Float[Tensor, "*b 3 3"], b: Float[Tensor, "*c 3 3"]) -> Float[Tensor, "*d"]:
+        """Geodesic angle in radian."""
+        return distance(*torch.broadcast_tensors(a, b))
