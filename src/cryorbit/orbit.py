@@ -4,7 +4,7 @@ Used by the moment and marginal estimators, by map alignment and by the contract
 having these methods; they need not inherit. CTFs, shifts and noise belong to a particle, not to the group.
 """
 
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 Signal = TypeVar("Signal", contravariant=True)
 
 
+@runtime_checkable
 class Group(Protocol):
     """A compact group whose elements are tensors, the first axis counting elements. A metric on it is bi-invariant."""
 
@@ -40,6 +41,7 @@ class Group(Protocol):
         ...
 
 
+@runtime_checkable
 class OrbitModel(Protocol[Signal]):
     """What a group element lets us see of a signal: it acts and measures in one step."""
 
