@@ -1,0 +1,214 @@
+"""Match two sets of poses, or two maps, over rotation, shift and hand. The only place that compares maps or poses.
+
+A result is known only up to the frame it was found in. Everywhere here an atom at r in the moving (estimated) frame belongs at
+
+    ``rotation @ r + shift``   (same hand)      ``rotation @ (-r) + shift``   (``mirrored``)
+
+in the reference (true) frame. Inverting a molecule through its centre leaves all its projections as they are when every pose A becomes
+``diag(-1, -1, 1) A`` (half a turn in the image plane): ``(K A)(-r) = (A r)`` in x and y.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cryorbit.errors import DataError
+from cryorbit.groups.so3 import distance, healpix_grid
+from cryorbit.metrics.map_search import MapAlignment, align_volumes
+from cryorbit.metrics.poses import PoseSummary, rotation_errors, summarise
+from cryorbit.types import Poses
+
+__all__ = ["MapAlignment", "PoseAlignment", "align_poses", "align_volumes", "chance_level", "mirror_rotations"]
+
+_SHARPNESS = 5  # the search kernel is cos(angle / 2) ** (2 * 2**5): half height at 17 degrees, for a grid that leaves at most 12
+_COST_CAP = torch.pi / 3  # angles beyond 60 degrees count as 60 when two solutions are compared
+
+
+def mirror_rotations(rotations: Float[Tensor, "*n 3 3"]) -> Float[Tensor, "*n 3 3"]:
+    """Poses that give the inverted molecule ``v(-r)`` the projections ``rotations`` give ``v(r)``: ``diag(-1, -1, 1) A``."""
+    return rotations * rotations.new_tensor([-1.0, -1.0, 1.0])[:, None]
+
+
+@dataclass(frozen=True)
+class PoseAlignment:
+    """Estimated poses in the frame of the true ones, and what is left.
+
+    Attributes
+    ----------
+    rotation, shift, mirrored
+        Motion of the estimated frame onto the true one (module docstring); ``shift`` (3,) angstrom.
+    poses
+        Estimated poses in the true frame (for a symmetric molecule each by the equivalent nearest to the truth).
+    error, out_of_plane, in_plane
+        (n,) radian: the whole angle, that between view directions, and the twist about the optical axis.
+    shift_error
+        (n,) angstrom.
+    cost, cost_other_hand
+        Mean error capped at 60 degrees, radian, with this hand and with the other: close together, the hand is undecided.
+    """
+
+    rotation: Float[Tensor, "3 3"]
+    shift: Float[Tensor, "3"]
+    mirrored: bool
+    poses: Poses
+    error: Float[Tensor, " n"]
+    out_of_plane: Float[Tensor, " n"]
+    in_plane: Float[Tensor, " n"]
+    shift_error: Float[Tensor, " n"]
+    cost: float
+    cost_other_hand: float
+
+    def summary(self, pixel_size: float) -> PoseSummary:
+        """Errors over all particles in degrees, pixels and angstrom."""
+        return summarise(self.error, self.out_of_plane, self.in_plane, self.shift_error, pixel_size)
+
+
+def _nearest(candidates: Float[Tensor, "s n 3 3"], rotation: Float[Tensor, "3 3"]) -> Float[Tensor, "n 3 3"]:
+    """Of each particle's equivalent candidates the one nearest to ``rotation``."""
+    if candidates.shape[0] == 1:
+        return candidates[0]
+    best = torch.einsum("snij,ij->sn", candidates, rotation).argmax(dim=0)
+    return candidates[best, torch.arange(candidates.shape[1], device=candidates.device)]
+
+
+def _density(grid: Float[Tensor, "g 3 3"], candidates: Float[Tensor, "s n 3 3"], chunk: int = 4096) -> Float[Tensor, " g"]:
+    """How many candidates of all particles lie near each rotation of the grid."""
+    flat, score = grid.reshape(-1, 9).to(torch.float32), torch.zeros(len(grid), dtype=torch.float64)
+    for part in candidates.reshape(-1, 9).to(torch.float32).split(chunk):
+        kernel = (flat @ part.mT).add_(1.0).div_(4.0).clamp_(min=0.0)  # cos^2(angle / 2)
+        for _ in range(_SHARPNESS):
+            kernel.square_()
+        score += kernel.sum(dim=1)
+    return score
+
+
+def _modes(grid: Float[Tensor, "g 3 3"], score: Float[Tensor, " g"], count: int, apart: float) -> Float[Tensor, "m 3 3"]:
+    """The best ``count`` rotations of the grid that are at least ``apart`` radian from each other."""
+    chosen: list[Tensor] = []
+    for i in score.argsort(descending=True).tolist():
+        if all(float(distance(grid[i], other)) > apart for other in chosen):
+            chosen.append(grid[i])
+        if len(chosen) == count:
+            break
+    return torch.stack(chosen)
+
+
+def _project(matrix: Float[Tensor, "3 3"]) -> Float[Tensor, "3 3"]:
+    """Nearest rotation (Procrustes)."""
+    u, _, vh = torch.linalg.svd(matrix)
+    sign = torch.ones(3, dtype=matrix.dtype)
+    sign[2] = torch.linalg.det(u @ vh)
+    return (u * sign) @ vh
+
+
+def _robust_mean(candidates: Float[Tensor, "s n 3 3"], start: Float[Tensor, "3 3"]) -> Float[Tensor, "3 3"]:
+    """Median rotation of all candidates (Weiszfeld's iteration), then a mean whose weights fall off with distance.
+
+    The second stage is iteratively reweighted least squares with Geman-McClure's function at the scale of the median error, which takes
+    away what the far particles' pull left behind.
+    """
+    rotation = start
+    for step in range(60):
+        near = _nearest(candidates, rotation)
+        angle = distance(near, rotation.expand_as(near))
+        if step < 40:
+            weight = 1.0 / angle.clamp(min=1e-4)
+        else:
+            scale = 1.5 * angle.median().clamp(min=1e-6)
+            weight = (1 + (angle / scale) ** 2) ** -2
+        update = _project(torch.einsum("n,nij->ij", weight, near))
+        moved = float(distance(update, rotation))
+        rotation = update
+        if moved < 1e-8 and step >= 40:
+            break
+    return rotation
+
+
+def _cost(candidates: Float[Tensor, "s n 3 3"], rotation: Float[Tensor, "3 3"]) -> float:
+    near = _nearest(candidates, rotation)
+    return float(distance(near, rotation.expand_as(near)).clamp(max=_COST_CAP).mean())
+
+
+def _find_rotation(candidates: Float[Tensor, "s n 3 3"], symmetry: Float[Tensor, "s 3 3"]) -> tuple[Float[Tensor, "3 3"], float]:
+    """The rotation most particles agree on, and its cost."""
+    grid = healpix_grid(2).to(torch.float64)
+    trace = torch.einsum("sij,gij->sg", symmetry, grid)
+    grid = grid[trace[0] >= trace.max(dim=0).values - 1e-4]  # one of each set of equivalent frames
+    starts = _modes(grid, _density(grid, candidates), count=5, apart=0.5)
+    found = [_robust_mean(candidates, start) for start in starts]
+    costs = [_cost(candidates, rotation) for rotation in found]
+    best = min(range(len(found)), key=costs.__getitem__)
+    return found[best], costs[best]
+
+
+def _find_shift(rotations: Float[Tensor, "n 3 3"], difference: Float[Tensor, "n 2"], weight: Float[Tensor, " n"]) -> Float[Tensor, "3"]:
+    """Shift d of the origin from ``difference = (A d)[:2]``, least absolute deviations over all particles."""
+    rows, d = rotations[:, :2, :], torch.zeros(3, dtype=rotations.dtype)
+    for _ in range(30):
+        residual = (difference - rows @ d).norm(dim=-1)
+        w = weight / residual.clamp(min=1e-3)
+        normal = torch.einsum("n,nai,naj->ij", w, rows, rows)
+        right = torch.einsum("n,nai,na->i", w, rows, difference)
+        d = torch.linalg.pinv(normal, rtol=1e-6, hermitian=True) @ right
+    return d
+
+
+def align_poses(estimated: Poses, true: Poses, symmetry: Float[Tensor, "s 3 3"] | None = None) -> PoseAlignment:
+    """Match estimated to true poses by the one rotation, hand and origin that all particles together agree on best.
+
+    Every particle proposes the rotation ``A_true^T A_estimated`` (and its mirrored kin); the densest places among *all* proposals are
+    refined to robust means over all particles. Nothing is chosen by its error on a sample, which would flatter the result.
+
+    Parameters
+    ----------
+    estimated, true
+        n poses each, the same particles in the same order.
+    symmetry
+        (s, 3, 3) rotations of the molecule's point group in the true frame, identity first; None for C1.
+
+    Returns
+    -------
+    PoseAlignment, float64.
+
+    Raises
+    ------
+    DataError
+        No particles, or different numbers of them.
+    """
+    if len(estimated) != len(true) or not len(true):
+        raise DataError("DATA211", f"{len(estimated)} estimated and {len(true)} true poses, expected the same number and at least one")
+    a_est, a_true = (p.rotations.detach().to("cpu", torch.float64) for p in (estimated, true))
+    s_est, s_true = (p.shifts.detach().to("cpu", torch.float64) for p in (estimated, true))
+    group = torch.eye(3, dtype=torch.float64)[None] if symmetry is None else symmetry.to("cpu", torch.float64)
+    solutions = []
+    for pose in (a_est, mirror_rotations(a_est)):
+        proposals = a_true.mT @ pose
+        solutions.append((pose, *_find_rotation(torch.einsum("sji,njk->snik", group, proposals), group)))
+    mirrored = solutions[1][2] < solutions[0][2]
+    pose, rotation, cost = solutions[mirrored]
+    framed = pose @ rotation.mT
+    closest = torch.einsum("sij,nkj,nki->sn", group, framed, a_true).argmax(dim=0)
+    framed = framed @ group.mT[closest]
+    error, out_of_plane, in_plane = rotation_errors(framed, a_true)
+    shift = _find_shift(pose @ rotation.mT, s_est - s_true, 1.0 / (1.0 + (error / 0.2) ** 2))
+    moved = s_est - (pose @ rotation.mT @ shift)[:, :2]
+    return PoseAlignment(
+        rotation=rotation,
+        shift=shift,
+        mirrored=mirrored,
+        poses=Poses(framed, moved),
+        error=error,
+        out_of_plane=out_of_plane,
+        in_plane=in_plane,
+        shift_error=(moved - s_true).norm(dim=-1),
+        cost=cost,
+        cost_other_hand=solutions[not mirrored][2],
+    )
+
+
+def chance_level(estimated: Poses, true: Poses, generator: torch.Generator, symmetry: Float[Tensor, "s 3 3"] | None = None) -> float:
+    """Median error in radian of the same poses dealt out at random: what these view distributions give for nothing."""
+    order = torch.randperm(len(estimated), generator=generator)
+    return float(align_poses(estimated[order], true, symmetry).error.median())

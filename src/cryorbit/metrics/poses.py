@@ -1,0 +1,83 @@
+"""Pose errors of particles whose frame has already been matched (``metrics/align.py`` does that), and their summary."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def view_directions(rotations: Float[Tensor, "*n 3 3"]) -> Float[Tensor, "*n 3"]:
+    """Unit vectors, in the molecule's frame, along which each particle is seen: the third row of A."""
+    return rotations[..., 2, :]
+
+
+def rotation_errors(
+    estimated: Float[Tensor, "n 3 3"], true: Float[Tensor, "n 3 3"]
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Angle of ``estimated @ true^T`` and its two parts.
+
+    The rotation between the poses is a swing (which tips the view direction) after a twist about the optical axis.
+
+    Returns
+    -------
+    total, out_of_plane (angle between view directions), in_plane (twist): (n,) each, radian, in [0, pi].
+    """
+    e = estimated @ true.mT
+    chord = (estimated - true).flatten(-2).norm(dim=-1) / (2 * math.sqrt(2.0))
+    total = 2 * torch.asin(chord.clamp(max=1.0))
+    swing = torch.atan2(torch.hypot(e[:, 0, 2], e[:, 1, 2]), e[:, 2, 2])
+    twist = torch.atan2(e[:, 1, 0] - e[:, 0, 1], e[:, 0, 0] + e[:, 1, 1]).abs()
+    return total, swing, twist
+
+
+@dataclass(frozen=True)
+class PoseSummary:
+    """Pose errors of a set of particles in numbers a table can hold: degrees, fractions, pixels and angstrom."""
+
+    particles: int
+    median_deg: float
+    mean_deg: float
+    fraction_below_5_deg: float
+    fraction_below_10_deg: float
+    out_of_plane_median_deg: float
+    in_plane_median_deg: float
+    shift_median_px: float
+    shift_mean_px: float
+    shift_median_angst: float
+    shift_mean_angst: float
+
+
+def summarise(
+    rotation: Float[Tensor, " n"],
+    out_of_plane: Float[Tensor, " n"],
+    in_plane: Float[Tensor, " n"],
+    shift: Float[Tensor, " n"],
+    pixel_size: float,
+    keep: Bool[Tensor, " n"] | None = None,
+) -> PoseSummary:
+    """Summary of per-particle errors: angles in radian, ``shift`` in angstrom; every particle counts unless ``keep`` says otherwise."""
+    if keep is not None:
+        rotation, out_of_plane, in_plane, shift = rotation[keep], out_of_plane[keep], in_plane[keep], shift[keep]
+    degrees = torch.rad2deg(rotation)
+
+    def median(x: Tensor) -> float:
+        return float(torch.quantile(x.double(), 0.5)) if len(x) else math.nan
+
+    def mean(x: Tensor) -> float:
+        return float(x.double().mean())
+
+    return PoseSummary(
+        particles=len(rotation),
+        median_deg=median(degrees),
+        mean_deg=mean(degrees),
+        fraction_below_5_deg=mean(degrees < 5.0),
+        fraction_below_10_deg=mean(degrees < 10.0),
+        out_of_plane_median_deg=median(torch.rad2deg(out_of_plane)),
+        in_plane_median_deg=median(torch.rad2deg(in_plane)),
+        shift_median_px=median(shift) / pixel_size,
+        shift_mean_px=mean(shift) / pixel_size,
+        shift_median_angst=median(shift),
+        shift_mean_angst=mean(shift),
+    )
