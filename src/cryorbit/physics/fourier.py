@@ -132,6 +132,21 @@ def crop_fourier(transform: Complex[Tensor, "*b d h"], box: int, new_box: int) -
     return transform[..., rows, : new_box // 2 + 1]
 
 
+def resize_volume(volume: Float[Tensor, "d d d"], new_box: int) -> Float[Tensor, "e e e"]:
+    """Same object on a grid of ``new_box`` samples over the same extent: Fourier cropped or zero padded, transform values unchanged.
+
+    Nyquist coefficients are dropped. Density per voxel scales by ``(box / new_box) ** 3``.
+    """
+    box = volume.shape[-1]
+    low = (min(box, new_box) - 1) // 2
+    index = torch.arange(-low, low + 1, device=volume.device)
+    transform = volume_to_fourier(volume)
+    out = transform.new_zeros(new_box, new_box, new_box // 2 + 1)
+    source = transform[(index % box)[:, None], (index % box)[None, :], : low + 1]
+    out[(index % new_box)[:, None], (index % new_box)[None, :], : low + 1] = source
+    return fourier_to_volume(out, new_box)
+
+
 def shell_index(box: int, device: torch.device | str = "cpu") -> Int[Tensor, "d d h"]:
     """Spectral shell (``|k|`` rounded) of every voxel of a 3-D rfft of side ``box``."""
     full = torch.fft.fftfreq(box, d=1.0 / box, device=device)

@@ -1,0 +1,266 @@
+"""Continuous refinement of approximate poses, two independent halves, to the resolution their agreement supports.
+
+* **volume**: voxels, one map per half (Wiener-filtered by the halves' Fourier shell correlation).
+* **poses**: one rotation and shift per particle, Gauss-Newton on so(3) x R^2 (``poses/table.py``); several starts at the first sweep.
+* **objective**: Gaussian image likelihood, one noise variance per spectral shell.
+
+A sweep moves every particle against its own half's map, then rebuilds both maps; the Fourier radius follows the halves' agreement outwards.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cryorbit.groups import so3
+from cryorbit.metrics.fsc import fsc
+from cryorbit.metrics.masks import soft_sphere
+from cryorbit.physics.cryoem import forward
+from cryorbit.physics.fourier import FourierDisk, resize_volume
+from cryorbit.physics.shift import phase_ramp
+from cryorbit.physics.slicing import Accumulator, SlicingGrid, insert_slices, slicing_grid, volume_from_accumulator
+from cryorbit.physics.spectrum import mean_weight
+from cryorbit.poses.table import refine_poses
+from cryorbit.training.checkpoint import State
+from cryorbit.training.dataset import FourierStack
+
+
+@dataclass(frozen=True)
+class RefinementConfig:
+    """Settings of the refinement.
+
+    Attributes
+    ----------
+    sweeps
+        Most passes over the particles.
+    batch
+        Particles at a time.
+    iterations
+        Gauss-Newton steps per particle and sweep.
+    radius_growth
+        Largest factor between the radii of successive sweeps.
+    fsc_radius
+        The radius reaches to the last shell where the halves correlate by this much, plus two.
+    fit_shift
+        Whether shifts are refined.
+    """
+
+    sweeps: int = 8
+    batch: int = 500
+    iterations: int = 5
+    radius_growth: float = 1.5
+    fsc_radius: float = 0.2
+    fit_shift: bool = True
+
+
+class Refinement:
+    """Two-half refinement, one sweep per step of ``training.loop.run``.
+
+    Parameters
+    ----------
+    stack
+        Particles as Fourier pixels up to (or near) Nyquist.
+    config
+        Settings.
+    mask_diameter
+        Particle diameter in angstrom.
+    symmetry
+        (S, 3, 3) point-group rotations.
+    start
+        Map to start both halves from (any box over the same extent; transform values on the stack's scale).
+    radius
+        Fourier radius up to which ``start`` is trusted.
+    candidates
+        (N, M, 3, 3) rotations and (N, M, 2) shifts in pixels of the stack's working box: where to start each particle.
+    half_set
+        (N,) 1 or 2.
+    noise
+        (K,) noise variance per shell; extended by the images' power where shorter.
+    """
+
+    name = "refine"
+
+    def __init__(
+        self,
+        stack: FourierStack,
+        config: RefinementConfig,
+        *,
+        mask_diameter: float,
+        symmetry: Float[Tensor, "s 3 3"],
+        start: Float[Tensor, "d d d"],
+        radius: int,
+        candidates: tuple[Float[Tensor, "n m 3 3"], Float[Tensor, "n m 2"]],
+        half_set: Int[Tensor, " n"],
+    ) -> None:
+        self.stack, self.config = stack, config
+        device = stack.device
+        self.symmetry = symmetry.to(device)
+        self.candidates = candidates
+        self.half_set = half_set
+        self.mask = soft_sphere(stack.box, 0.5 * mask_diameter / stack.pixel_size, 3.0).to(device)
+        self.limit = int(stack.disk.radius)
+        shells = self.limit + 2
+        reference = resize_volume(start.to(device), stack.box) * self.mask
+        self.tensors: State = {
+            "rotations": candidates[0][:, 0].clone(),
+            "shifts": candidates[1][:, 0].clone(),
+            "reference_1": reference,
+            "reference_2": reference.clone(),
+            "half_1": reference.clone(),
+            "half_2": reference.clone(),
+            "map": reference.clone(),
+            "noise": torch.zeros(shells),
+            "fsc": torch.zeros(stack.box // 2 + 1),
+            "log_likelihood": torch.zeros(len(stack)),
+            "pose_change": torch.tensor(float("inf")),
+            "radius": torch.tensor(radius),
+            "previous_radius": torch.tensor(0),
+        }
+
+    def state(self) -> State:
+        """Everything a resumed run needs."""
+        return dict(self.tensors)
+
+    def load_state(self, state: State) -> None:
+        """Inverse of :meth:`state`."""
+        self.tensors = {k: v.to(self.stack.device) if k.startswith(("reference", "half", "map")) else v for k, v in state.items()}
+
+    def total_steps(self) -> int:
+        """Most sweeps."""
+        return self.config.sweeps
+
+    def finished(self) -> bool:
+        """Whether neither the radius nor the poses change any more."""
+        same = int(self.tensors["radius"]) == int(self.tensors["previous_radius"])
+        still = float(self.tensors["pose_change"]) < 0.05 / max(int(self.tensors["radius"]), 1)
+        return same and still
+
+    # -- one sweep --------------------------------------------------------------------------------------------------------------
+
+    def step(self, index: int) -> dict[str, float | str]:
+        """Refine every pose against its half's map, rebuild the maps, compare the halves."""
+        t = self.tensors
+        radius = int(t["radius"])
+        if index == 0:
+            t["noise"] = self._initial_noise()
+        before = t["rotations"].clone()
+        accumulators, power, count = [], torch.zeros_like(t["noise"]), 0
+        for half in (1, 2):
+            members = torch.nonzero(self.half_set == half)[:, 0]
+            grid = slicing_grid(t[f"reference_{half}"], float(self.limit))
+            accumulator: Accumulator | None = None
+            for chosen in members.split(self.config.batch):
+                self._refine(grid, chosen, radius, self.candidates if index == 0 else None)
+                accumulator, residual = self._insert(grid, chosen, accumulator)
+                power += residual
+                count += len(chosen)
+            assert accumulator is not None  # noqa: S101 - the pipeline gives every half particles
+            accumulators.append(accumulator)
+        self._rebuild(accumulators)
+        inside = torch.arange(len(t["noise"])) <= self.limit
+        t["noise"] = torch.where(inside, torch.maximum(power / count, 1e-6 * t["noise"]), t["noise"])
+        change = so3.distance(before, t["rotations"])
+        t["pose_change"] = change.median()
+        t["previous_radius"] = t["radius"]
+        t["radius"] = torch.tensor(self._next_radius(radius))
+        box_a = self.stack.box * self.stack.pixel_size
+        return {
+            "radius": float(radius),
+            "resolution_A": box_a / max(self._agreement(0.143), 1e-3),
+            "pose_change_deg": float(torch.rad2deg(change.median())),
+            "log_likelihood": float(t["log_likelihood"].mean()),
+        }
+
+    def _precision(self, radius: int) -> tuple[FourierDisk, Int[Tensor, " q"], Float[Tensor, " q"]]:
+        disk, keep = self.stack.at_radius(radius)
+        return disk, keep, disk.weight / self.tensors["noise"].to(disk.weight.device)[disk.shell]
+
+    def _initial_noise(self) -> Float[Tensor, " k"]:
+        """Power of a sample of the images per shell: an upper bound that the first sweep replaces."""
+        sample = torch.arange(0, len(self.stack), max(1, len(self.stack) // 500))[:500]
+        return self._shell_mean(self.stack.images(sample).abs().square().mean(dim=0))
+
+    def _shell_mean(self, values: Float[Tensor, " p"]) -> Float[Tensor, " k"]:
+        disk = self.stack.disk.to(values.device)
+        shells = self.limit + 2
+        total = torch.zeros(shells, device=values.device).index_add_(0, disk.shell, values * disk.weight)
+        count = torch.zeros(shells, device=values.device).index_add_(0, disk.shell, disk.weight)
+        return (total / count.clamp_min(1)).cpu()
+
+    def _refine(
+        self, grid: SlicingGrid, chosen: Int[Tensor, " b"], radius: int, candidates: tuple[Tensor, Tensor] | None
+    ) -> None:
+        """Gauss-Newton for the particles ``chosen``; with ``candidates``, from each of them, keeping the best."""
+        t = self.tensors
+        disk, keep, precision = self._precision(radius)
+        images, ctf = self.stack.images(chosen)[:, keep], self.stack.ctf(chosen)[:, keep]
+        if candidates is None:
+            starts = [(t["rotations"][chosen], t["shifts"][chosen])]
+        else:
+            starts = [(candidates[0][chosen, m], candidates[1][chosen, m]) for m in range(candidates[0].shape[1])]
+        best: tuple[Tensor, Tensor, Tensor] | None = None
+        for rotation, shift in starts:
+            r, s, loss = refine_poses(
+                grid,
+                images,
+                ctf,
+                precision,
+                rotation.to(images.device),
+                shift.to(images.device),
+                disk,
+                iterations=self.config.iterations,
+                fit_shift=self.config.fit_shift,
+            )
+            if best is None:
+                best = (r, s, loss)
+            else:
+                win = loss < best[2]
+                best = (
+                    torch.where(win[:, None, None], r, best[0]),
+                    torch.where(win[:, None], s, best[1]),
+                    torch.where(win, loss, best[2]),
+                )
+        assert best is not None  # noqa: S101 - at least one start
+        t["rotations"][chosen], t["shifts"][chosen] = best[0].cpu(), best[1].cpu()
+        t["log_likelihood"][chosen] = -best[2].to(torch.float32).cpu()
+
+    def _insert(
+        self, grid: SlicingGrid, chosen: Int[Tensor, " b"], out: Accumulator | None
+    ) -> tuple[Accumulator, Float[Tensor, " k"]]:
+        """Insert the particles at their poses over the whole disk; also the residual power per shell."""
+        t = self.tensors
+        disk = self.stack.disk.to(self.stack.device)
+        images, ctf = self.stack.images(chosen), self.stack.ctf(chosen)
+        rotations, shifts = t["rotations"][chosen].to(images.device), t["shifts"][chosen].to(images.device)
+        residual = images - forward(grid, rotations, shifts, disk, ctf)
+        values = images * ctf * phase_ramp(shifts, disk).conj()
+        for element in self.symmetry:
+            out = insert_slices(values, ctf.square(), rotations @ element, disk, out=out)
+        assert out is not None  # noqa: S101 - the group holds at least the identity
+        return out, self._shell_mean(residual.abs().square().sum(dim=0))
+
+    def _rebuild(self, accumulators: list[Accumulator]) -> None:
+        """Unfiltered halves, their FSC inside the spherical mask, and the filtered references (Wiener; Scheres 2012 eq. 9)."""
+        t = self.tensors
+        shells = self.stack.box // 2 + 2
+        first, second = accumulators
+        for name, accumulator in (("half_1", first), ("half_2", second)):
+            t[name] = volume_from_accumulator(accumulator, 1e-3 * mean_weight(accumulator, shells))
+        t["fsc"] = fsc(t["half_1"] * self.mask, t["half_2"] * self.mask).cpu()
+        correlation = torch.cat([t["fsc"], t["fsc"][-1:]]).clamp(1e-3, 0.999)
+        correlation[0] = 0.999
+        ssnr = correlation / (1 - correlation)
+        for name, accumulator in (("reference_1", first), ("reference_2", second)):
+            t[name] = volume_from_accumulator(accumulator, mean_weight(accumulator, shells) / ssnr) * self.mask
+        both = first + second
+        t["map"] = volume_from_accumulator(both, mean_weight(both, shells) / (2 * ssnr))
+
+    def _agreement(self, threshold: float) -> float:
+        """Last shell before the FSC first falls below ``threshold``."""
+        below = torch.nonzero(self.tensors["fsc"][1:] < threshold)
+        return float(below[0]) if len(below) else float(len(self.tensors["fsc"]) - 1)
+
+    def _next_radius(self, radius: int) -> int:
+        reach = int(self._agreement(self.config.fsc_radius)) + 2
+        return max(min(reach, int(radius * self.config.radius_growth), self.limit), min(radius, 4))

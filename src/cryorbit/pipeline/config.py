@@ -1,0 +1,163 @@
+"""Settings of a run: frozen dataclasses to and from TOML, presets as differences, ``--set section.key=value``."""
+
+import dataclasses
+import difflib
+import tomllib
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import tomli_w
+
+from cryorbit.errors import ConfigError
+from cryorbit.methods.marginal import MarginalConfig
+from cryorbit.methods.refinement import RefinementConfig
+
+T = TypeVar("T")
+
+PRESETS: dict[str, tuple[str, ...]] = {
+    "fast": ("abinitio.march_steps=16", "abinitio.settle_steps=4", "refine.sweeps=5", "refine.iterations=4"),
+    "default": (),
+    "thorough": ("abinitio.batch=1000", "abinitio.march_steps=48", "abinitio.settle_steps=16", "refine.sweeps=14", "refine.iterations=8"),
+}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything ``cryorbit reconstruct`` needs to do the same again; written to ``config.toml``.
+
+    Attributes
+    ----------
+    particles, datadir
+        Input file, and where to look for its stacks.
+    mask_diameter
+        Particle diameter in angstrom; 0 takes 85 % of the box.
+    symmetry
+        Point group imposed on the map (C1, Cn, Dn, T, O, I).
+    preset
+        The preset the other values started from.
+    seed
+        Random start, minibatches, half sets.
+    device
+        ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    memory_gib
+        Budget for Fourier pixels kept in memory; larger stacks are read again at each pass.
+    pixel_size
+        Angstrom per pixel, where the file does not say or says it wrong; 0 believes the file.
+    invert_contrast
+        The particles are dark.
+    """
+
+    particles: str
+    datadir: str = ""
+    mask_diameter: float = 0.0
+    symmetry: str = "C1"
+    preset: str = "default"
+    seed: int = 0
+    device: str = "auto"
+    memory_gib: float = 4.0
+    pixel_size: float = 0.0
+    invert_contrast: bool = False
+    abinitio: MarginalConfig = field(default_factory=MarginalConfig)
+    refine: RefinementConfig = field(default_factory=RefinementConfig)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return f"did you mean {close[0]}? known: {', '.join(known)}" if close else ""
+
+
+def _coerce(value: Any, like: Any, name: str) -> Any:
+    """``value`` as the type of ``like``; text is parsed, numbers may widen, nothing else."""
+    kind = type(like)
+    try:
+        if isinstance(value, str) and kind is not str:
+            value = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+    except (ValueError, KeyError):
+        pass
+    if type(value) is not kind:
+        raise ConfigError("CONF011", f"{name} = {value!r} is not {'a' if kind is not int else 'an'} {kind.__name__}")
+    return value
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
+    """Build the dataclass ``cls`` from ``values``; an unknown key is an error that names the nearest known one."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    made: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise ConfigError("CONF010", f"unknown setting {where}{key}", _nearest(key, list(fields)))
+        f = fields[key]
+        if f.default_factory is not dataclasses.MISSING:
+            if not isinstance(value, dict):
+                raise ConfigError("CONF012", f"{where}{key} is a section, found {value!r}")
+            made[key] = from_dict(type(f.default_factory()), value, f"{where}{key}.")
+        else:
+            made[key] = _coerce(value, "" if f.default is dataclasses.MISSING else f.default, f"{where}{key}")
+    return cls(**made)
+
+
+def override(config: RunConfig, assignments: list[str] | tuple[str, ...]) -> RunConfig:
+    """Apply ``section.key=value`` texts in order."""
+    values = dataclasses.asdict(config)
+    for text in assignments:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError("CONF013", f"--set {text!r} has no value", "write --set section.key=value, for example --set refine.sweeps=12")
+        target = values
+        *sections, key = name.strip().split(".")
+        for section in sections:
+            if not isinstance(target.get(section), dict):
+                raise ConfigError("CONF010", f"unknown section {section}", _nearest(section, [k for k, v in values.items() if isinstance(v, dict)]))
+            target = target[section]
+        if key not in target:
+            raise ConfigError("CONF010", f"unknown setting {name.strip()}", _nearest(key, list(target)))
+        target[key] = value.strip()
+    return from_dict(RunConfig, values)
+
+
+def preset(config: RunConfig) -> RunConfig:
+    """The config with its preset's differences applied."""
+    if config.preset not in PRESETS:
+        raise ConfigError("CONF014", f"unknown preset {config.preset}", _nearest(config.preset, list(PRESETS)))
+    return override(config, PRESETS[config.preset])
+
+
+def to_toml(config: RunConfig) -> str:
+    """The config as TOML text."""
+    return tomli_w.dumps(dataclasses.asdict(config))
+
+
+def from_toml(text: str) -> RunConfig:
+    """Inverse of :func:`to_toml`."""
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError("CONF015", f"config.toml is not valid TOML ({error})") from error
+    return from_dict(RunConfig, values)
+
+
+def check(config: RunConfig) -> None:
+    """Refuse values no run can use."""
+    positive = {
+        "mask_diameter": config.mask_diameter >= 0,
+        "memory_gib": config.memory_gib > 0,
+        "pixel_size": config.pixel_size >= 0,
+        "abinitio.batch": config.abinitio.batch > 0,
+        "abinitio.march_steps": config.abinitio.march_steps > 0,
+        "abinitio.settle_steps": config.abinitio.settle_steps > 0,
+        "abinitio.order": 0 <= config.abinitio.order <= 4,
+        "abinitio.radius_start": 0 < config.abinitio.radius_start <= config.abinitio.radius_end,
+        "abinitio.shift_range": 0 <= config.abinitio.shift_range <= 0.5,
+        "abinitio.decay": 0 <= config.abinitio.decay < 1 and 0 <= config.abinitio.settle_decay < 1,
+        "abinitio.modes": config.abinitio.modes > 0,
+        "abinitio.tau_fudge": config.abinitio.tau_fudge > 0,
+        "refine.sweeps": config.refine.sweeps > 0,
+        "refine.batch": config.refine.batch > 0,
+        "refine.iterations": config.refine.iterations > 0,
+        "refine.radius_growth": config.refine.radius_growth > 1,
+    }
+    for name, fine in positive.items():
+        if not fine:
+            raise ConfigError("CONF016", f"{name} is out of range", "see docs/configuration.md for what each setting may be")

@@ -1,0 +1,40 @@
+"""Checkpoints: tensors in one safetensors file, everything else in its JSON header; written atomically, loading never executes."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from cryorbit.errors import RunError
+from cryorbit.io.atomic import atomic_path
+
+State = dict[str, torch.Tensor]
+
+
+def save_checkpoint(path: Path, tensors: State, meta: dict[str, object]) -> None:
+    """Write ``tensors`` and the JSON-able ``meta`` to ``path``; a reader sees the old file or the new one, never a part."""
+    packed = {}
+    complex_names = [name for name, value in tensors.items() if value.is_complex()]
+    for name, value in tensors.items():
+        value = value.detach().cpu()
+        packed[name] = (torch.view_as_real(value) if value.is_complex() else value).contiguous().clone()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        save_file(packed, str(temporary), metadata={"meta": json.dumps(meta), "complex": json.dumps(complex_names)})
+
+
+def load_checkpoint(path: Path) -> tuple[State, dict[str, object]]:
+    """Read back what :func:`save_checkpoint` wrote."""
+    try:
+        with safe_open(str(path), framework="pt") as stream:
+            header = stream.metadata()
+            complex_names = set(json.loads(header["complex"]))
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - not a dict
+            meta = json.loads(header["meta"])
+    except (SafetensorError, KeyError, TypeError, OSError) as error:
+        raise RunError(
+            "RUN010", f"checkpoint {path} cannot be read ({error})", "delete the checkpoint folder to start over"
+        ) from error
+    return {k: torch.view_as_complex(v) if k in complex_names else v for k, v in tensors.items()}, meta

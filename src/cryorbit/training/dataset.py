@@ -1,0 +1,123 @@
+"""Particle images as the Fourier pixels a method needs: read lazily, background-subtracted, masked, cropped, cached when they fit.
+
+One image's way from disk to loss: ``io.particles`` reads it, :class:`FourierStack` transforms it, the method scores it.
+"""
+
+from functools import cached_property
+
+import torch
+from jaxtyping import Complex, Float, Int
+from torch import Tensor
+
+from cryorbit.io.particles import ParticleSet
+from cryorbit.physics.ctf import ctf_on_disk
+from cryorbit.physics.fourier import FourierDisk, disk_subset, fourier_disk, image_to_fourier
+from cryorbit.types import CTFParams
+
+_CHUNK = 512
+
+
+def working_box(box: int, radius: float) -> int:
+    """Smallest even box whose transform holds ``radius`` Fourier pixels with two to spare, or ``box`` itself."""
+    small = 2 * (int(radius) + 3)
+    return small if small < box else box
+
+
+def soft_disk(box: int, radius_px: float, edge_px: float, device: torch.device | str = "cpu") -> Float[Tensor, "d d"]:
+    """Round 2-D mask: 1 inside ``radius_px``, raised-cosine edge of ``edge_px`` pixels, 0 outside."""
+    axis = torch.arange(box, device=device, dtype=torch.float32) - box // 2
+    distance = torch.hypot(axis[:, None], axis[None, :])
+    return 0.5 * (1 + torch.cos(torch.pi * ((distance - radius_px) / edge_px).clamp(0, 1)))
+
+
+class FourierStack:
+    """The particles of a set as Fourier pixels of one disk.
+
+    Parameters
+    ----------
+    particles
+        The stack, opened lazily.
+    radius
+        Largest ``|k|`` in Fourier pixels to keep.
+    mask_diameter
+        Particle diameter in angstrom: pixels outside it are background, whose mean is subtracted from every image.
+    margin
+        Angstrom added to the particle radius before images are masked (the particle may sit off centre); no mask when that leaves the box.
+    memory_gib
+        Budget for the cache of Fourier pixels. A stack that does not fit is read again, chunk by chunk, at every pass.
+    device
+        Where batches are delivered.
+    """
+
+    def __init__(
+        self,
+        particles: ParticleSet,
+        radius: float,
+        *,
+        mask_diameter: float,
+        margin: float,
+        memory_gib: float = 4.0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.particles = particles
+        self.box = working_box(particles.box, radius)
+        self.pixel_size = particles.pixel_size * particles.box / self.box
+        self.disk: FourierDisk = fourier_disk(self.box, float(radius))
+        self.device = torch.device(device)
+        self._full_disk = fourier_disk(particles.box, float(radius))
+        half = 0.5 * mask_diameter / particles.pixel_size
+        soft = half + margin / particles.pixel_size
+        edge = max(3.0, 0.05 * particles.box)
+        self._background = soft_disk(particles.box, min(half, 0.5 * particles.box - 1), 1.0) < 0.5
+        self._mask = soft_disk(particles.box, soft, edge) if soft + edge < particles.box / 2 else None
+        self._ctf = None
+        if particles.ctf is not None:
+            self._ctf = CTFParams(**{k: torch.as_tensor(v, dtype=torch.float32) for k, v in particles.ctf.items()}).to(self.device)
+        self._cached = len(particles) * len(self.disk) * 8 <= memory_gib * 2**30
+
+    def __len__(self) -> int:
+        return len(self.particles)
+
+    @property
+    def has_ctf(self) -> bool:
+        """Whether the particles carry CTF parameters."""
+        return self._ctf is not None
+
+    def _transform(self, indices: Int[Tensor, " b"]) -> Complex[Tensor, "b p"]:
+        out = []
+        for part in indices.split(_CHUNK):
+            images = torch.from_numpy(self.particles.read(part.numpy())).to(self.device)
+            background = self._background.to(self.device)
+            images = images - images[:, background].mean(dim=1)[:, None, None]
+            if self._mask is not None:
+                images = images * self._mask.to(self.device)
+            rows, columns = self._full_disk.ky % self.particles.box, self._full_disk.kx
+            out.append(image_to_fourier(images)[:, rows, columns] * self._scale)
+        return torch.cat(out)
+
+    @cached_property
+    def _scale(self) -> float:
+        """One factor for the whole stack: a sample of images has unit mean power per Fourier pixel, whatever the working box."""
+        step = max(1, len(self.particles) // 200)
+        sample = torch.from_numpy(self.particles.read(torch.arange(0, len(self.particles), step)[:200].numpy()))
+        spread = float((sample - sample.mean(dim=(1, 2), keepdim=True)).square().mean().sqrt())
+        return 1.0 / (self.particles.box * max(spread, 1e-30))
+
+    @cached_property
+    def _cache(self) -> Complex[Tensor, "n p"]:
+        return self._transform(torch.arange(len(self)))
+
+    def images(self, indices: Int[Tensor, " b"]) -> Complex[Tensor, "b p"]:
+        """Fourier pixels of the particles ``indices``."""
+        return self._cache[indices.to(self.device)] if self._cached else self._transform(indices.cpu())
+
+    def ctf(self, indices: Int[Tensor, " b"]) -> Float[Tensor, "b p"]:
+        """CTF of the particles ``indices`` on the disk; ones when the particles carry none."""
+        if self._ctf is None:
+            return torch.ones(len(indices), len(self.disk), device=self.device)
+        return ctf_on_disk(self._ctf[indices.to(self.device)], self.disk.to(self.device), self.pixel_size)
+
+    def at_radius(self, radius: float) -> tuple[FourierDisk, Int[Tensor, " q"]]:
+        """The disk of a smaller ``radius`` and the columns of :meth:`images` and :meth:`ctf` that belong to it."""
+        disk = fourier_disk(self.box, float(min(radius, self.disk.radius)))
+        return disk.to(self.device), disk_subset(self.disk, disk).to(self.device)
