@@ -57,7 +57,9 @@ class Accumulator:
     def __add__(self, other: "Accumulator") -> "Accumulator":
         if self.numerator.shape != other.numerator.shape or self.box != other.box:
             raise ConfigError("CONF102", f"accumulators of {_describe(self)} and {_describe(other)} cannot be added")
-        return Accumulator(self.numerator + other.numerator, self.weight + other.weight, self.box, self.oversampling, self.radius)
+        return Accumulator(
+            self.numerator + other.numerator, self.weight + other.weight, self.box, self.oversampling, self.radius
+        )
 
     def scaled(self, factor: float) -> "Accumulator":
         """Both sums times ``factor`` (forgetting in online EM)."""
@@ -127,7 +129,9 @@ def _crop(transform: Tensor, side: int, c: int) -> Tensor:
 
 class _Slice(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, data: Tensor, rotations: Tensor, kx: Tensor, ky: Tensor, oversampling: int, backend: str | None) -> Tensor:
+    def forward(
+        ctx: Any, data: Tensor, rotations: Tensor, kx: Tensor, ky: Tensor, oversampling: int, backend: str | None
+    ) -> Tensor:
         ctx.save_for_backward(data, rotations, kx, ky)
         ctx.oversampling, ctx.backend = oversampling, backend
         return kernels.select(data.device, backend).slice_forward(data, rotations, kx, ky, oversampling)
@@ -138,7 +142,9 @@ class _Slice(torch.autograd.Function):
         data, rotations, kx, ky = ctx.saved_tensors
         run = kernels.select(data.device, ctx.backend).slice_backward
         need = ctx.needs_input_grad
-        to_data, to_rotations = run(gradient.resolve_conj().contiguous(), data, rotations, kx, ky, ctx.oversampling, need[0], need[1])
+        to_data, to_rotations = run(
+            gradient.resolve_conj().contiguous(), data, rotations, kx, ky, ctx.oversampling, need[0], need[1]
+        )
         return to_data, to_rotations, None, None, None, None
 
 
@@ -148,7 +154,11 @@ def _checked_rotations(rotations: Tensor, radius: float, oversampling: int, like
     if len(top):
         stretch = float(torch.linalg.matrix_norm(top.to(torch.float64), ord=2).max())
         if not stretch * radius * oversampling < _half_width(radius, oversampling):
-            raise DataError("DATA101", f"a rotation stretches vectors by {stretch:.4g}, expected 1", "re-orthonormalise the matrices")
+            raise DataError(
+                "DATA101",
+                f"a rotation stretches vectors by {stretch:.4g}, expected 1",
+                "re-orthonormalise the matrices",
+            )
     return rotations.to(device=like.device, dtype=like.dtype.to_real()).contiguous()
 
 
@@ -186,7 +196,9 @@ def slice_grid(
     return _Slice.apply(grid.data.contiguous(), rotations, disk.kx, disk.ky, grid.oversampling, backend)
 
 
-def project(volume: Float[Tensor, "d d d"], rotations: Float[Tensor, "b 3 3"], oversampling: int = 2) -> Float[Tensor, "b d d"]:
+def project(
+    volume: Float[Tensor, "d d d"], rotations: Float[Tensor, "b 3 3"], oversampling: int = 2
+) -> Float[Tensor, "b d d"]:
     """Real-space projections of a map along z of the rotated frame, up to Nyquist; differentiable in both arguments."""
     box = volume.shape[-1]
     disk = fourier_disk(box)
@@ -247,7 +259,9 @@ def _complete(plane: Tensor) -> Tensor:
     return torch.cat([(plane[..., 0] + mate.conj())[..., None], plane[..., 1:]], dim=-1)
 
 
-def volume_from_accumulator(acc: Accumulator, regularisation: Float[Tensor, " shells"] | Float[Tensor, ""] | float = 0.0) -> Float[Tensor, "d d d"]:
+def volume_from_accumulator(
+    acc: Accumulator, regularisation: Float[Tensor, " shells"] | Float[Tensor, ""] | float = 0.0
+) -> Float[Tensor, "d d d"]:
     """Map of regularised least squares from inserted slices: ``numerator / (weight + regularisation)`` back in real space.
 
     Parameters

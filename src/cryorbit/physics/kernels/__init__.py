@@ -3,11 +3,11 @@
 import torch
 
 from cryorbit.errors import ConfigError
-from cryorbit.physics.kernels import reference
+from cryorbit.physics.kernels import cpu, reference
 from cryorbit.physics.kernels.interface import Kernels
 
-_BACKENDS: dict[str, Kernels] = {"reference": reference}
-_BY_DEVICE = {"cpu": "reference"}
+_BACKENDS: dict[str, Kernels] = {"reference": reference, "cpu": cpu}
+_BY_DEVICE = {"cpu": "cpu"}
 
 
 def backend_names(device: str = "cpu") -> list[str]:
@@ -19,5 +19,8 @@ def select(device: torch.device, backend: str | None = None) -> Kernels:
     """The kernels for data on ``device``, or those named ``backend``."""
     name = backend or _BY_DEVICE.get(device.type, "reference")
     if name not in backend_names(device.type):
-        raise ConfigError("CONF101", f'kernel backend "{name}" does not run on {device.type}; expected one of {backend_names(device.type)}')
+        raise ConfigError(
+            "CONF101",
+            f'kernel backend "{name}" does not run on {device.type}; expected one of {backend_names(device.type)}',
+        )
     return _BACKENDS[name]

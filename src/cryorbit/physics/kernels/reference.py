@@ -18,7 +18,9 @@ _CORNERS = [(z, y, x) for z in (0, 1) for y in (0, 1) for x in (0, 1)]
 class _Cells:
     """Where each pixel falls: flat index of its cell's low corner, position in the cell, and whether it was flipped."""
 
-    def __init__(self, shape: tuple[int, int, int], rotations: Tensor, kx: Tensor, ky: Tensor, oversampling: int) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], rotations: Tensor, kx: Tensor, ky: Tensor, oversampling: int
+    ) -> None:
         self.shape = shape
         c = shape[2] - 1
         self.kx = kx.to(rotations.dtype) * oversampling
@@ -60,7 +62,9 @@ def _read_gradient(data: Tensor, cells: _Cells) -> Tensor:
     for corner in _CORNERS:
         wx, wy, wz = cells.factors(*corner)
         sz, sy, sx = (2 * i - 1 for i in corner)
-        total = total + flat[cells.corner(*corner)][..., None] * torch.stack([sx * wy * wz, sy * wx * wz, sz * wx * wy], dim=-1)
+        total = total + flat[cells.corner(*corner)][..., None] * torch.stack(
+            [sx * wy * wz, sy * wx * wz, sz * wx * wy], dim=-1
+        )
     return torch.where(cells.flip[..., None], -total.conj().resolve_conj(), total)
 
 
@@ -99,7 +103,13 @@ def _scatter(values: Tensor, cells: _Cells, shape: torch.Size) -> Tensor:
 
 
 def insert(
-    values: Tensor, weights: Tensor, rotations: Tensor, kx: Tensor, ky: Tensor, oversampling: int, shape: tuple[int, int, int]
+    values: Tensor,
+    weights: Tensor,
+    rotations: Tensor,
+    kx: Tensor,
+    ky: Tensor,
+    oversampling: int,
+    shape: tuple[int, int, int],
 ) -> tuple[Tensor, Tensor]:
     """Adjoint of ``slice_forward`` on (B, P) values, and the same on real weights without the conjugation."""
     cells = _Cells(shape, rotations, kx, ky, oversampling)

@@ -1,0 +1,140 @@
+"""Fast kernels for the CPU (numba), float32 and float64. Same functions as ``reference``; as many threads as torch has."""
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryorbit.physics.kernels import cpu_pose, cpu_slices
+from cryorbit.physics.kernels.cpu_walk import rows_of, slab_edges
+from cryorbit.physics.kernels.interface import NormalEquations
+
+_TASKS_PER_THREAD = 8
+
+
+def _use_torch_threads() -> int:
+    threads = max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(threads)
+    return threads
+
+
+def _plan(
+    shape: tuple[int, int, int], rotations: Tensor, kx: Tensor, ky: Tensor, oversampling: int, item_bytes: int
+) -> tuple[np.ndarray, ...]:
+    """Rotations, rows, slab edges and scale as the kernels take them."""
+    kind = rotations.numpy().dtype.type
+    return (
+        rotations.detach().numpy(),
+        rows_of(kx.numpy(), ky.numpy()),
+        slab_edges(shape, item_bytes),
+        kind(oversampling),
+    )
+
+
+def _chunks(slabs: int, images: int, threads: int) -> int:
+    """Into how many runs of images to cut each slab so that every thread has enough tasks."""
+    return max(1, min(images, -(-_TASKS_PER_THREAD * threads // max(slabs, 1))))
+
+
+def _floats(values: Tensor) -> np.ndarray:
+    return torch.view_as_real(values.detach()).numpy()
+
+
+def _shape(data: Tensor) -> tuple[int, int, int]:
+    nz, ny, nx = data.shape
+    return nz, ny, nx
+
+
+def slice_forward(data: Tensor, rotations: Tensor, kx: Tensor, ky: Tensor, oversampling: int) -> Tensor:
+    """(B, P) slices of a grid."""
+    threads = _use_torch_threads()
+    out = torch.empty(len(rotations), len(kx), dtype=data.dtype)
+    rot, rows, edges, scale = _plan(_shape(data), rotations, kx, ky, oversampling, data.element_size())
+    cpu_slices.read(_floats(data), rot, rows, edges, scale, _chunks(len(edges) - 1, len(rot), threads), _floats(out))
+    return out
+
+
+def slice_backward(
+    gradient: Tensor,
+    data: Tensor,
+    rotations: Tensor,
+    kx: Tensor,
+    ky: Tensor,
+    oversampling: int,
+    need_data: bool,
+    need_rotations: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients with respect to grid and rotations of ``slice_forward``, those that are needed."""
+    threads = _use_torch_threads()
+    rot, rows, edges, scale = _plan(_shape(data), rotations, kx, ky, oversampling, data.element_size())
+    to_data = to_rotations = None
+    if need_data:
+        to_data = torch.zeros_like(data)
+        nothing = torch.zeros(1, 1, dtype=rotations.dtype).numpy()
+        cpu_slices.add(_floats(gradient), nothing, False, rot, rows, edges, scale, _floats(to_data), nothing[None])
+    if need_rotations:
+        shares = np.zeros((len(edges) - 1, len(rot), 2, 3))
+        cpu_slices.slope(
+            _floats(gradient),
+            _floats(data),
+            rot,
+            rows,
+            edges,
+            scale,
+            _chunks(len(edges) - 1, len(rot), threads),
+            shares,
+        )
+        top = torch.from_numpy(shares.sum(0) * oversampling).to(rotations.dtype)
+        to_rotations = torch.cat([top, torch.zeros_like(top[:, :1])], dim=1)
+    return to_data, to_rotations
+
+
+def insert(
+    values: Tensor,
+    weights: Tensor,
+    rotations: Tensor,
+    kx: Tensor,
+    ky: Tensor,
+    oversampling: int,
+    shape: tuple[int, int, int],
+) -> tuple[Tensor, Tensor]:
+    """Adjoint of ``slice_forward`` on (B, P) values, and the same on real weights, in one pass."""
+    _use_torch_threads()
+    num, den = torch.zeros(shape, dtype=values.dtype), torch.zeros(shape, dtype=weights.dtype)
+    rot, rows, edges, scale = _plan(shape, rotations, kx, ky, oversampling, num.element_size() + den.element_size())
+    cpu_slices.add(_floats(values), weights.numpy(), True, rot, rows, edges, scale, _floats(num), den.numpy())
+    return num, den
+
+
+def normal_equations(
+    data: Tensor,
+    images: Tensor,
+    ctf: Tensor,
+    precision: Tensor,
+    rotations: Tensor,
+    shifts_px: Tensor,
+    kx: Tensor,
+    ky: Tensor,
+    oversampling: int,
+    box: int,
+) -> NormalEquations:
+    """Loss, gradient and Gauss-Newton matrix of each image's pose; float64 results."""
+    _use_torch_threads()
+    count = len(rotations)
+    loss, gradient, hessian = np.zeros(count), np.zeros((count, 5)), np.zeros((count, 5, 5))
+    kind = rotations.numpy().dtype.type
+    cpu_pose.normal_equations(
+        _floats(data),
+        _floats(images),
+        ctf.numpy(),
+        precision.numpy(),
+        rotations.numpy(),
+        shifts_px.numpy().astype(np.float64),
+        rows_of(kx.numpy(), ky.numpy()),
+        kind(oversampling),
+        2 * np.pi / box,
+        loss,
+        gradient,
+        hessian,
+    )
+    return torch.from_numpy(loss), torch.from_numpy(gradient), torch.from_numpy(hessian)

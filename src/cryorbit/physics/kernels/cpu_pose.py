@@ -1,0 +1,118 @@
+"""Numba kernel of the Gauss-Newton sums for particle poses: one pass over an image's Fourier pixels, float64 sums.
+
+With ``v`` the slice, ``g = R grad v`` its slope in the image frame and ``e = -2 pi i v / D``, a small rotation omega and shift s change the
+prediction by ``(-ky g_z, kx g_z, t, kx e, ky e)`` times CTF and phase, ``t = ky g_x - kx g_y``; the image is brought to the model's phase
+instead of the model to the image's.
+"""
+
+import math
+
+import numpy as np
+from numba import njit, prange
+
+_SUMS = {"reassoc", "nsz", "contract"}
+
+
+@njit(cache=True, nogil=True, parallel=True, fastmath=_SUMS)
+def normal_equations(data, images, ctf, precision, rotations, shifts, rows, scale, step, loss, gradient, hessian):  # type: ignore[no-untyped-def]
+    """Fill ``loss`` (B,), ``gradient`` (B, 5) and ``hessian`` (B, 5, 5); ``step`` is 2 pi / D, ``precision`` (B, P) may have zero strides."""
+    kind = data.dtype.type
+    one = kind(1)
+    c = data.shape[2] - 1
+    offset = kind(c)
+    slope_step = kind(step)
+    for b in prange(len(rotations)):
+        a, d = scale * rotations[b, 0], scale * rotations[b, 1]
+        rot = scale * rotations[b]
+        total = 0.0
+        g0 = g1 = g2 = g3 = g4 = 0.0
+        h00 = h01 = h11 = h02 = h12 = h22 = h03 = h04 = h13 = h14 = h23 = h24 = h33 = h34 = h44 = 0.0
+        for r in range(len(rows)):
+            fy = kind(rows[r, 3])
+            at = rows[r, 0] - rows[r, 1]
+            x0, y0, z0 = d[0] * fy, d[1] * fy, d[2] * fy
+            start = step * (rows[r, 1] * shifts[b, 0] + rows[r, 3] * shifts[b, 1])
+            turn = step * shifts[b, 0]
+            pr, pi = math.cos(start), math.sin(start)
+            tr, ti = math.cos(turn), math.sin(turn)
+            for k in range(rows[r, 1], rows[r, 2]):
+                fx = kind(k)
+                x, y, z = a[0] * fx + x0, a[1] * fx + y0, a[2] * fx + z0
+                s = -one if x < 0 else one
+                x, y, z = s * x, s * y + offset, s * z + offset
+                i, j, h = np.int64(x), np.int64(y), np.int64(z)
+                tx, ty, tz = x - kind(i), y - kind(j), z - kind(h)
+                uy, uz = one - ty, one - tz
+                # along x first: value and difference of the four edges, real and imaginary
+                e0r, e0i = data[h, j, i, 0], data[h, j, i, 1]
+                e1r, e1i = data[h, j + 1, i, 0], data[h, j + 1, i, 1]
+                e2r, e2i = data[h + 1, j, i, 0], data[h + 1, j, i, 1]
+                e3r, e3i = data[h + 1, j + 1, i, 0], data[h + 1, j + 1, i, 1]
+                d0r, d0i = data[h, j, i + 1, 0] - e0r, data[h, j, i + 1, 1] - e0i
+                d1r, d1i = data[h, j + 1, i + 1, 0] - e1r, data[h, j + 1, i + 1, 1] - e1i
+                d2r, d2i = data[h + 1, j, i + 1, 0] - e2r, data[h + 1, j, i + 1, 1] - e2i
+                d3r, d3i = data[h + 1, j + 1, i + 1, 0] - e3r, data[h + 1, j + 1, i + 1, 1] - e3i
+                e0r, e0i, e1r, e1i = e0r + tx * d0r, e0i + tx * d0i, e1r + tx * d1r, e1i + tx * d1i
+                e2r, e2i, e3r, e3i = e2r + tx * d2r, e2i + tx * d2i, e3r + tx * d3r, e3i + tx * d3i
+                lr, li, mr, mi = uy * e0r + ty * e1r, uy * e0i + ty * e1i, uy * e2r + ty * e3r, uy * e2i + ty * e3i
+                vr, vi = uz * lr + tz * mr, s * (uz * li + tz * mi)
+                # slope in the grid frame; a mate's slope is minus the conjugate
+                qxr = s * (uz * (uy * d0r + ty * d1r) + tz * (uy * d2r + ty * d3r))
+                qxi = uz * (uy * d0i + ty * d1i) + tz * (uy * d2i + ty * d3i)
+                qyr, qyi = s * (uz * (e1r - e0r) + tz * (e3r - e2r)), uz * (e1i - e0i) + tz * (e3i - e2i)
+                qzr, qzi = s * (mr - lr), mi - li
+                gzr, gzi = (
+                    rot[2, 0] * qxr + rot[2, 1] * qyr + rot[2, 2] * qzr,
+                    rot[2, 0] * qxi + rot[2, 1] * qyi + rot[2, 2] * qzi,
+                )
+                jx, jy, jz = (
+                    fy * rot[0, 0] - fx * rot[1, 0],
+                    fy * rot[0, 1] - fx * rot[1, 1],
+                    fy * rot[0, 2] - fx * rot[1, 2],
+                )
+                sr, si = jx * qxr + jy * qyr + jz * qzr, jx * qxi + jy * qyi + jz * qzi
+                er, ei = slope_step * vi, -slope_step * vr
+                # residual, at the model's phase
+                f = ctf[b, at + k]
+                ir, ii = images[b, at + k, 0], images[b, at + k, 1]
+                rr, ri = ir * kind(pr) - ii * kind(pi) - f * vr, ir * kind(pi) + ii * kind(pr) - f * vi
+                pr, pi = pr * tr - pi * ti, pr * ti + pi * tr
+                w = precision[b, at + k]
+                total += w * (rr * rr + ri * ri)
+                w *= f
+                n = w * (rr * gzr + ri * gzi)
+                g0 += fy * n
+                g1 -= fx * n
+                g2 -= w * (rr * sr + ri * si)
+                n = w * (rr * er + ri * ei)
+                g3 -= fx * n
+                g4 -= fy * n
+                w *= f
+                xx, xy, yy = fx * fx, fx * fy, fy * fy
+                n = w * (gzr * gzr + gzi * gzi)
+                h00 += yy * n
+                h01 -= xy * n
+                h11 += xx * n
+                n = w * (gzr * sr + gzi * si)
+                h02 -= fy * n
+                h12 += fx * n
+                h22 += w * (sr * sr + si * si)
+                n = w * (gzr * er + gzi * ei)
+                h03 -= xy * n
+                h04 -= yy * n
+                h13 += xx * n
+                h14 += xy * n
+                n = w * (sr * er + si * ei)
+                h23 += fx * n
+                h24 += fy * n
+                n = w * (er * er + ei * ei)
+                h33 += xx * n
+                h34 += xy * n
+                h44 += yy * n
+        loss[b] = 0.5 * total
+        gradient[b] = (g0, g1, g2, g3, g4)
+        hessian[b, 0] = (h00, h01, h02, h03, h04)
+        hessian[b, 1] = (h01, h11, h12, h13, h14)
+        hessian[b, 2] = (h02, h12, h22, h23, h24)
+        hessian[b, 3] = (h03, h13, h23, h33, h34)
+        hessian[b, 4] = (h04, h14, h24, h34, h44)
