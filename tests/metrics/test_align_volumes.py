@@ -1,0 +1,59 @@
+"""Maps are laid on each other within 0.3 degrees and 0.1 pixels, over both hands, with and without noise."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from cryorbit.errors import DataError
+from cryorbit.groups.so3 import distance, random_rotations
+from cryorbit.metrics.align import align_poses, align_volumes, mirror_rotations
+from cryorbit.types import Poses, Volume
+
+
+@pytest.mark.parametrize(("box", "mirrored", "noise"), [(48, False, 0.0), (48, True, 0.0), (49, True, 0.5)])
+def test_rotation_shift_and_hand_come_back(
+    box: int, mirrored: bool, noise: float, generator: torch.Generator, atoms: Tensor, draw_atoms: Callable[..., Tensor]
+) -> None:
+    here = 0.75 * atoms
+    rotation, shift = random_rotations(1, generator)[0].double(), torch.tensor([1.3, -2.4, 0.7], dtype=torch.float64)
+    there = (here - shift) @ rotation * (-1 if mirrored else 1)  # rotation @ (+-there) + shift = here
+    reference, moving = draw_atoms(here, box), draw_atoms(there, box)
+    moving = moving + noise * reference.std() * torch.randn(moving.shape, generator=generator)
+    found = align_volumes(Volume(moving, 2.0), Volume(reference, 2.0))
+    assert found.mirrored is mirrored
+    assert math.degrees(float(distance(found.rotation.double(), rotation))) < 0.3
+    assert float((found.shift / 2.0 - shift).norm()) < 0.1
+    assert found.score > found.score_other_hand + 0.1
+    if noise == 0:
+        assert found.correlation > 0.9999
+        assert float((found.map.data - reference).norm() / reference.norm()) < 0.01
+
+
+def test_maps_and_poses_agree_on_the_frame(generator: torch.Generator, atoms: Tensor, draw_atoms: Callable[..., Tensor]) -> None:
+    """One molecule in two frames: the motion that lays its map on the truth is the one that lays its poses on the truth."""
+    frame, origin = random_rotations(1, generator)[0].double(), torch.tensor([2.0, -1.0, 1.5], dtype=torch.float64)
+    here = 0.75 * atoms
+    there = -(here - origin) @ frame
+    true = Poses(random_rotations(100, generator).double(), torch.zeros(100, 2).double())
+    seen = mirror_rotations(true.rotations @ frame)
+    landed = torch.einsum("bij,nj->bni", true.rotations, here)[..., :2]
+    shifts = (landed - torch.einsum("bij,nj->bni", seen, there)[..., :2]).mean(dim=1)
+    poses = align_poses(Poses(seen, shifts), true)
+    maps = align_volumes(Volume(draw_atoms(there, 48), 1.0), Volume(draw_atoms(here, 48), 1.0), start=(poses.rotation, poses.shift, poses.mirrored))
+    assert poses.mirrored
+    assert maps.mirrored
+    assert math.degrees(float(distance(poses.rotation, frame))) < 1e-3
+    torch.testing.assert_close(poses.shift, origin, atol=1e-3, rtol=0)
+    assert math.degrees(float(distance(maps.rotation.double(), frame))) < 0.3
+    assert float((maps.shift - origin).norm()) < 0.1
+
+
+def test_grids_that_differ_are_refused(atoms: Tensor, draw_atoms: Callable[..., Tensor]) -> None:
+    volume = draw_atoms(atoms * 0.4, 24)
+    with pytest.raises(DataError, match="DATA212"):
+        align_volumes(Volume(volume, 2.0), Volume(volume, 2.2))
+    with pytest.raises(DataError, match="DATA213"):
+        align_volumes(Volume(torch.zeros(24, 24, 24), 2.0), Volume(volume, 2.0))
