@@ -1,0 +1,337 @@
+"""MRC maps and image stacks (MRC2014, modes 0, 1, 2, 6, 12), memory-mapped and lazy.
+
+Header layout after Cheng et al., J. Struct. Biol. 192 (2015) 146 ("MRC2014: extensions to the MRC format header").
+Header damage that real programs leave behind (no ``MAP`` string, no machine stamp, a stack whose ``mz`` is its length, voxel size 0) is
+tolerated; a file shorter than its header promises is not.
+"""
+
+import bz2
+import gzip
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from jaxtyping import Float, Float32
+from mrcfile.dtypes import HEADER_DTYPE
+from numpy.typing import ArrayLike
+
+from cryorbit.errors import DataError, FileError, RunError
+from cryorbit.io.atomic import atomic_path
+
+HEADER_BYTES = 1024
+_MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
+_SIGN_OF_OTHER_FORMATS = {
+    ".tif": "TIFF", ".tiff": "TIFF", ".eer": "EER", ".stk": "Spider", ".spi": "Spider", ".hed": "Imagic", ".img": "Imagic", ".hdf": "EMAN HDF",
+    ".h5": "HDF5", ".dm4": "Gatan DM4", ".dm3": "Gatan DM3", ".png": "PNG",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MrcHeader:
+    """What a reader needs of an MRC header: ``shape`` (nz, ny, nx), sample ``dtype``, ``offset`` of the data in bytes.
+
+    ``pixel_size`` is angstrom along x, 0 where the header does not say; ``extra_bytes`` lie after the promised data.
+    """
+
+    path: Path
+    shape: tuple[int, int, int]
+    mode: int
+    dtype: np.dtype
+    offset: int
+    pixel_size: float
+    spacegroup: int
+    extra_bytes: int
+
+
+def refuse_other_formats(path: Path) -> None:
+    """Raise ``FILE003`` for an image format that is not read, by its name."""
+    kind = _SIGN_OF_OTHER_FORMATS.get(path.suffix.lower())
+    if kind:
+        raise FileError(
+            "FILE003",
+            f"{path.name} is a {kind} file, which is not supported; expected an MRC stack or map, a STAR or a .cs file",
+            "convert it first: relion_convert_to_tiff (TIFF), e2proc2d.py or relion_stack_create (Spider, Imagic, HDF) to .mrcs",
+        )
+
+
+def _open(path: Path) -> "gzip.GzipFile | bz2.BZ2File":
+    return gzip.open(path, "rb") if path.suffix == ".gz" else bz2.open(path, "rb")
+
+
+def _parse_header(path: Path, raw: bytes, size: int) -> MrcHeader:
+    if len(raw) < HEADER_BYTES:
+        raise FileError(
+            "MRC001", f"{path.name} is no MRC file: {len(raw)} bytes, shorter than the {HEADER_BYTES}-byte header"
+        )
+    little = np.frombuffer(raw, dtype=HEADER_DTYPE.newbyteorder("<"), count=1)[0]
+    big = np.frombuffer(raw, dtype=HEADER_DTYPE.newbyteorder(">"), count=1)[0]
+    stamp = int(little["machst"][0])
+    plausible = 0 <= int(little["mode"]) <= 127 and int(little["nx"]) > 0
+    header, order = (big, ">") if stamp == 0x11 or (stamp != 0x44 and not plausible) else (little, "<")
+    nx, ny, nz, mode, extended = (int(header[key]) for key in ("nx", "ny", "nz", "mode", "nsymbt"))
+    if mode not in _MODES or min(nx, ny, nz) < 1 or extended < 0 or max(nx, ny) > 1_000_000:
+        raise FileError(
+            "MRC002",
+            f"{path.name} is no readable MRC file: mode {mode}, size {nx} x {ny} x {nz}; expected mode 0, 1, 2, 6 or 12 and positive sizes",
+            "complex (3, 4) and 4-bit (101) files must be converted to mode 2 first",
+        )
+    dtype = np.dtype(order + _MODES[mode])
+    offset = HEADER_BYTES + extended
+    image_bytes = nx * ny * dtype.itemsize
+    extra = size - offset - nz * image_bytes
+    if extra < 0:
+        held = max(0, size - offset) // image_bytes
+        raise FileError(
+            "MRC003",
+            f"{path.name} is truncated: its header promises {nz} images of {nx} x {ny} px (mode {mode}), the file holds {held}",
+            "copy or download the file again",
+        )
+    cell, samples = float(header["cella"]["x"]), int(header["mx"])
+    pixel_size = cell / samples if samples > 0 and np.isfinite(cell) and cell > 0 else 0.0
+    return MrcHeader(path, (nz, ny, nx), mode, dtype, offset, pixel_size, int(header["ispg"]), extra)
+
+
+def read_header(path: Path | str) -> MrcHeader:
+    """Header of an MRC file, checked against the file's length.
+
+    Raises
+    ------
+    FileError
+        ``FILE001`` missing, ``FILE003`` another format, ``MRC001``/``MRC002`` not MRC, ``MRC003`` truncated.
+    """
+    path = Path(path)
+    refuse_other_formats(path)
+    try:
+        with path.open("rb") as stream:
+            raw = stream.read(HEADER_BYTES)
+        size = path.stat().st_size
+    except OSError as error:
+        raise FileError("FILE001", f"cannot read {path}: {error.strerror}") from error
+    return _parse_header(path, raw, size)
+
+
+def read_volume(path: Path | str) -> tuple[Float32[np.ndarray, "d d d"], float]:
+    """A cubic map and its voxel size.
+
+    Parameters
+    ----------
+    path
+        ``.mrc`` or ``.map``, also with ``.gz`` or ``.bz2``.
+
+    Returns
+    -------
+    The map as float32 in zyx order, and the voxel size in angstrom (0 where the header does not say).
+
+    Raises
+    ------
+    FileError
+        As ``read_header``; ``MRC004`` where the map is not a cube.
+    DataError
+        ``DATA010``: the map holds NaN or infinity.
+    """
+    path = Path(path)
+    if path.suffix in (".gz", ".bz2"):
+        try:
+            with _open(path) as stream:
+                raw = stream.read()
+        except (OSError, EOFError) as error:
+            raise FileError("FILE001", f"cannot read {path}: {error}") from error
+        header = _parse_header(path, raw[:HEADER_BYTES], len(raw))
+        data = np.frombuffer(raw, header.dtype, int(np.prod(header.shape)), header.offset).reshape(header.shape)
+    else:
+        header = read_header(path)
+        data = np.memmap(path, header.dtype, "r", header.offset, header.shape)
+    if len(set(header.shape)) != 1:
+        raise FileError(
+            "MRC004",
+            f"{path.name} is {' x '.join(map(str, header.shape))} (z, y, x), expected a cube",
+            "pad or crop the map to a cube",
+        )
+    volume = np.array(data, dtype=np.float32)
+    if not np.isfinite(volume).all():
+        raise DataError("DATA010", f"the map {path.name} holds NaN or infinite voxels")
+    return volume, header.pixel_size
+
+
+class MrcStack:
+    """A stack of square images, read on demand: opening costs one header, reading costs the images asked for.
+
+    Parameters
+    ----------
+    path
+        ``.mrcs`` or ``.mrc``.
+
+    Raises
+    ------
+    FileError
+        As ``read_header``; ``MRC005`` where the images are not square.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.header = read_header(path)
+        self.path = self.header.path
+        self.count, ny, nx = self.header.shape
+        if ny != nx:
+            raise FileError(
+                "MRC005",
+                f"{self.path.name} holds images of {nx} x {ny} px, expected square images",
+                "re-extract with a square box",
+            )
+        self.box = nx
+        self.pixel_size = self.header.pixel_size
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, indices: ArrayLike, *, check: bool = True) -> Float32[np.ndarray, "m d d"]:
+        """Images at 0-based ``indices`` as (m, D, D) float32.
+
+        Raises
+        ------
+        DataError
+            ``DATA011`` index out of range; ``DATA012`` NaN or infinite values (not tested with ``check=False``).
+        """
+        index = np.atleast_1d(np.asarray(indices, dtype=np.int64))
+        outside = index[(index < 0) | (index >= self.count)]
+        if outside.size:
+            raise DataError(
+                "DATA011", f"image {outside[0] + 1} was asked of {self.path.name}, which holds images 1 to {self.count}"
+            )
+        if not index.size:
+            return np.zeros((0, self.box, self.box), np.float32)
+        data = np.memmap(self.path, self.header.dtype, "r", self.header.offset, self.header.shape)
+        images = data[index].astype(np.float32)
+        bad = index[~np.isfinite(images).all(axis=(1, 2))] + 1 if check else index[:0]
+        if bad.size:
+            named = ", ".join(map(str, bad[:10])) + (", ..." if bad.size > 10 else "")
+            raise DataError(
+                "DATA012",
+                f"{bad.size} image(s) of {self.path.name} hold NaN or infinite values: {named} (counted from 1)",
+                "drop these rows from the STAR, or extract the particles again",
+            )
+        return images
+
+
+def _header(
+    shape: tuple[int, int, int], pixel_size: float, is_volume: bool, stats: tuple[float, float, float, float]
+) -> bytes:
+    header = np.zeros(1, HEADER_DTYPE.newbyteorder("<"))[0]
+    nz, ny, nx = shape
+    mz = nz if is_volume else 1
+    for key, value in {
+        "nx": nx,
+        "ny": ny,
+        "nz": nz,
+        "mode": 2,
+        "mx": nx,
+        "my": ny,
+        "mz": mz,
+        "mapc": 1,
+        "mapr": 2,
+        "maps": 3,
+    }.items():
+        header[key] = value
+    header["cella"] = (nx * pixel_size, ny * pixel_size, mz * pixel_size)
+    header["cellb"] = (90, 90, 90)
+    header["dmin"], header["dmax"], header["dmean"], header["rms"] = stats
+    header["ispg"] = 1 if is_volume else 0
+    header["nversion"] = 20141
+    header["map"] = b"MAP "
+    header["machst"] = (0x44, 0x44, 0, 0)
+    header["nlabl"] = 1
+    header["label"][0] = b"cryorbit"
+    return header.tobytes()
+
+
+def write_volume(path: Path | str, data: Float[np.ndarray, "d d d"], pixel_size: float) -> None:
+    """Write a cubic map, float32, atomically.
+
+    Parameters
+    ----------
+    path
+        Final name; its folder must exist.
+    data
+        (D, D, D) in zyx order.
+    pixel_size
+        Voxel size in angstrom.
+    """
+    volume = np.ascontiguousarray(data, dtype="<f4")
+    stats = (
+        float(volume.min()),
+        float(volume.max()),
+        float(volume.mean(dtype=np.float64)),
+        float(volume.std(dtype=np.float64)),
+    )
+    depth, height, width = volume.shape
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        stream.write(_header((depth, height, width), pixel_size, True, stats))
+        stream.write(volume.tobytes())
+
+
+class StackWriter:
+    """Context manager that writes a float32 image stack piece by piece; the file gets its name when all images are there.
+
+    Parameters
+    ----------
+    path
+        Final name; its folder must exist.
+    count, box
+        Number of images, and their side in pixels.
+    pixel_size
+        Angstrom per pixel.
+
+    Raises
+    ------
+    RunError
+        ``RUN010``: more or fewer than ``count`` images were written.
+    """
+
+    def __init__(self, path: Path | str, count: int, box: int, pixel_size: float) -> None:
+        self.path, self.count, self.box, self.pixel_size = Path(path), count, box, pixel_size
+        self.written = 0
+        self._low, self._high, self._sum, self._square = np.inf, -np.inf, 0.0, 0.0
+
+    def __enter__(self) -> Self:
+        self._stack = ExitStack()
+        with ExitStack() as stack:
+            temporary = stack.enter_context(atomic_path(self.path))
+            self._stream = stack.enter_context(temporary.open("wb"))
+            self._stream.write(bytes(HEADER_BYTES))
+            self._stack = stack.pop_all()
+        return self
+
+    def write(self, images: Float[np.ndarray, "m d d"]) -> None:
+        """Append (m, D, D) images."""
+        block = np.ascontiguousarray(images, dtype="<f4")
+        if block.shape[1:] != (self.box, self.box) or self.written + len(block) > self.count:
+            raise RunError(
+                "RUN010",
+                f"{len(block)} images of shape {block.shape[1:]} do not fit {self.path.name}: "
+                f"{self.written} of {self.count} images of {self.box} px are written",
+            )
+        if not len(block):
+            return
+        self._stream.write(block.tobytes())
+        self.written += len(block)
+        self._low, self._high = min(self._low, float(block.min())), max(self._high, float(block.max()))
+        self._sum += float(block.sum(dtype=np.float64))
+        self._square += float(np.square(block, dtype=np.float64).sum())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._stack.__exit__(kind, error, trace)
+            return
+        with self._stack:
+            if self.written != self.count:
+                raise RunError("RUN010", f"{self.written} of {self.count} images were written to {self.path.name}")
+            samples = max(1, self.count * self.box**2)
+            mean = self._sum / samples
+            deviation = float(np.sqrt(max(0.0, self._square / samples - mean**2)))
+            stats = (self._low, self._high, mean, deviation)
+            self._stream.seek(0)
+            self._stream.write(_header((self.count, self.box, self.box), self.pixel_size, False, stats))

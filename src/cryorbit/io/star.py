@@ -1,0 +1,165 @@
+"""STAR files, lossless: every value stays the text it was (Hall, J. Chem. Inf. Comput. Sci. 31 (1991) 326; RELION's dialect).
+
+Parsing is gemmi's CIF parser, which copes with every program's habits; writing is RELION's layout. Comments other than RELION's
+``# version`` lines are not kept.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import gemmi
+
+from cryorbit.errors import FileError
+from cryorbit.io.atomic import write_text
+
+NEW_VERSION = "50001"
+_VERSION_OR_BLOCK = re.compile(r"^(?:# version (\d+)|[dD][aA][tT][aA]_(\S*))", re.MULTILINE)
+_RESERVED = re.compile(r"^(?:data_|save_|loop_$|stop_$|global_$)", re.IGNORECASE)
+_PLAIN = re.compile(r"[^\s_#$'\";][^\s#]*\Z")
+
+
+@dataclass(frozen=True)
+class StarTable:
+    """One block: labels without the leading underscore, each with its values as text.
+
+    ``is_loop`` is false for a block of label-value pairs (one row). ``version`` is RELION's ``# version`` number, or None.
+    """
+
+    columns: dict[str, list[str]]
+    is_loop: bool = True
+    version: str | None = NEW_VERSION
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), []))
+
+    def __contains__(self, label: object) -> bool:
+        return label in self.columns
+
+    def rows(self, indices: Sequence[int]) -> "StarTable":
+        """The same columns with only the rows at ``indices``, in that order."""
+        return StarTable(
+            {name: [values[i] for i in indices] for name, values in self.columns.items()}, self.is_loop, self.version
+        )
+
+    def with_columns(self, columns: dict[str, list[str]], drop: Sequence[str] = ()) -> "StarTable":
+        """A copy with ``columns`` set (in place where the label exists, appended where not) and ``drop`` left out."""
+        kept = {name: values for name, values in self.columns.items() if name not in drop}
+        return StarTable(kept | columns, self.is_loop, self.version)
+
+
+@dataclass(frozen=True)
+class StarFile:
+    """Blocks in file order by name; the name is empty for a bare ``data_``."""
+
+    blocks: dict[str, StarTable] = field(default_factory=dict)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise FileError("FILE001", f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise FileError("STAR001", f"{path.name} is no STAR file: byte {error.start} is not UTF-8 text") from error
+
+
+def _unquoted(value: str) -> str:
+    return gemmi.cif.as_string(value) if value[0] in "'\";" else value
+
+
+def _column(values: list[str]) -> list[str]:
+    pool: dict[str, str] = {}  # equal texts share one object: most columns of a large table repeat themselves
+    return [pool.setdefault(value, value) for value in map(_unquoted, values)]
+
+
+def _table(block: gemmi.cif.Block, path: Path, version: str | None) -> StarTable:
+    loops = [item.loop for item in block if item.loop is not None]
+    pairs = [item.pair for item in block if item.pair is not None]
+    if len(loops) > 1 or (loops and pairs):
+        raise FileError(
+            "STAR004",
+            f'block "{block.name.strip()}" of {path.name} holds {len(loops)} loops and {len(pairs)} single values; expected one table',
+            "give each table its own data_ block",
+        )
+    if not loops:
+        return StarTable({label[1:]: [_unquoted(value)] for label, value in pairs}, False, version)
+    values, width = loops[0].values, loops[0].width()
+    return StarTable({tag[1:]: _column(values[i::width]) for i, tag in enumerate(loops[0].tags)}, True, version)
+
+
+def read_star(path: Path | str) -> StarFile:
+    """Read a STAR file written by any program; CR+LF line ends are accepted.
+
+    Raises
+    ------
+    FileError
+        ``FILE001`` missing; ``STAR001`` not text; ``STAR002`` no block; ``STAR003`` syntax (ragged rows, unclosed quotes), with
+        gemmi's line number; ``STAR004`` several tables in one block.
+    """
+    path = Path(path)
+    text = _text(path)
+    try:
+        document = gemmi.cif.read_string(text.replace("\r\n", "\n"))
+    except (ValueError, RuntimeError) as error:
+        found = str(error).removeprefix("string:")
+        raise FileError(
+            "STAR003", f"{path.name} is no valid STAR file, line {found}", "a row may be cut off or a quote left open"
+        ) from error
+    if not len(document):
+        raise FileError("STAR002", f"{path.name} holds no data_ block")
+    versions: list[str | None] = []
+    latest: str | None = None
+    for match in _VERSION_OR_BLOCK.finditer(text):
+        if match[1]:
+            latest = match[1]
+        else:
+            versions.append(latest)
+            latest = None
+    if len(versions) != len(document):
+        versions = [None] * len(document)
+    return StarFile(
+        {block.name.strip(): _table(block, path, version) for block, version in zip(document, versions, strict=True)}
+    )
+
+
+def _quoted(value: str) -> str:
+    if _PLAIN.match(value) and not _RESERVED.match(value):
+        return value
+    if "\n" in value or "\r" in value:
+        raise FileError("STAR005", f"a STAR value cannot hold a line break: {value!r}")
+    for mark in ('"', "'"):
+        if not re.search(mark + r"(?:\s|\Z)", value):
+            return mark + value + mark
+    raise FileError("STAR005", f"a STAR value cannot hold both kinds of quotes before blanks: {value!r}")
+
+
+def _lines(name: str, table: StarTable) -> list[str]:
+    lines = ["", f"# version {table.version}", ""] if table.version else [""]
+    lines += [f"data_{name}", ""]
+    if table.is_loop:
+        lines += ["loop_ ", *(f"_{label} #{i} " for i, label in enumerate(table.columns, 1))]
+        quoted = [[_quoted(value) for value in values] for values in table.columns.values()]
+        lines += [" ".join(row) + " " for row in zip(*quoted, strict=True)]
+    else:
+        lines += [f"_{label} {_quoted(values[0])}" for label, values in table.columns.items()]
+    return [*lines, " "]
+
+
+def write_star(path: Path | str, star: StarFile) -> None:
+    """Write a STAR file atomically, in RELION's layout, with LF line ends.
+
+    Raises
+    ------
+    FileError
+        ``STAR005`` a value that STAR cannot hold; ``STAR006`` columns of different length; ``FILE002`` the disk refuses.
+    """
+    for name, table in star.blocks.items():
+        lengths = {len(values) for values in table.columns.values()}
+        if len(lengths) != 1 or (not table.is_loop and lengths != {1}):
+            raise FileError(
+                "STAR006", f'the columns of block "{name}" have lengths {sorted(lengths)}; expected one length'
+            )
+    lines = [line for name, table in star.blocks.items() for line in _lines(name, table)]
+    write_text(path, "\n".join(lines) + "\n")
