@@ -1,0 +1,95 @@
+"""Contracts over the registry of methods: same seed same result, resume equals uninterrupted, finite, poses in SO(3)."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from cryorbit.groups.so3 import healpix_grid, random_rotations
+from cryorbit.methods.registry import METHODS, method
+from cryorbit.simulate.particles import SimulatedParticles, simulate_particles
+from cryorbit.simulate.phantom import phantom
+from cryorbit.training.checkpoint import load_checkpoint, save_checkpoint
+from cryorbit.training.dataset import ArrayParticles, FourierStack
+from cryorbit.training.loop import Method, run
+
+BOX, APIX, DIAMETER = 16, 5.0, 70.0
+
+
+@pytest.fixture(scope="module")
+def truth() -> SimulatedParticles:
+    return simulate_particles(phantom(), count=60, box=BOX, pixel_size=APIX, snr_db=3.0, seed=1)
+
+
+def build(name: str, truth: SimulatedParticles, seed: int = 0) -> Method:
+    cls, config = method(name)
+    particles = ArrayParticles(truth.images.numpy(), APIX)
+    stack = FourierStack(particles, 7, mask_diameter=DIAMETER, margin=7.0)
+    common = {"mask_diameter": DIAMETER, "symmetry": torch.eye(3)[None]}
+    if name == "abinitio":
+        return cls(stack, config(batch=40, order=1, march_steps=2, settle_steps=2), seed=seed, **common)
+    if name == "refine":
+        generator = torch.Generator().manual_seed(seed)
+        candidates = (random_rotations(120, generator).view(60, 2, 3, 3), torch.zeros(60, 2, 2))
+        half = torch.arange(60) % 2 + 1
+        start = truth.volume.data
+        return cls(
+            stack, config(sweeps=3, iterations=2), start=start, radius=5, candidates=candidates, half_set=half, **common
+        )
+    raise AssertionError(f"tests/contracts/test_methods.py builds no {name}: add it")
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_same_seed_same_result_other_seed_other(name, truth):
+    first, second, other = build(name, truth), build(name, truth), build(name, truth, seed=5)
+    for m in (first, second, other):
+        run(m)
+    assert equal(first.state(), second.state())
+    assert not equal(first.state(), other.state())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_resumed_run_equals_uninterrupted(name, truth, tmp_path: Path):
+    whole, part = build(name, truth), build(name, truth)
+    run(whole)
+    for index in range(2):
+        part.step(index)
+    save_checkpoint(tmp_path / "c", part.state(), {"fingerprint": "", "stage": part.name, "next_step": 2})
+    resumed = build(name, truth)
+    run(resumed, checkpoint=tmp_path / "c")
+    assert equal(whole.state(), resumed.state())
+    assert equal(load_checkpoint(tmp_path / "c")[0], whole.state())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_state_is_finite_and_rotations_are_rotations(name, truth):
+    m = build(name, truth)
+    run(m)
+    for key, value in m.state().items():
+        assert torch.isfinite(torch.view_as_real(value) if value.is_complex() else value.to(torch.float32)).all(), key
+    if "rotations" in m.state():
+        r = m.state()["rotations"]
+        torch.testing.assert_close(r @ r.mT, torch.eye(3).expand_as(r), atol=1e-5, rtol=0)
+        assert (torch.linalg.det(r) > 0).all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_config_survives_toml(name):
+    import tomllib
+
+    import tomli_w
+
+    from cryorbit.pipeline.config import from_dict
+
+    _, config = method(name)
+    assert from_dict(config, tomllib.loads(tomli_w.dumps(asdict(config())))) == config()
+
+
+def test_grid_used_by_the_engine_is_uniform():
+    grid = healpix_grid(1)
+    torch.testing.assert_close(grid.mean(dim=0), torch.zeros(3, 3), atol=1e-6, rtol=0)
