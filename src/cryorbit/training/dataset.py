@@ -3,18 +3,68 @@
 One image's way from disk to loss: ``io.particles`` reads it, :class:`FourierStack` transforms it, the method scores it.
 """
 
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Complex, Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
-from cryorbit.io.particles import ParticleSet
 from cryorbit.physics.ctf import ctf_on_disk
 from cryorbit.physics.fourier import FourierDisk, disk_subset, fourier_disk, image_to_fourier
 from cryorbit.types import CTFParams
 
 _CHUNK = 512
+
+
+@runtime_checkable
+class ParticleSource(Protocol):
+    """What a :class:`FourierStack` reads: ``io.particles.ParticleSet`` on disk, or :class:`ArrayParticles` in memory."""
+
+    @property
+    def box(self) -> int:
+        """Side of an image in pixels."""
+        ...
+
+    @property
+    def pixel_size(self) -> float:
+        """Angstrom per pixel."""
+        ...
+
+    @property
+    def ctf(self) -> dict[str, NDArray[np.float64]] | None:
+        """``CTFParams`` fields by name, or None."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(M, D, D) images."""
+        ...
+
+
+@dataclass(frozen=True)
+class ArrayParticles:
+    """Particles in memory: ``images`` (N, D, D) float32, ``pixel_size`` angstrom, ``ctf`` ``CTFParams`` fields by name or None."""
+
+    images: NDArray[np.float32]
+    pixel_size: float
+    ctf: dict[str, NDArray[np.float64]] | None = None
+
+    @property
+    def box(self) -> int:
+        """Side of an image in pixels."""
+        return int(self.images.shape[-1])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(M, D, D) images."""
+        return self.images[indices]
 
 
 def working_box(box: int, radius: float) -> int:
@@ -51,7 +101,7 @@ class FourierStack:
 
     def __init__(
         self,
-        particles: ParticleSet,
+        particles: ParticleSource,
         radius: float,
         *,
         mask_diameter: float,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from cryorbit.errors import RunError
 from cryorbit.training.checkpoint import State, load_checkpoint, save_checkpoint
@@ -16,6 +16,7 @@ from cryorbit.training.history import History
 Progress = Callable[[str, int, int, dict[str, float | str]], None]
 
 
+@runtime_checkable
 class Method(Protocol):
     """What the loop runs. Randomness comes from (seed, step) alone, so a resumed run repeats an uninterrupted one."""
 

@@ -1,12 +1,13 @@
 """What every kernel backend offers; the functions are documented in ``reference``."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 NormalEquations = tuple[Tensor, Tensor, Tensor]
 
 
+@runtime_checkable
 class Kernels(Protocol):
     """A backend: a module with these four functions."""
 

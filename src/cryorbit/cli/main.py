@@ -1,0 +1,64 @@
+"""The ``cryorbit`` command: verbs, and the one place where errors become messages and exit codes.
+
+Exit codes: 0 done; 1 bad input or settings (a coded message); 2 wrong usage; 130 stopped by the user (resumable).
+"""
+
+import sys
+
+import typer
+from rich.console import Console
+
+from cryorbit.cli.demo import demo
+from cryorbit.cli.evaluate import evaluate
+from cryorbit.cli.inspect import inspect
+from cryorbit.cli.reconstruct import reconstruct
+from cryorbit.cli.report import report
+from cryorbit.cli.simulate import simulate
+from cryorbit.errors import CryorbitError
+
+app = typer.Typer(
+    name="cryorbit",
+    help="Ab initio cryo-EM: a particle stack in; a map and every particle's pose out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+for verb in (demo, inspect, simulate, reconstruct, evaluate, report):
+    app.command()(verb)
+
+
+def _version(show: bool) -> None:
+    if show:
+        from cryorbit import __version__
+
+        typer.echo(f"cryorbit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and stop.")) -> None:
+    """Options of the command itself."""
+
+
+def main() -> None:
+    """Run the command line; bad input ends in one message and exit code 1, never in a traceback."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    try:
+        app()
+    except CryorbitError as error:
+        console.print(f"[bold red]error[/] [bold]{error.code}[/]: ", end="")
+        console.print(error.message, markup=False)
+        if error.hint:
+            console.print("\nhint: ", style="cyan", end="")
+            console.print(error.hint, markup=False)
+        sys.exit(1)
+    except OSError as error:
+        name = f"{error.filename}: " if error.filename else ""
+        console.print("[bold red]error[/] [bold]FILE900[/]: ", end="")
+        console.print(f"{name}{error.strerror or error}", markup=False)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""The methods by name; each is driven by ``training.loop.run`` and described on its page in docs/methods/."""
+
+from importlib import import_module
+
+from cryorbit.errors import ConfigError
+
+METHODS: dict[str, tuple[str, str, str]] = {
+    "abinitio": ("cryorbit.methods.marginal", "Marginal", "MarginalConfig"),
+    "refine": ("cryorbit.methods.refinement", "Refinement", "RefinementConfig"),
+}
+
+
+def method(name: str) -> tuple[type, type]:
+    """Class and config class of the method ``name``."""
+    if name not in METHODS:
+        raise ConfigError("CONF030", f"unknown method {name}", f"known methods: {', '.join(METHODS)}")
+    module, cls, config = METHODS[name]
+    loaded = import_module(module)
+    return getattr(loaded, cls), getattr(loaded, config)

@@ -1,0 +1,105 @@
+"""What a finished run leaves in its folder: maps, particles, FSC, metrics, provenance and the data of the report's pictures."""
+
+import csv
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+import cryorbit
+from cryorbit.io.atomic import atomic_path
+from cryorbit.io.mrc import write_volume
+from cryorbit.io.particles import ParticleSet, write_particles
+from cryorbit.types import Reconstruction
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` under its final name only when complete."""
+    with atomic_path(path) as temporary:
+        Path(temporary).write_text(text)
+
+
+def write_json(path: Path, values: dict[str, object]) -> None:
+    """Write ``values`` as JSON; numbers that are not finite are refused."""
+    write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
+
+
+def write_fsc(path: Path, curves: dict[str, Float[Tensor, " shells"]], box: int, pixel_size: float) -> None:
+    """``fsc.csv``: shell, spatial frequency (1/A), resolution (A), then one column per curve."""
+    with atomic_path(path) as temporary, Path(temporary).open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["shell", "spatial_frequency_1_per_A", "resolution_A", *curves])
+        for shell in range(box // 2 + 1):
+            frequency = shell / (box * pixel_size)
+            resolution = f"{1 / frequency:.4f}" if shell else ""
+            writer.writerow([shell, f"{frequency:.6f}", resolution, *(f"{float(c[shell]):.5f}" for c in curves.values())])
+
+
+def write_maps(run: Path, result: Reconstruction) -> None:
+    """``map.mrc`` and the unfiltered ``half_map_1.mrc``, ``half_map_2.mrc``."""
+    for name, volume in (("map", result.map), ("half_map_1", result.half_maps[0]), ("half_map_2", result.half_maps[1])):
+        write_volume(run / f"{name}.mrc", volume.data.cpu().numpy(), volume.pixel_size)
+
+
+def write_poses(run: Path, particles: ParticleSet, result: Reconstruction, columns: dict[str, list[float]]) -> None:
+    """``particles.star``: every input row and column, with our poses and half sets in RELION's convention."""
+    write_particles(
+        run / "particles.star",
+        particles,
+        rotations=result.poses.rotations.to(torch.float64).cpu().numpy(),
+        shifts=result.poses.shifts.to(torch.float64).cpu().numpy(),
+        half_set=result.half_set.cpu().numpy(),
+        extra={name: list(values) for name, values in columns.items()},
+    )
+
+
+def write_report_data(
+    path: Path, images: Float[Tensor, "m d d"], predictions: Float[Tensor, "m d d"], indices: Int[Tensor, " m"]
+) -> None:
+    """``report_data.npz``: example images beside the model's predictions."""
+    with atomic_path(path) as temporary, Path(temporary).open("wb") as stream:
+        np.savez_compressed(
+            stream, images=images.cpu().numpy(), predictions=predictions.cpu().numpy(), indices=indices.cpu().numpy()
+        )
+
+
+def _commit() -> str:
+    folder = Path(cryorbit.__file__).parent
+    try:
+        out = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return out.stdout.strip() if out.returncode == 0 else ""
+
+
+def provenance(source: Path, device: str) -> dict[str, object]:
+    """Versions, command, input checksum: what one needs to say how a map was made."""
+    return {
+        "cryorbit": cryorbit.__version__,
+        "commit": _commit(),
+        "command": " ".join(["cryorbit", *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "input": str(source),
+        "input_sha256": checksum(source),
+    }
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a metadata file; of the first 16 MiB and the size of a larger one."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        digest.update(stream.read(16 * 2**20))
+    digest.update(str(path.stat().st_size).encode())
+    return digest.hexdigest()

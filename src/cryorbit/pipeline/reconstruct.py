@@ -1,0 +1,282 @@
+"""From a particle stack to a map and poses: ab initio -> assignment -> refinement -> files. Orchestration only."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cryorbit.errors import ConfigError, DataError
+from cryorbit.groups.point import point_group
+from cryorbit.io.particles import ParticleSet, open_particles
+from cryorbit.methods.marginal import Marginal
+from cryorbit.methods.refinement import Refinement
+from cryorbit.metrics.fsc import MaskedFSC, masked_fsc, resolution
+from cryorbit.metrics.masks import mask_from_map, soft_sphere
+from cryorbit.physics.cryoem import forward
+from cryorbit.physics.fourier import disk_to_images
+from cryorbit.physics.slicing import slicing_grid
+from cryorbit.pipeline import outputs
+from cryorbit.pipeline.config import RunConfig, check, to_toml
+from cryorbit.pipeline.rundir import open_run
+from cryorbit.training.checkpoint import load_checkpoint, save_checkpoint
+from cryorbit.training.dataset import FourierStack
+from cryorbit.training.history import History
+from cryorbit.training.loop import Progress, run
+from cryorbit.types import Poses, Reconstruction, Volume
+
+FEWEST_PARTICLES = 20
+_EXAMPLES = 10
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The particles of a run and what was decided about them."""
+
+    particles: ParticleSet
+    mask_diameter: float
+    symmetry: Float[Tensor, "s 3 3"]
+    half_set: Int[Tensor, " n"]
+    device: torch.device
+    warnings: tuple[str, ...]
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is CUDA when present; a device that is asked for and absent is an error, not a fallback."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError("CONF020", f"--device {name} is not a device", "use auto, cpu, cuda or cuda:0") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("CONF021", f"--device {name}: this torch sees no CUDA device", "use --device cpu, or install torch with CUDA")
+    return device
+
+
+def split_halves(particles: ParticleSet, seed: int) -> Int[Tensor, " n"]:
+    """Half sets from ``rlnRandomSubset`` where the file has both, else a balanced random split."""
+    count = len(particles)
+    if particles.half_set is not None:
+        given = torch.as_tensor(particles.half_set, dtype=torch.int64)
+        if bool(((given == 1) | (given == 2)).all()) and min(int((given == h).sum()) for h in (1, 2)) >= FEWEST_PARTICLES // 2:
+            return given
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    half = torch.ones(count, dtype=torch.int64)
+    half[order[: count // 2]] = 2
+    return half
+
+
+def prepare(config: RunConfig) -> Inputs:
+    """Open and check the particles; everything that can be refused is refused here, before any work."""
+    check(config)
+    device = choose_device(config.device)
+    symmetry = point_group(config.symmetry).to(torch.float32)
+    particles = open_particles(
+        Path(config.particles),
+        datadir=Path(config.datadir) if config.datadir else None,
+        pixel_size=config.pixel_size or None,
+        invert_contrast=config.invert_contrast,
+    )
+    if len(particles) < FEWEST_PARTICLES:
+        raise DataError("DATA020", f"{config.particles} holds {len(particles)} particles, at least {FEWEST_PARTICLES} are needed")
+    extent = particles.box * particles.pixel_size
+    diameter = config.mask_diameter or 0.85 * extent
+    if not 4 * particles.pixel_size < diameter <= extent:
+        raise ConfigError(
+            "CONF022",
+            f"mask diameter {diameter:g} A does not fit a box of {extent:.1f} A ({particles.box} px of {particles.pixel_size:.3f} A)",
+            "give --mask-diameter in angstrom, a little more than the longest side of the particle",
+        )
+    warnings = []
+    if not config.mask_diameter:
+        warnings.append(f"no --mask-diameter given: {diameter:.0f} A (85 % of the box) is used")
+    if particles.ctf is None:
+        warnings.append("the particles carry no CTF: images are taken as unmodulated")
+    return Inputs(particles, diameter, symmetry, split_halves(particles, config.seed), device, tuple(warnings))
+
+
+def reconstruct(config: RunConfig, output: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Reconstruction:
+    """Recover the map and every particle's pose, and write the run folder.
+
+    Parameters
+    ----------
+    config
+        Settings; the same config and folder continue an interrupted run.
+    output
+        Run folder.
+    overwrite
+        Delete a previous run in ``output`` first.
+    progress
+        Called after each step.
+
+    Returns
+    -------
+    The reconstruction that was written.
+    """
+    inputs = prepare(config)
+    open_run(output, config, overwrite=overwrite)
+    outputs.write_json(output / "provenance.json", outputs.provenance(Path(config.particles), str(inputs.device)))
+    fingerprint = f"{to_toml(config)}{outputs.checksum(Path(config.particles))}{len(inputs.particles)}"
+    history = History(output / "history.jsonl")
+    seconds: dict[str, float] = {}
+
+    begun = time.monotonic()
+    engine = _abinitio(config, inputs, output / "checkpoint", history, progress, fingerprint)
+    seconds["abinitio"] = time.monotonic() - begun
+    begun = time.monotonic()
+    candidates = _assign(engine, output / "checkpoint" / "assigned.safetensors", fingerprint)
+    seconds["assign"] = time.monotonic() - begun
+    begun = time.monotonic()
+    refinement = _refine(config, inputs, engine, candidates, output / "checkpoint", history, progress, fingerprint)
+    seconds["refine"] = time.monotonic() - begun
+
+    result, curves = _summarise(config, inputs, refinement, candidates["effective"], seconds)
+    _write(output, inputs, refinement, result, curves, candidates["effective"])
+    return result
+
+
+def _abinitio(
+    config: RunConfig, inputs: Inputs, folder: Path, history: History, progress: Progress | None, fingerprint: str
+) -> Marginal:
+    settings = config.abinitio
+    extent = inputs.particles.box * inputs.particles.pixel_size
+    radius = min(settings.radius_end * extent / inputs.mask_diameter, 0.5 * inputs.particles.box - 1)
+    margin = settings.shift_range * inputs.mask_diameter
+    stack = FourierStack(
+        inputs.particles,
+        round(radius),
+        mask_diameter=inputs.mask_diameter,
+        margin=margin,
+        memory_gib=config.memory_gib,
+        device=inputs.device,
+    )
+    engine = Marginal(stack, settings, mask_diameter=inputs.mask_diameter, symmetry=inputs.symmetry, seed=config.seed)
+    run(engine, checkpoint=folder / "abinitio.safetensors", history=history, progress=progress, fingerprint=fingerprint)
+    return engine
+
+
+def _assign(engine: Marginal, path: Path, fingerprint: str) -> dict[str, Tensor]:
+    """Every particle's most probable grid poses under the ab initio map; kept, so that a resumed run does not repeat it."""
+    if path.exists():
+        tensors, meta = load_checkpoint(path)
+        if meta["fingerprint"] == fingerprint:
+            return tensors
+    parts = [engine.assign(chosen) for chosen in torch.arange(len(engine.stack)).split(engine.config.batch)]
+    rotations, shifts, effective = (torch.cat([p[i].cpu() for p in parts]) for i in range(3))
+    tensors = {"rotations": rotations.contiguous(), "shifts": shifts.contiguous(), "effective": effective}
+    save_checkpoint(path, tensors, {"fingerprint": fingerprint})
+    return tensors
+
+
+def _refine(
+    config: RunConfig,
+    inputs: Inputs,
+    engine: Marginal,
+    candidates: dict[str, Tensor],
+    folder: Path,
+    history: History,
+    progress: Progress | None,
+    fingerprint: str,
+) -> Refinement:
+    stack = FourierStack(
+        inputs.particles,
+        0.5 * inputs.particles.box,
+        mask_diameter=inputs.mask_diameter,
+        margin=config.abinitio.shift_range * inputs.mask_diameter,
+        memory_gib=config.memory_gib,
+        device=inputs.device,
+    )
+    refinement = Refinement(
+        stack,
+        config.refine,
+        mask_diameter=inputs.mask_diameter,
+        symmetry=inputs.symmetry,
+        start=engine.volume,
+        radius=engine.radius(),
+        candidates=(candidates["rotations"], candidates["shifts"] / stack.pixel_size),
+        half_set=inputs.half_set,
+    )
+    run(refinement, checkpoint=folder / "refine.safetensors", history=history, progress=progress, fingerprint=fingerprint)
+    return refinement
+
+
+def _summarise(
+    config: RunConfig, inputs: Inputs, refinement: Refinement, effective: Float[Tensor, " n"], seconds: dict[str, float]
+) -> tuple[Reconstruction, MaskedFSC]:
+    t = refinement.tensors
+    box, apix = refinement.stack.box, refinement.stack.pixel_size
+    half_1, half_2, full = t["half_1"].cpu(), t["half_2"].cpu(), t["map"].cpu()
+    sphere = soft_sphere(box, 0.5 * inputs.mask_diameter / apix)
+    warnings = list(inputs.warnings)
+    try:
+        mask = mask_from_map(full * sphere, apix)
+    except DataError:
+        mask = sphere
+        warnings.append("no mask could be drawn around the map (is the contrast inverted?): the sphere is used instead")
+    curves = masked_fsc(half_1, half_2, mask, torch.Generator().manual_seed(config.seed))
+    unmasked = resolution(curves.unmasked, 0.143, box, apix)
+    masked = resolution(curves.corrected, 0.143, box, apix)
+    inside = full[sphere > 0.5]
+    if float(((inside - inside.mean()) ** 3).mean()) < 0:
+        warnings.append("the map is darker than its surroundings: if the particles are dark on light, use --invert-contrast")
+    median_effective = float(effective.median())
+    status = (
+        f"The half maps of {len(t['rotations'])} particles agree to {masked:.1f} A inside the molecule's mask and {unmasked:.1f} A without it "
+        f"(FSC 0.143); ab initio left a median of {median_effective:.1f} poses per particle. One random start was made: "
+        "repeat with another --seed and compare the maps before you build on it."
+    )
+    metrics: dict[str, object] = {
+        "status": status,
+        "resolution_A": unmasked,
+        "resolution_masked_A": masked,
+        "pixel_size_A": apix,
+        "box": box,
+        "particles": len(t["rotations"]),
+        "mask_diameter_A": inputs.mask_diameter,
+        "symmetry": config.symmetry,
+        "preset": config.preset,
+        "seed": config.seed,
+        "pose_effective_median": median_effective,
+        "pose_change_deg": float(torch.rad2deg(t["pose_change"])),
+        "seconds": sum(seconds.values()),
+        "stage_seconds": seconds,
+        "noise_variance": [float(x) for x in t["noise"]],
+        "warnings": warnings,
+    }
+    poses = Poses(t["rotations"], t["shifts"] * apix)
+    result = Reconstruction(
+        Volume(full, apix), (Volume(half_1, apix), Volume(half_2, apix)), poses, inputs.half_set, curves.unmasked, masked, status, metrics
+    )
+    return result, curves
+
+
+def _write(
+    output: Path, inputs: Inputs, refinement: Refinement, result: Reconstruction, curves: MaskedFSC, effective: Float[Tensor, " n"]
+) -> None:
+    outputs.write_maps(output, result)
+    columns = {
+        "log_likelihood": refinement.tensors["log_likelihood"].tolist(),
+        "effective_poses": effective.tolist(),
+    }
+    outputs.write_poses(output, inputs.particles, result, columns)
+    outputs.write_fsc(
+        output / "fsc.csv",
+        {"fsc": curves.unmasked, "fsc_masked": curves.corrected, "fsc_masked_raw": curves.masked, "fsc_randomised": curves.randomised},
+        result.map.box,
+        result.map.pixel_size,
+    )
+    chosen = torch.linspace(0, len(result.poses) - 1, _EXAMPLES).round().to(torch.int64)
+    stack = refinement.stack
+    grid = slicing_grid((result.map.data * soft_sphere(stack.box, 0.5 * inputs.mask_diameter / stack.pixel_size)).to(stack.device), stack.disk.radius)
+    shifts = result.poses.shifts[chosen] / stack.pixel_size
+    predicted = forward(
+        grid, result.poses.rotations[chosen].to(stack.device), shifts.to(stack.device), stack.disk.to(stack.device), stack.ctf(chosen)
+    )
+    disk = stack.disk.to(stack.device)
+    outputs.write_report_data(
+        output / "report_data.npz", disk_to_images(stack.images(chosen), disk), disk_to_images(predicted, disk), chosen
+    )
+    outputs.write_json(output / "metrics.json", result.metrics)
