@@ -140,7 +140,7 @@ def nothing_is_executed(path: str, text: str) -> list[str]:
 
 
 def no_asserts(path: str, text: str) -> list[str]:
-    """Input is checked with the errors of ``errors.py``; only ``assert x is not None``, for the type checker, is allowed."""
+    """Input is checked with ``errors.py``; only ``assert x is not None``, for the type checker, is allowed."""
     return [
         f"{path}:{node.lineno}: {ast.unparse(node)}"
         for node in ast.walk(ast.parse(text))
@@ -149,7 +149,7 @@ def no_asserts(path: str, text: str) -> list[str]:
 
 
 def one_training_loop(path: str, text: str) -> list[str]:
-    """``for step in ...`` and its kin live in ``training/`` (the iterations of an alignment in ``metrics/`` train nothing)."""
+    """``for step in ...`` and its kin live in ``training/`` (an alignment in ``metrics/`` trains nothing)."""
     if path.startswith(("training/", "metrics/")):
         return []
     loops = (n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.For) and isinstance(n.target, ast.Name))
