@@ -60,7 +60,9 @@ def test_forty_percent_random_poses_do_not_move_the_frame(mirrored: bool, genera
     assert summary.particles == 600
     assert summary.fraction_below_10_deg == pytest.approx(0.6, abs=0.06)
     good = found.error[~bad]
-    assert math.degrees(float(good.median())) == pytest.approx(2.0 * 1.538, rel=0.1)  # median of a chi with 3 degrees of freedom
+    assert math.degrees(float(good.median())) == pytest.approx(
+        2.0 * 1.538, rel=0.1
+    )  # median of a chi with 3 degrees of freedom
 
 
 def test_errors_split_into_view_direction_and_twist(generator: torch.Generator) -> None:

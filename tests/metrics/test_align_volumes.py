@@ -32,7 +32,9 @@ def test_rotation_shift_and_hand_come_back(
         assert float((found.map.data - reference).norm() / reference.norm()) < 0.01
 
 
-def test_maps_and_poses_agree_on_the_frame(generator: torch.Generator, atoms: Tensor, draw_atoms: Callable[..., Tensor]) -> None:
+def test_maps_and_poses_agree_on_the_frame(
+    generator: torch.Generator, atoms: Tensor, draw_atoms: Callable[..., Tensor]
+) -> None:
     """One molecule in two frames: the motion that lays its map on the truth is the one that lays its poses on the truth."""
     frame, origin = random_rotations(1, generator)[0].double(), torch.tensor([2.0, -1.0, 1.5], dtype=torch.float64)
     here = 0.75 * atoms
@@ -42,7 +44,11 @@ def test_maps_and_poses_agree_on_the_frame(generator: torch.Generator, atoms: Te
     landed = torch.einsum("bij,nj->bni", true.rotations, here)[..., :2]
     shifts = (landed - torch.einsum("bij,nj->bni", seen, there)[..., :2]).mean(dim=1)
     poses = align_poses(Poses(seen, shifts), true)
-    maps = align_volumes(Volume(draw_atoms(there, 48), 1.0), Volume(draw_atoms(here, 48), 1.0), start=(poses.rotation, poses.shift, poses.mirrored))
+    maps = align_volumes(
+        Volume(draw_atoms(there, 48), 1.0),
+        Volume(draw_atoms(here, 48), 1.0),
+        start=(poses.rotation, poses.shift, poses.mirrored),
+    )
     assert poses.mirrored
     assert maps.mirrored
     assert math.degrees(float(distance(poses.rotation, frame))) < 1e-3

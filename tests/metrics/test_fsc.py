@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cryorbit.errors import DataError
-from cryorbit.metrics.fsc import _same_shape, crossing, frc, fsc, masked_fsc, randomise_phases, resolution, shell_power, ssnr
+from cryorbit.metrics.fsc import (
+    _same_shape,
+    crossing,
+    frc,
+    fsc,
+    masked_fsc,
+    randomise_phases,
+    resolution,
+    shell_power,
+    ssnr,
+)
 from cryorbit.metrics.masks import soft_sphere
 
 
@@ -44,7 +54,9 @@ def test_frc_equals_the_definition(generator: torch.Generator) -> None:
     freq = np.fft.fftfreq(12) * 12
     shell = np.round(np.hypot(freq[:, None], freq[None])).astype(int)
     expected = [
-        (fa * fb.conj()).real[shell == s].sum() / np.sqrt((abs(fa) ** 2)[shell == s].sum() * (abs(fb) ** 2)[shell == s].sum()) for s in range(7)
+        (fa * fb.conj()).real[shell == s].sum()
+        / np.sqrt((abs(fa) ** 2)[shell == s].sum() * (abs(fb) ** 2)[shell == s].sum())
+        for s in range(7)
     ]
     np.testing.assert_allclose(frc(a, b).numpy(), expected, atol=1e-6)
 
@@ -105,10 +117,14 @@ def test_ssnr_matches_the_noise_that_was_added(generator: torch.Generator) -> No
     halves = [signal + 2.0 * torch.randn(40, 40, 40, generator=generator) for _ in range(2)]
     expected = 1.0 / (4.0 / 2)  # the full map averages the halves: noise variance 4 / 2
     assert float(ssnr(fsc(*halves))[10:].mean()) == pytest.approx(expected, rel=0.1)
-    assert float(ssnr(fsc(signal, (halves[0] + halves[1]) / 2), halves=False)[10:].mean()) == pytest.approx(expected, rel=0.1)
+    assert float(ssnr(fsc(signal, (halves[0] + halves[1]) / 2), halves=False)[10:].mean()) == pytest.approx(
+        expected, rel=0.1
+    )
 
 
-def test_phase_randomisation_keeps_amplitudes_and_low_shells(generator: torch.Generator, atoms: Tensor, draw_atoms: Callable[..., Tensor]) -> None:
+def test_phase_randomisation_keeps_amplitudes_and_low_shells(
+    generator: torch.Generator, atoms: Tensor, draw_atoms: Callable[..., Tensor]
+) -> None:
     volume = draw_atoms(atoms * 0.5, 32)
     mixed = randomise_phases(volume, 5, generator)
     torch.testing.assert_close(shell_power(mixed), shell_power(volume), rtol=1e-3, atol=1e-6)
@@ -117,7 +133,9 @@ def test_phase_randomisation_keeps_amplitudes_and_low_shells(generator: torch.Ge
     assert float(curve[8:14].abs().max()) < 0.3
 
 
-def test_correction_takes_away_what_a_tight_mask_makes(generator: torch.Generator, draw_atoms: Callable[..., Tensor]) -> None:
+def test_correction_takes_away_what_a_tight_mask_makes(
+    generator: torch.Generator, draw_atoms: Callable[..., Tensor]
+) -> None:
     """Two independent noise maps share nothing; a small common mask makes their low shells agree by chance, and the correction removes it."""
     box = 48
     low = 5.0 * draw_atoms(torch.zeros(1, 3, dtype=torch.float64), box, sigma=4.0)  # nothing beyond shell 6

@@ -44,7 +44,14 @@ def _exact(volume: Tensor, point: tuple[float, float, float]) -> complex:
 @pytest.mark.parametrize("box", [24, 25])
 def test_spectrum_equals_the_defining_sum_anywhere(box: int, atoms: Tensor, draw_atoms: Callable[..., Tensor]) -> None:
     volume = draw_atoms(atoms * 0.4, box)
-    points = [(1.0, 2.0, 3.0), (0.0, -4.0, 5.0), (-3.2, 1.3, -2.7), (0.0, 0.0, 0.0), (0.4, 7.3, -1.6), (-7.9, 0.0, 0.25)]
+    points = [
+        (1.0, 2.0, 3.0),
+        (0.0, -4.0, 5.0),
+        (-3.2, 1.3, -2.7),
+        (0.0, 0.0, 0.0),
+        (0.4, 7.3, -1.6),
+        (-7.9, 0.0, 0.25),
+    ]
     exact = torch.tensor([_exact(volume, p) for p in points])
     found = spectrum(volume, 8).at(torch.tensor(points))
     assert float((found - exact).abs().max() / exact.abs().max()) < 0.04  # linear interpolation

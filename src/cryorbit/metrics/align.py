@@ -22,7 +22,9 @@ from cryorbit.types import Poses
 
 __all__ = ["MapAlignment", "PoseAlignment", "align_poses", "align_volumes", "chance_level", "mirror_rotations"]
 
-_SHARPNESS = 5  # the search kernel is cos(angle / 2) ** (2 * 2**5): half height at 17 degrees, for a grid that leaves at most 12
+_SHARPNESS = (
+    5  # the search kernel is cos(angle / 2) ** (2 * 2**5): half height at 17 degrees, for a grid that leaves at most 12
+)
 _COST_CAP = torch.pi / 3  # angles beyond 60 degrees count as 60 when two solutions are compared
 
 
@@ -73,7 +75,9 @@ def _nearest(candidates: Float[Tensor, "s n 3 3"], rotation: Float[Tensor, "3 3"
     return candidates[best, torch.arange(candidates.shape[1], device=candidates.device)]
 
 
-def _density(grid: Float[Tensor, "g 3 3"], candidates: Float[Tensor, "s n 3 3"], chunk: int = 4096) -> Float[Tensor, " g"]:
+def _density(
+    grid: Float[Tensor, "g 3 3"], candidates: Float[Tensor, "s n 3 3"], chunk: int = 4096
+) -> Float[Tensor, " g"]:
     """How many candidates of all particles lie near each rotation of the grid."""
     flat, score = grid.reshape(-1, 9).to(torch.float32), torch.zeros(len(grid), dtype=torch.float64)
     for part in candidates.reshape(-1, 9).to(torch.float32).split(chunk):
@@ -84,7 +88,9 @@ def _density(grid: Float[Tensor, "g 3 3"], candidates: Float[Tensor, "s n 3 3"],
     return score
 
 
-def _modes(grid: Float[Tensor, "g 3 3"], score: Float[Tensor, " g"], count: int, apart: float) -> Float[Tensor, "m 3 3"]:
+def _modes(
+    grid: Float[Tensor, "g 3 3"], score: Float[Tensor, " g"], count: int, apart: float
+) -> Float[Tensor, "m 3 3"]:
     """The best ``count`` rotations of the grid that are at least ``apart`` radian from each other."""
     chosen: list[Tensor] = []
     for i in score.argsort(descending=True).tolist():
@@ -131,7 +137,9 @@ def _cost(candidates: Float[Tensor, "s n 3 3"], rotation: Float[Tensor, "3 3"]) 
     return float(distance(near, rotation.expand_as(near)).clamp(max=_COST_CAP).mean())
 
 
-def _find_rotation(candidates: Float[Tensor, "s n 3 3"], symmetry: Float[Tensor, "s 3 3"]) -> tuple[Float[Tensor, "3 3"], float]:
+def _find_rotation(
+    candidates: Float[Tensor, "s n 3 3"], symmetry: Float[Tensor, "s 3 3"]
+) -> tuple[Float[Tensor, "3 3"], float]:
     """The rotation most particles agree on, and its cost."""
     grid = healpix_grid(2).to(torch.float64)
     trace = torch.einsum("sij,gij->sg", symmetry, grid)
@@ -143,7 +151,9 @@ def _find_rotation(candidates: Float[Tensor, "s n 3 3"], symmetry: Float[Tensor,
     return found[best], costs[best]
 
 
-def _find_shift(rotations: Float[Tensor, "n 3 3"], difference: Float[Tensor, "n 2"], weight: Float[Tensor, " n"]) -> Float[Tensor, "3"]:
+def _find_shift(
+    rotations: Float[Tensor, "n 3 3"], difference: Float[Tensor, "n 2"], weight: Float[Tensor, " n"]
+) -> Float[Tensor, "3"]:
     """Shift d of the origin from ``difference = (A d)[:2]``, least absolute deviations over all particles."""
     rows, d = rotations[:, :2, :], torch.zeros(3, dtype=rotations.dtype)
     for _ in range(30):
@@ -178,7 +188,10 @@ def align_poses(estimated: Poses, true: Poses, symmetry: Float[Tensor, "s 3 3"] 
         No particles, or different numbers of them.
     """
     if len(estimated) != len(true) or not len(true):
-        raise DataError("DATA211", f"{len(estimated)} estimated and {len(true)} true poses, expected the same number and at least one")
+        raise DataError(
+            "DATA211",
+            f"{len(estimated)} estimated and {len(true)} true poses, expected the same number and at least one",
+        )
     a_est, a_true = (p.rotations.detach().to("cpu", torch.float64) for p in (estimated, true))
     s_est, s_true = (p.shifts.detach().to("cpu", torch.float64) for p in (estimated, true))
     group = torch.eye(3, dtype=torch.float64)[None] if symmetry is None else symmetry.to("cpu", torch.float64)
@@ -208,7 +221,9 @@ def align_poses(estimated: Poses, true: Poses, symmetry: Float[Tensor, "s 3 3"] 
     )
 
 
-def chance_level(estimated: Poses, true: Poses, generator: torch.Generator, symmetry: Float[Tensor, "s 3 3"] | None = None) -> float:
+def chance_level(
+    estimated: Poses, true: Poses, generator: torch.Generator, symmetry: Float[Tensor, "s 3 3"] | None = None
+) -> float:
     """Median error in radian of the same poses dealt out at random: what these view distributions give for nothing."""
     order = torch.randperm(len(estimated), generator=generator)
     return float(align_poses(estimated[order], true, symmetry).error.median())

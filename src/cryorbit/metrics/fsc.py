@@ -17,7 +17,9 @@ from cryorbit.physics.fourier import fourier_to_volume, image_to_fourier, shell_
 def _same_shape(a: Tensor, b: Tensor) -> None:
     if a.shape != b.shape:
         raise DataError(
-            "DATA201", f"two maps to compare have shapes {tuple(a.shape)} and {tuple(b.shape)}, expected the same", "crop or pad one of them"
+            "DATA201",
+            f"two maps to compare have shapes {tuple(a.shape)} and {tuple(b.shape)}, expected the same",
+            "crop or pad one of them",
         )
 
 
@@ -32,7 +34,9 @@ def _shell_sum(values: Float[Tensor, "*s h"], shells: Tensor, box: int) -> Float
     return zero.index_add(0, shells[keep], (values * weight)[keep])
 
 
-def _correlate(fa: Complex[Tensor, "*s h"], fb: Complex[Tensor, "*s h"], shells: Tensor, box: int) -> Float[Tensor, " shells"]:
+def _correlate(
+    fa: Complex[Tensor, "*s h"], fb: Complex[Tensor, "*s h"], shells: Tensor, box: int
+) -> Float[Tensor, " shells"]:
     cross = _shell_sum((fa * fb.conj()).real, shells, box)
     power_a = _shell_sum(fa.abs().square(), shells, box)
     power_b = _shell_sum(fb.abs().square(), shells, box)
@@ -112,7 +116,10 @@ def resolution(curve: Float[Tensor, " shells"], threshold: float, box: int, pixe
     Angstrom; Nyquist (``2 * pixel_size``) when the curve never falls below the threshold.
     """
     if len(curve) != box // 2 + 1:
-        raise DataError("DATA202", f"an FSC of {len(curve)} shells does not belong to a box of {box}, expected {box // 2 + 1} shells")
+        raise DataError(
+            "DATA202",
+            f"an FSC of {len(curve)} shells does not belong to a box of {box}, expected {box // 2 + 1} shells",
+        )
     shell = crossing(curve, threshold)
     nyquist = 2.0 * pixel_size
     return nyquist if shell is None or shell <= 0 else max(box * pixel_size / shell, nyquist)

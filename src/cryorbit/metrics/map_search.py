@@ -137,7 +137,9 @@ def _refine(target: _Target, rotation: Tensor, shift_px: Tensor, mirrored: bool)
         (gradient,) = torch.autograd.grad(value, step)
         return float(value.detach()), gradient.numpy().astype(np.float64)
 
-    found = optimize.minimize(loss, np.zeros(6), jac=True, method="L-BFGS-B", options={"maxiter": 60, "ftol": 1e-9, "gtol": 1e-6})
+    found = optimize.minimize(
+        loss, np.zeros(6), jac=True, method="L-BFGS-B", options={"maxiter": 60, "ftol": 1e-9, "gtol": 1e-6}
+    )
     step = torch.from_numpy(found.x).to(torch.float32)
     return exp(step[:3] / reach) @ rotation, shift_px + step[3:], -float(found.fun)
 
@@ -201,7 +203,11 @@ def align_volumes(
     a, b = (v.data.detach().to("cpu", torch.float32) for v in (moving, reference))
     for name, v in (("moving", a), ("reference", b)):
         if not bool(torch.isfinite(v).all()) or float(v.std()) == 0:
-            raise DataError("DATA213", f"the {name} map is constant or holds values that are not finite", "was it written completely?")
+            raise DataError(
+                "DATA213",
+                f"the {name} map is constant or holds values that are not finite",
+                "was it written completely?",
+            )
     with _one_thread():
         rotation, shift_px, mirrored, score, other = _best_motion(a, b, pixel_size, start, candidates)
     moved = move_volume(a, rotation, shift_px, mirrored)

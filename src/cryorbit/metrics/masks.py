@@ -85,7 +85,11 @@ def mask_from_map(
     solid = inside & (smooth > max(threshold, 0.0))
     labels, pieces = ndimage.label(solid)
     if not pieces or not np.isfinite(smooth).all():
-        raise DataError("DATA204", "the map has no positive density to draw a mask around", "is the contrast inverted, or the map empty?")
+        raise DataError(
+            "DATA204",
+            "the map has no positive density to draw a mask around",
+            "is the contrast inverted, or the map empty?",
+        )
     largest = labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
     filled = ndimage.binary_fill_holes(largest)
     outside = ndimage.distance_transform_edt(~filled)

@@ -58,7 +58,9 @@ def move_volume(
     matrix_zyx, origin_zyx = matrix[::-1, ::-1], origin[::-1]
     middle = np.full(3, float(centre(box)))
     offset = factor * (origin_zyx - matrix_zyx @ middle) + centre(factor * box)
-    moved = ndimage.affine_transform(fine, factor * matrix_zyx, offset=offset, output_shape=(box,) * 3, order=3, mode="constant")
+    moved = ndimage.affine_transform(
+        fine, factor * matrix_zyx, offset=offset, output_shape=(box,) * 3, order=3, mode="constant"
+    )
     return torch.from_numpy(moved).to(volume)
 
 
@@ -88,7 +90,9 @@ def spectrum(volume: Float[Tensor, "d d d"], radius: int, oversampling: int = 2)
     side = oversampling * box
     axis = (torch.arange(box, dtype=torch.float32) - centre(box)) / side
     kernel = torch.sinc(axis) ** 2
-    flat = volume.detach().to("cpu", torch.float32) / (kernel[:, None, None] * kernel[None, :, None] * kernel[None, None, :])
+    flat = volume.detach().to("cpu", torch.float32) / (
+        kernel[:, None, None] * kernel[None, :, None] * kernel[None, None, :]
+    )
     low = centre(side) - centre(box)
     padded = torch.nn.functional.pad(flat, (low, side - box - low) * 3)
     reach = min(oversampling * radius + oversampling + 1, (side - 1) // 2)

@@ -1,0 +1,142 @@
+"""``report.html``: one self-contained page about a run, and the same figures as PNG files beside it. Never imports torch."""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from matplotlib.figure import Figure
+
+from cryorbit.report import figures
+from cryorbit.report.rundata import RunData, load_run
+from cryorbit.report.style import png, write_bytes
+
+PAPERS = (
+    ("Scheres 2012, J. Mol. Biol. 415, 406", "Bayesian marginal likelihood and gold-standard refinement"),
+    (
+        "Punjani, Rubinstein, Fleet, Brubaker 2017, Nat. Methods 14, 290",
+        "ab initio reconstruction by stochastic optimisation",
+    ),
+    ("Rosenthal and Henderson 2003, J. Mol. Biol. 333, 721", "the 0.143 criterion"),
+    ("Chen et al. 2013, Ultramicroscopy 135, 24", "phase-randomised correction of masked FSC"),
+    ("Górski et al. 2005, Astrophys. J. 622, 759", "HEALPix, the grid of view directions"),
+)
+
+
+def _number(value: Any, digits: int = 2) -> str:
+    """A number a person reads: fixed digits, thin thousands; text as it is."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "not given"}[value]
+    if isinstance(value, int):
+        return f"{value:,}".replace(",", " ")
+    if isinstance(value, float):
+        return f"{value:.{digits}f}" if 1e-3 <= abs(value) < 1e5 or value == 0 else f"{value:.3g}"
+    return str(value)
+
+
+def _duration(seconds: Any) -> str:
+    if not isinstance(seconds, int | float):
+        return "not given"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _truth_curve(run: RunData) -> tuple[np.ndarray, np.ndarray] | None:
+    if run.evaluation is None or run.fsc is None:
+        return None
+    curve = run.evaluation.get("fsc_masked")
+    s = run.fsc["spatial_frequency_1_per_A"]
+    return (s, np.array(curve, dtype=np.float64)) if isinstance(curve, list) and len(curve) == len(s) else None
+
+
+def _draw(run: RunData) -> dict[str, Figure]:
+    """Every figure the run has data for, by name."""
+    made: dict[str, Figure] = {}
+    truth, best = _truth_curve(run), run.metrics.get("resolution_masked_A")
+    resolution = float(best) if isinstance(best, int | float) else None
+    if run.fsc is not None:
+        made["fsc"] = figures.fsc_figure(run.fsc, truth, resolution)
+    if run.volume is not None and run.pixel_size is not None:
+        made["slices"] = figures.slices_figure(run.volume, run.pixel_size)
+    if run.directions is not None and len(run.directions):
+        made["orientations"] = figures.orientations_figure(run.directions)
+    if run.examples is not None and len(run.examples["images"]):
+        made["examples"] = figures.examples_figure(**run.examples)
+    history = figures.history_figure(run.history) if run.history else None
+    if history is not None:
+        made["history"] = history
+    noise, box, pixel_size = (run.metrics.get(k) for k in ("noise_variance", "box", "pixel_size_A"))
+    if isinstance(noise, list) and len(noise) > 2 and box and pixel_size:
+        made["noise"] = figures.noise_figure(np.array(noise, dtype=np.float64), int(box), float(pixel_size))
+    if run.volume is not None or run.fsc is not None:
+        made["overview"] = figures.overview_figure(
+            run.volume, run.pixel_size, run.fsc, truth, resolution, run.directions, run.examples
+        )
+    return made
+
+
+def _pieces_missing(run: RunData) -> dict[str, str]:
+    """Figure or section name to the sentence shown in its place."""
+    at = run.missing
+    return {
+        "fsc": at.get("fsc.csv", ""),
+        "slices": at.get("map.mrc", ""),
+        "orientations": at.get("particles.star", "there are no particles"),
+        "examples": at.get("report_data.npz", "there are no example images"),
+        "history": at.get("history.jsonl", "the history holds no numbers"),
+        "noise": at.get("metrics.json", "metrics.json has no noise_variance"),
+        "metrics": at.get("metrics.json", ""),
+        "evaluation": "no comparison with a known structure was made (cryorbit evaluate writes evaluation.json)"
+        if "not in" in at.get("evaluation.json", "")
+        else at.get("evaluation.json", ""),
+        "provenance": at.get("provenance.json", ""),
+        "config": at.get("config.toml", ""),
+    }
+
+
+def write_report(run: Path) -> Path:
+    """Render ``report.html`` and ``figures/*.png`` of a run folder from its files alone.
+
+    Missing or damaged pieces are named in their sections; the rest is shown.
+
+    Parameters
+    ----------
+    run
+        Run folder of ``cryorbit reconstruct``.
+
+    Returns
+    -------
+    Path of ``report.html``.
+
+    Raises
+    ------
+    RunError
+        The folder is not a run, or cannot be written.
+    """
+    data = load_run(run)
+    images = {name: png(made) for name, made in _draw(data).items()}
+    (run / "figures").mkdir(exist_ok=True)
+    for name, image in images.items():
+        write_bytes(run / "figures" / f"{name}.png", image)
+    environment = Environment(
+        loader=PackageLoader("cryorbit", "report"),
+        autoescape=select_autoescape(default=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(number=_number, duration=_duration)
+    page = environment.get_template("report.html.jinja").render(
+        run=data,
+        name=run.resolve().name,
+        metrics=data.metrics,
+        evaluation=data.evaluation,
+        images={name: base64.b64encode(image).decode() for name, image in images.items()},
+        missing=_pieces_missing(data),
+        papers=PAPERS,
+    )
+    target = run / "report.html"
+    write_bytes(target, page.encode("utf-8"))
+    return target
