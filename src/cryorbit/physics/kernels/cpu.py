@@ -1,4 +1,4 @@
-"""Fast kernels for the CPU (numba), float32 and float64. Same functions as ``reference``; as many threads as torch has."""
+"""Fast kernels for the CPU (numba), float32 and float64. Same functions as ``reference``, as many threads as torch."""
 
 import numba
 import numpy as np
@@ -20,15 +20,10 @@ def _use_torch_threads() -> int:
 
 def _plan(
     shape: tuple[int, int, int], rotations: Tensor, kx: Tensor, ky: Tensor, oversampling: int, item_bytes: int
-) -> tuple[np.ndarray, ...]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.floating]:
     """Rotations, rows, slab edges and scale as the kernels take them."""
-    kind = rotations.numpy().dtype.type
-    return (
-        rotations.detach().numpy(),
-        rows_of(kx.numpy(), ky.numpy()),
-        slab_edges(shape, item_bytes),
-        kind(oversampling),
-    )
+    rot = rotations.detach().numpy()
+    return rot, rows_of(kx.numpy(), ky.numpy()), slab_edges(shape, item_bytes), rot.dtype.type(oversampling)
 
 
 def _chunks(slabs: int, images: int, threads: int) -> int:

@@ -6,6 +6,7 @@ instead of the model to the image's.
 """
 
 import math
+from typing import no_type_check
 
 import numpy as np
 from numba import njit, prange
@@ -14,7 +15,8 @@ _SUMS = {"reassoc", "nsz", "contract"}
 
 
 @njit(cache=True, nogil=True, parallel=True, fastmath=_SUMS)
-def normal_equations(data, images, ctf, precision, rotations, shifts, rows, scale, step, loss, gradient, hessian):  # type: ignore[no-untyped-def]
+@no_type_check
+def normal_equations(data, images, ctf, precision, rotations, shifts, rows, scale, step, loss, gradient, hessian):
     """Fill ``loss`` (B,), ``gradient`` (B, 5) and ``hessian`` (B, 5, 5); ``step`` is 2 pi / D, ``precision`` (B, P) may have zero strides."""
     kind = data.dtype.type
     one = kind(1)

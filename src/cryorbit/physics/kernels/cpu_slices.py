@@ -1,4 +1,5 @@
 """Numba kernels that read slices from a grid and add them to one; see ``cpu_walk`` for the order of work. Compiled for float32 and float64."""
+from typing import no_type_check
 
 import numpy as np
 from numba import njit, prange
@@ -7,7 +8,8 @@ from cryorbit.physics.kernels.cpu_walk import windows
 
 
 @njit(cache=True, nogil=True)
-def _read_run(data, out, at, s, ax, x, ay, y, az, z, k0, k1):  # type: ignore[no-untyped-def]
+@no_type_check
+def _read_run(data, out, at, s, ax, x, ay, y, az, z, k0, k1):
     """Interpolate pixels k0 .. k1 - 1 of a row into ``out[at + k]``; s = -1 conjugates."""
     kind = data.dtype.type
     one = kind(1)
@@ -33,7 +35,8 @@ def _read_run(data, out, at, s, ax, x, ay, y, az, z, k0, k1):  # type: ignore[no
 
 
 @njit(cache=True, nogil=True)
-def _add_run(values, weights, weighted, num, den, lo, hi, at, s, ax, x, ay, y, az, z, k0, k1):  # type: ignore[no-untyped-def]
+@no_type_check
+def _add_run(values, weights, weighted, num, den, lo, hi, at, s, ax, x, ay, y, az, z, k0, k1):
     """Add pixels k0 .. k1 - 1 of a row to the planes lo .. hi - 1 of the grid."""
     kind = num.dtype.type
     one = kind(1)
@@ -66,7 +69,8 @@ def _add_run(values, weights, weighted, num, den, lo, hi, at, s, ax, x, ay, y, a
 
 
 @njit(cache=True, nogil=True)
-def _slope_run(data, gradient, out, ky, at, s, ax, x, ay, y, az, z, k0, k1):  # type: ignore[no-untyped-def]
+@no_type_check
+def _slope_run(data, gradient, out, ky, at, s, ax, x, ay, y, az, z, k0, k1):
     """Add to ``out`` (2, 3) the sums of kx and ky times Re conj(gradient) d slice / d q over pixels k0 .. k1 - 1 of a row."""
     kind = data.dtype.type
     one = kind(1)
@@ -107,7 +111,8 @@ def _slope_run(data, gradient, out, ky, at, s, ax, x, ay, y, az, z, k0, k1):  # 
 
 
 @njit(cache=True, nogil=True, parallel=True)
-def read(data, rotations, rows, edges, scale, chunks, out):  # type: ignore[no-untyped-def]
+@no_type_check
+def read(data, rotations, rows, edges, scale, chunks, out):
     """Slices of ``data`` (Z, Y, X, 2) into ``out`` (B, P, 2); ``rotations`` (B, 3, 3), ``scale`` the oversampling in their precision."""
     slabs, images = len(edges) - 1, len(rotations)
     kind = data.dtype.type
@@ -126,7 +131,8 @@ def read(data, rotations, rows, edges, scale, chunks, out):  # type: ignore[no-u
 
 
 @njit(cache=True, nogil=True, parallel=True)
-def add(values, weights, weighted, rotations, rows, edges, scale, num, den):  # type: ignore[no-untyped-def]
+@no_type_check
+def add(values, weights, weighted, rotations, rows, edges, scale, num, den):
     """Adjoint of ``read``: ``values`` (B, P, 2) into ``num`` (Z, Y, X, 2) and, if ``weighted``, ``weights`` (B, P) into ``den`` (Z, Y, X)."""
     kind = num.dtype.type
     c = kind(num.shape[2] - 1)
@@ -181,7 +187,8 @@ def add(values, weights, weighted, rotations, rows, edges, scale, num, den):  # 
 
 
 @njit(cache=True, nogil=True, parallel=True)
-def slope(gradient, data, rotations, rows, edges, scale, chunks, out):  # type: ignore[no-untyped-def]
+@no_type_check
+def slope(gradient, data, rotations, rows, edges, scale, chunks, out):
     """Gradient with respect to the first two rows of each rotation, one float64 share per slab, into ``out`` (slabs, B, 2, 3)."""
     slabs, images = len(edges) - 1, len(rotations)
     kind = data.dtype.type
