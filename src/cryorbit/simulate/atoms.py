@@ -42,12 +42,16 @@ class AtomicModel:
 
     def __post_init__(self) -> None:
         if not len(self.positions):
-            raise DataError("DATA101", f"{self.name} has no atoms", "check that the file holds coordinates other than water")
+            raise DataError(
+                "DATA101", f"{self.name} has no atoms", "check that the file holds coordinates other than water"
+            )
         for field in ("positions", "amplitudes", "widths"):
             if not bool(torch.isfinite(getattr(self, field)).all()):
                 raise DataError("DATA102", f"{self.name}: {field} holds a value that is not finite")
         if bool((self.widths < 0).any()):
-            raise DataError("DATA103", f"{self.name}: a Gaussian has a negative width", "use a B-factor of zero or more")
+            raise DataError(
+                "DATA103", f"{self.name}: a Gaussian has a negative width", "use a B-factor of zero or more"
+            )
 
     def __len__(self) -> int:
         return self.positions.shape[0]
@@ -116,7 +120,9 @@ def read_model(path: str | Path, *, bfactor: float | None = DEFAULT_BFACTOR, cha
     try:
         structure = gemmi.read_structure(str(source))
     except (RuntimeError, ValueError, OSError) as error:
-        raise FileError("FILE102", f"{source.name} cannot be read as PDB or mmCIF: {error}", "is it a coordinate file?") from error
+        raise FileError(
+            "FILE102", f"{source.name} cannot be read as PDB or mmCIF: {error}", "is it a coordinate file?"
+        ) from error
     if not len(structure):
         raise FileError("FILE102", f"{source.name} holds no atomic model", "is it a coordinate file?")
     structure.setup_entities()
@@ -125,10 +131,14 @@ def read_model(path: str | Path, *, bfactor: float | None = DEFAULT_BFACTOR, cha
     keep = None if chains is None else {name.strip() for name in chains.split(",")}
     found = [chain.name for chain in structure[0]]
     if keep is not None and not keep <= set(found):
-        raise ConfigError("CONF101", f"{source.name} has no chain {', '.join(sorted(keep - set(found)))}; it has {', '.join(found)}")
+        raise ConfigError(
+            "CONF101", f"{source.name} has no chain {', '.join(sorted(keep - set(found)))}; it has {', '.join(found)}"
+        )
     atoms = [a for chain in structure[0] if keep is None or chain.name in keep for residue in chain for a in residue]
     if not atoms:
-        raise DataError("DATA101", f"{source.name} has no atoms", "check that the file holds coordinates other than water")
+        raise DataError(
+            "DATA101", f"{source.name} has no atoms", "check that the file holds coordinates other than water"
+        )
     return _from_atoms(atoms, bfactor, source.name.split(".")[0])
 
 
@@ -137,7 +147,11 @@ def _from_atoms(atoms: list[gemmi.Atom], bfactor: float | None, name: str) -> At
     for element in {a.element.name: a.element for a in atoms}.values():
         coefficients = element.c4322
         if coefficients is None:
-            raise DataError("DATA104", f"{name}: element {element.name} has no electron scattering factor", "remove or rename the atom")
+            raise DataError(
+                "DATA104",
+                f"{name}: element {element.name} has no electron scattering factor",
+                "remove or rename the atom",
+            )
         table[element.name] = (np.array(coefficients.a), np.array(coefficients.b))
     positions = np.array([a.pos.tolist() for a in atoms])
     mass = np.array([a.element.weight for a in atoms])

@@ -53,7 +53,9 @@ class Orientations:
         if self.components < 1:
             raise ConfigError("CONF112", f"at least one component is needed, found {self.components}")
         if not 0 < self.half_angle <= math.pi:
-            raise ConfigError("CONF113", f"the cone's half angle must be in (0, 180] degrees, found {math.degrees(self.half_angle):g}")
+            raise ConfigError(
+                "CONF113", f"the cone's half angle must be in (0, 180] degrees, found {math.degrees(self.half_angle):g}"
+            )
         if not 0 <= self.fraction <= 1:
             raise ConfigError("CONF114", f"the fraction of preferred views must be in [0, 1], found {self.fraction:g}")
 
@@ -73,8 +75,12 @@ class Orientations:
             cosine = 1 + torch.log(u + (1 - u) * math.exp(-2 * kappa)) / kappa
         else:
             cosine = 1 - u * (1 - math.cos(self.half_angle))
-        views = _about(axis, cosine.clamp(-1, 1), 2 * math.pi * torch.rand(count, generator=generator, dtype=torch.float64))
-        rotations = rotations_with_views(views, 2 * math.pi * torch.rand(count, generator=generator, dtype=torch.float64))
+        views = _about(
+            axis, cosine.clamp(-1, 1), 2 * math.pi * torch.rand(count, generator=generator, dtype=torch.float64)
+        )
+        rotations = rotations_with_views(
+            views, 2 * math.pi * torch.rand(count, generator=generator, dtype=torch.float64)
+        )
         if self.kind == "preferred":
             other = torch.rand(count, generator=generator) >= self.fraction
             rotations[other] = random_rotations(count, generator)[other]

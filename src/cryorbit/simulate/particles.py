@@ -8,7 +8,7 @@ Images are scaled so that the noise has variance 1, as in extracted particles; w
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ CHUNK = 64
 _PILOT = 1024
 
 
+@runtime_checkable
 class Projector(Protocol):
     """What images are made from: an :class:`AtomProjector` or a ``MapProjector``."""
 
@@ -68,7 +69,11 @@ class CTFSettings:
 
     def __post_init__(self) -> None:
         if not self.defocus[0] <= self.defocus[1]:
-            raise ConfigError("CONF120", f"the defocus range {self.defocus[0]:g} .. {self.defocus[1]:g} A is empty", "give the lower first")
+            raise ConfigError(
+                "CONF120",
+                f"the defocus range {self.defocus[0]:g} .. {self.defocus[1]:g} A is empty",
+                "give the lower first",
+            )
         if self.astigmatism < 0 or self.voltage <= 0 or not 0 <= self.amplitude_contrast < 1:
             raise ConfigError("CONF121", "the CTF needs astigmatism >= 0, voltage > 0 and amplitude contrast in [0, 1)")
 
@@ -114,9 +119,13 @@ class SimulationSettings:
         if self.count < 1:
             raise ConfigError("CONF130", f"at least one particle is needed, found a count of {self.count}")
         if self.snr_db is not None and not math.isfinite(self.snr_db):
-            raise ConfigError("CONF131", f"the SNR must be a finite number of dB, found {self.snr_db}", "no noise is snr_db=None")
+            raise ConfigError(
+                "CONF131", f"the SNR must be a finite number of dB, found {self.snr_db}", "no noise is snr_db=None"
+            )
         if not (self.shift_sigma_px >= 0 and math.isfinite(self.shift_sigma_px)):
-            raise ConfigError("CONF132", f"the shifts' standard deviation must be zero or more, found {self.shift_sigma_px}")
+            raise ConfigError(
+                "CONF132", f"the shifts' standard deviation must be zero or more, found {self.shift_sigma_px}"
+            )
         if self.noise not in ("white", "coloured"):
             raise ConfigError("CONF133", f"noise is white or coloured, found {self.noise!r}")
         if self.seed < 0:
@@ -186,7 +195,9 @@ class Simulation:
         self.poses = Poses(rotations, shifts)
         self.ctf = settings.ctf.sample(settings.count, generator) if settings.ctf is not None else None
         self.noise_spectrum = self._spectrum()
-        pilot = torch.cat([self._variance(self._clean(start)) for start in range(0, min(settings.count, _PILOT), CHUNK)])
+        pilot = torch.cat(
+            [self._variance(self._clean(start)) for start in range(0, min(settings.count, _PILOT), CHUNK)]
+        )
         power = float(pilot.mean())
         if not power > 0:
             raise ConfigError("CONF135", "the images have no signal", "the model or map is constant")
@@ -248,7 +259,9 @@ def make_projector(source: AtomicModel | Volume, box: int, pixel_size: float, fa
         CONF136 bad box or pixel size; CONF137 a map of another box or pixel size.
     """
     if box < 8 or not pixel_size > 0:
-        raise ConfigError("CONF136", f"expected a box of at least 8 px and a positive pixel size, found {box} px and {pixel_size:g} A")
+        raise ConfigError(
+            "CONF136", f"expected a box of at least 8 px and a positive pixel size, found {box} px and {pixel_size:g} A"
+        )
     if isinstance(source, AtomicModel):
         exact = AtomProjector(source, box, pixel_size)
         if not fast:
