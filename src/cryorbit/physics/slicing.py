@@ -150,9 +150,11 @@ class _Slice(torch.autograd.Function):
 
 def _checked_rotations(rotations: Tensor, radius: float, oversampling: int, like: Tensor) -> Tensor:
     """Rotations in the working precision, refused when they would read outside the grid (or hold NaN)."""
-    top = rotations.detach()[:, :2]
-    if len(top):
-        stretch = float(torch.linalg.matrix_norm(top.to(torch.float64), ord=2).max())
+    if len(rotations):
+        x, y = rotations.detach()[:, :2].to(torch.float64).unbind(1)
+        a, b, d = (x * x).sum(1), (x * y).sum(1), (y * y).sum(1)
+        largest = 0.5 * (a + d) + torch.hypot(0.5 * (a - d), b)  # eigenvalue of the Gram matrix of the two rows
+        stretch = math.sqrt(float(largest.max()))
         if not stretch * radius * oversampling < _half_width(radius, oversampling):
             raise DataError(
                 "DATA101",
