@@ -1,0 +1,202 @@
+"""RELION's tables to numbers and back (labels as in RELION's ``metadata_label.h``; RELION 1 to 5).
+
+RELION up to 3.0 keeps everything in one table; from 3.1 on voltage, Cs, amplitude contrast, pixel size and box belong to optics groups. A
+column among the particles overrides the optics table. What a file does not say is None here, never a guess; only phase shift and
+B-factor (0) and scale (1) have RELION's own defaults.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+
+from cryorbit.conventions import euler_to_matrix, matrix_to_euler, shift_from_relion, shift_to_relion
+from cryorbit.errors import DataError, FileError
+from cryorbit.io.star import StarFile, StarTable
+
+IMAGE, GROUP, SUBSET = "rlnImageName", "rlnOpticsGroup", "rlnRandomSubset"
+PIXEL_SIZE, BOX = "rlnImagePixelSize", "rlnImageSize"
+ANGLES = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
+ORIGIN_ANGST = ("rlnOriginXAngst", "rlnOriginYAngst")
+ORIGIN_PX = ("rlnOriginX", "rlnOriginY")
+SIGN = "cryorbitImageSign"
+_DEGREE = np.pi / 180
+# field of CTFParams: (label, factor from the file's unit to ours, RELION's default or None where the file must say)
+CTF_LABELS: dict[str, tuple[str, float, float | None]] = {
+    "defocus_u": ("rlnDefocusU", 1.0, None),
+    "defocus_v": ("rlnDefocusV", 1.0, None),
+    "defocus_angle": ("rlnDefocusAngle", _DEGREE, None),
+    "phase_shift": ("rlnPhaseShift", _DEGREE, 0.0),
+    "voltage": ("rlnVoltage", 1.0, None),
+    "spherical_aberration": ("rlnSphericalAberration", 1.0, None),
+    "amplitude_contrast": ("rlnAmplitudeContrast", 1.0, None),
+    "bfactor": ("rlnCtfBfactor", 1.0, 0.0),
+    "scale": ("rlnCtfScalefactor", 1.0, 1.0),
+}
+OPTICS_LABELS = ("rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast")
+Column = NDArray[np.float64]
+
+
+def find_particle_block(star: StarFile, name: str) -> str:
+    """Name of the block that holds the particles: the one with ``rlnImageName``, ``particles`` first."""
+    having = [block for block, table in star.blocks.items() if IMAGE in table]
+    chosen = "particles" if "particles" in having else next(iter(having), None)
+    if chosen is None:
+        blocks = ", ".join(f'"{block}" ({len(table)} rows)' for block, table in star.blocks.items())
+        raise FileError(
+            "STAR010", f"no block of {name} has the column {IMAGE}, so it is no particle file; found {blocks}"
+        )
+    if len(having) > 1 and chosen != "particles":
+        raise FileError(
+            "STAR010", f"{len(having)} blocks of {name} have the column {IMAGE}: {', '.join(having)}; expected one"
+        )
+    if not len(star.blocks[chosen]):
+        raise DataError(
+            "STAR011", f'block "{chosen}" of {name} has no rows: there are no particles', "check the job that wrote it"
+        )
+    return chosen
+
+
+def numbers(table: StarTable, label: str) -> Column | None:
+    """A column as float64, or None where the table lacks it; ``STAR012`` where a value is no finite number."""
+    values = table.columns.get(label)
+    if values is None:
+        return None
+    try:
+        column = np.array(values, dtype=np.float64)
+        bad = np.flatnonzero(~np.isfinite(column))
+    except ValueError:
+        bad = np.array([i for i, value in enumerate(values) if not _is_number(value)])
+    if bad.size:
+        raise DataError(
+            "STAR012", f'row {bad[0] + 1} of column {label} holds "{values[bad[0]]}", expected a finite number'
+        )
+    return column
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return bool(np.isfinite(float(text)))
+    except ValueError:
+        return False
+
+
+def optics_groups(optics: StarTable | None, table: StarTable, name: str) -> NDArray[np.int64]:
+    """Optics group of each particle; all 1 in a file without groups.
+
+    Raises
+    ------
+    FileError
+        ``STAR013``: the optics table is missing, lacks a group that particles use, or has several and the particles name none.
+    """
+    group = numbers(table, GROUP)
+    if optics is None:
+        return np.ones(len(table), np.int64) if group is None else group.astype(np.int64)
+    known = numbers(optics, GROUP)
+    if known is None:
+        raise FileError("STAR013", f"the optics table of {name} lacks the column {GROUP}")
+    if group is None:
+        if len(optics) != 1:
+            raise FileError(
+                "STAR013", f"{name} has {len(optics)} optics groups, but its particles lack the column {GROUP}"
+            )
+        return np.full(len(table), int(known[0]), np.int64)
+    lost = sorted(set(group.astype(int)) - set(known.astype(int)))
+    if lost:
+        raise FileError(
+            "STAR013", f"particles of {name} are in optics group(s) {lost}, which its optics table does not have"
+        )
+    return group.astype(np.int64)
+
+
+def per_particle(table: StarTable, optics: StarTable | None, group: NDArray[np.int64], label: str) -> Column | None:
+    """Value of ``label`` for each particle, from its row or else from its optics group; None where neither has it."""
+    own = numbers(table, label)
+    if own is not None or optics is None or label not in optics:
+        return own
+    keys, values = numbers(optics, GROUP), numbers(optics, label)
+    if keys is None or values is None:
+        return None
+    order = np.argsort(keys, kind="stable")
+    return values[order[np.searchsorted(keys[order], group)]]
+
+
+def pixel_sizes(table: StarTable, optics: StarTable | None, group: NDArray[np.int64]) -> Column | None:
+    """Angstrom per pixel of each particle image, or None: rlnImagePixelSize, else detector pixel (um) over magnification, else rlnPixelSize."""
+    size = per_particle(table, optics, group, PIXEL_SIZE)
+    if size is None:
+        detector, magnification = numbers(table, "rlnDetectorPixelSize"), numbers(table, "rlnMagnification")
+        if detector is not None and magnification is not None and (magnification > 0).all():
+            size = detector / magnification * 1e4
+    return numbers(table, "rlnPixelSize") if size is None else size
+
+
+def ctf_columns(
+    table: StarTable, optics: StarTable | None, group: NDArray[np.int64], given: Mapping[str, float]
+) -> tuple[dict[str, Column] | None, tuple[str, ...]]:
+    """CTFParams fields in our units, and the labels that are missing (then there is no CTF: None).
+
+    ``given`` fills fields that the file lacks; it never overrides the file.
+    """
+    fields: dict[str, Column] = {}
+    missing: list[str] = []
+    for field, (label, factor, default) in CTF_LABELS.items():
+        column = per_particle(table, optics, group, label)
+        if column is not None:
+            fields[field] = column * factor
+        elif field in given or default is not None:
+            fields[field] = np.full(len(table), given.get(field, default), np.float64)
+        else:
+            missing.append(label)
+    return (None, tuple(missing)) if missing else (fields, ())
+
+
+def poses(table: StarTable, pixel_size: float) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
+    """Rotations (N, 3, 3) and shifts (N, 2) in angstrom; None for what the table does not have in full."""
+    angles = [numbers(table, label) for label in ANGLES]
+    rotations = (
+        None if any(a is None for a in angles) else euler_to_matrix(np.stack([a for a in angles if a is not None], -1))
+    )
+    for labels, scale in ((ORIGIN_ANGST, 1.0), (ORIGIN_PX, pixel_size)):
+        x, y = numbers(table, labels[0]), numbers(table, labels[1])
+        if x is not None and y is not None:
+            return rotations, shift_from_relion(np.stack([x, y], -1) * scale)
+    return rotations, None
+
+
+def texts(values: NDArray[np.float64], digits: int = 6) -> list[str]:
+    """Numbers as RELION writes them."""
+    return [f"{value:.{digits}f}" for value in np.asarray(values, dtype=np.float64).tolist()]
+
+
+def pose_columns(
+    rotations: Float[np.ndarray, "n 3 3"] | None, shifts: Float[np.ndarray, "n 2"] | None
+) -> dict[str, list[str]]:
+    """RELION columns of the poses that are given: degrees and angstrom."""
+    columns: dict[str, list[str]] = {}
+    if rotations is not None:
+        columns |= {label: texts(values) for label, values in zip(ANGLES, matrix_to_euler(rotations).T, strict=True)}
+    if shifts is not None:
+        columns |= {label: texts(values) for label, values in zip(ORIGIN_ANGST, shift_to_relion(shifts).T, strict=True)}
+    return columns
+
+
+def make_optics(table: StarTable) -> tuple[StarTable, list[str]]:
+    """An optics table with one group for each distinct voltage, Cs and amplitude contrast among the particles, and each particle's group."""
+    labels = [label for label in OPTICS_LABELS if label in table]
+    keys: Sequence[tuple[str, ...]] = (
+        list(zip(*(table.columns[label] for label in labels), strict=True)) if labels else [()] * len(table)
+    )
+    number = {key: str(i) for i, key in enumerate(dict.fromkeys(keys), 1)}
+    columns = {"rlnOpticsGroupName": [f"opticsGroup{i}" for i in number.values()], GROUP: list(number.values())}
+    columns |= {label: [key[j] for key in number] for j, label in enumerate(labels)}
+    return StarTable(columns), [number[key] for key in keys]
+
+
+def half_sets(table: StarTable) -> Int[np.ndarray, " n"] | None:
+    """Half set 1 or 2 of each particle; None without the column or where RELION has not assigned halves (zeros)."""
+    column = numbers(table, SUBSET)
+    if column is None or not np.isin(column, (1, 2)).all():
+        return None
+    return column.astype(np.int64)
