@@ -71,6 +71,11 @@ def point_group(name: str) -> Float[Tensor, "s 3 3"]:
     ------
     ConfigError
         ``CONF112`` for a name that is none of these.
+
+    Examples
+    --------
+    >>> [len(point_group(name)) for name in ("C4", "D4", "T", "O", "I")]
+    [4, 8, 12, 24, 60]
     """
     key = name.strip().upper()
     key = "I2" if key == "I" else key

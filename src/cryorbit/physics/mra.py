@@ -22,6 +22,13 @@ class MRA:
     group: Cyclic
 
     def observe(self, signal: Float[Tensor, " n"], g: Int[Tensor, " b"]) -> Float[Tensor, "b n"]:
-        """Shifted copies of ``signal``: row j is ``signal`` moved towards larger indices by ``g[j]`` samples."""
+        """Shifted copies of ``signal``: row j is ``signal`` moved towards larger indices by ``g[j]`` samples.
+
+        Examples
+        --------
+        >>> MRA(Cyclic(3)).observe(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1]))
+        tensor([[1., 2., 3.],
+                [3., 1., 2.]])
+        """
         n = self.group.order
         return signal[(torch.arange(n, device=signal.device) - g[:, None]) % n]
