@@ -50,9 +50,12 @@ $(VENV)/.python:
 	@touch $@
 
 # CPU build: a wheel folder configured for pip first, then the CPU index. A plain "pip install torch" would fetch CUDA on Linux.
-$(VENV)/.torch: $(VENV)/.python
+$(VENV)/.torch-$(TORCH): $(VENV)/.python
 	@if $(PY) -c 'import torch' 2>/dev/null; then \
 	  echo "PyTorch is already in $(VENV)"; \
+	  if [ "$(TORCH)" = cuda ] && $(PY) -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then \
+	    echo "hint: it is a CPU build; start over with: make clean && make demo TORCH=cuda"; exit 1; \
+	  fi; \
 	elif [ "$(TORCH)" = cuda ] || [ "$$(uname -s)" = Darwin ]; then \
 	  echo "Installing PyTorch"; $(PIP) install "torch>=2.6"; \
 	else \
@@ -70,12 +73,12 @@ $(VENV)/.torch: $(VENV)/.python
 	@$(PY) -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > $(PINNED)
 	@touch $@
 
-$(VENV)/.package: $(VENV)/.torch pyproject.toml
+$(VENV)/.package: $(VENV)/.torch-$(TORCH) pyproject.toml
 	@echo "Installing cryorbit and its libraries"
 	@$(PIP) install --quiet --constraint $(PINNED) --editable .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+$(VENV)/.dev: $(VENV)/.torch-$(TORCH) pyproject.toml
 	@echo "Installing cryorbit with its test tools"
 	@$(PIP) install --quiet --constraint $(PINNED) --editable ".[dev]"
 	@touch $@ $(VENV)/.package

@@ -90,7 +90,7 @@ def test_backward_is_the_adjoint(kind: type[nn.Module], box: int, generator: tor
 
 def test_gradcheck_in_rotation(kind: type[nn.Module], box: int, generator: torch.Generator) -> None:
     """Along the group: a small turn in front of a generic rotation (reads have kinks at lattice rotations)."""
-    volume, disk = kind.from_map(blob_3d(box)), fourier_disk(box, 2)
+    volume, disk = kind.from_map(blob_3d(box)), fourier_disk(box, 2.0)
     rotation = random_rotations(1, generator).double()
     turn = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
     assert gradcheck(lambda t: torch.view_as_real(volume(exp(t) @ rotation, disk)), (turn,))

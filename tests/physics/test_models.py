@@ -139,7 +139,7 @@ def test_forward_keeps_the_precision(dtype: torch.dtype, generator: torch.Genera
 
 def test_gradcheck_of_the_whole_forward_model(generator: torch.Generator) -> None:
     """In a turn of the pose, the shift, the defocus and the CTF scale at once."""
-    disk = fourier_disk(8, 3)
+    disk = fourier_disk(8, 3.0)
     grid = slicing_grid(_map(8), disk.radius)
     rotation = random_rotations(1, generator).double()
     base = _ctf_params(1)
