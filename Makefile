@@ -68,7 +68,7 @@ $(VENV)/.torch-$(TORCH): $(VENV)/.python
 	  echo "No CPU build of PyTorch $(TORCH_VERSION) could be installed, and nothing larger is fetched without your word."; \
 	  echo "hint: check the network and try again, choose another version (make demo TORCH_VERSION=2.6.0),"; \
 	  echo "      or take the GPU build (make demo TORCH=cuda, several gigabytes)"; \
-	  $(PIP) uninstall --quiet --yes torch; exit 1; }; \
+	  $(PIP) uninstall --quiet --yes torch 2>/dev/null; exit 1; }; \
 	fi
 	@$(PY) -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > $(PINNED)
 	@touch $@
