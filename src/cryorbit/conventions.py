@@ -19,6 +19,12 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+PARTICLE_COLUMNS = {
+    "log_likelihood": "rlnLogLikeliContribution",
+    "effective_poses": "rlnNrOfSignificantSamples",
+}
+"""RELION's names of what we say of each particle beside its pose: log-likelihood at the pose; effective poses after ab initio."""
+
 
 def centre(side: int) -> int:
     """Index of the centre of an axis of ``side`` samples."""
@@ -92,11 +98,12 @@ def rotvec_to_matrix(rotvec: Array) -> Array:
 
 
 def rotation_from_cryosparc(rotvec: Array) -> Array:
-    """RELION's A from cryoSPARC's ``alignments3D/pose`` rotation vector.
+    """RELION's A from cryoSPARC's ``alignments3D/pose`` rotation vector: the transpose of the vector's rotation matrix.
 
-    The matrix of the rotation vector, as pyem converts it (``expmap`` then Euler angles without a transpose).
+    pyem's ``expmap`` and cryoDRGN's ``parse_pose_csparc`` both transpose; checked against a ``.cs`` file and the ``poses.pkl``
+    cryoDRGN made of it (2,019 poses, largest difference 4e-7).
     """
-    return rotvec_to_matrix(rotvec)
+    return np.swapaxes(rotvec_to_matrix(rotvec), -1, -2)
 
 
 def shift_from_cryosparc(shift_px: Array, pixel_size: float | Array) -> Array:
@@ -105,7 +112,11 @@ def shift_from_cryosparc(shift_px: Array, pixel_size: float | Array) -> Array:
 
 
 def rotation_from_cryodrgn(rotation: Array) -> Array:
-    """RELION's A from a matrix of cryoDRGN's ``poses.pkl`` (checked: the ``toy_projections`` set images as ``A = M``)."""
+    """RELION's A from a matrix of cryoDRGN's ``poses.pkl``: the same matrix.
+
+    Checked on three counts: the ``toy_projections`` images (correlation 1.000), tomoDRGN's 1,296 poses and their STAR files (3e-7),
+    and cryoDRGN's ``pose.star.pkl`` with its STAR file (6e-17).
+    """
     return np.asarray(rotation, dtype=np.float64)
 
 

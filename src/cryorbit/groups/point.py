@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cryorbit.conventions import Array, rotvec_to_matrix
@@ -93,3 +93,15 @@ def point_group(name: str) -> Float[Tensor, "s 3 3"]:
             "for example --symmetry C1",
         )
     return torch.from_numpy(_closure(generators))
+
+
+def asymmetric_unit(rotations: Float[Tensor, "g 3 3"], group: Float[Tensor, "s 3 3"]) -> Bool[Tensor, " g"]:
+    """Which of ``rotations`` to keep so that each orbit ``{R S : S in group}`` is covered once (twice on the borders between units).
+
+    A map of this symmetry looks the same from R and from R S. Kept are the views (third row of R) nearest to a fixed generic direction
+    among their symmetry mates, with every in-plane angle.
+    """
+    generic = torch.tensor([0.5377, 0.2134, 0.8157], dtype=rotations.dtype, device=rotations.device)
+    views = rotations[:, 2]
+    nearness = torch.einsum("gi,sij,j->gs", views, group.to(rotations), generic)
+    return views @ generic >= nearness.amax(dim=1) - 1e-5

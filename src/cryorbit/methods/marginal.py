@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cryorbit.groups import so3
+from cryorbit.groups.point import asymmetric_unit
 from cryorbit.metrics.masks import soft_sphere
 from cryorbit.physics.fourier import FourierDisk
 from cryorbit.physics.slicing import Accumulator, insert_slices, slice_grid, slicing_grid, volume_from_accumulator
@@ -102,7 +103,8 @@ class Marginal:
         self.mask_diameter = mask_diameter
         device = stack.device
         self.symmetry = symmetry.to(device)
-        self.rotations = so3.healpix_grid(config.order).to(device)
+        grid = so3.healpix_grid(config.order).to(device)
+        self.rotations = grid[asymmetric_unit(grid, self.symmetry)]
         self.mask = soft_sphere(stack.box, 0.5 * mask_diameter / stack.pixel_size, 3.0).to(device)
         shells = int(stack.disk.radius) + 2
         self.noise = torch.zeros(shells, device=device)

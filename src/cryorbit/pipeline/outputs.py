@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import cryorbit
+from cryorbit.conventions import PARTICLE_COLUMNS
 from cryorbit.io.atomic import atomic_path
 from cryorbit.io.mrc import write_volume
 from cryorbit.io.particles import ParticleSet, write_particles
@@ -56,7 +57,7 @@ def write_poses(run: Path, particles: ParticleSet, result: Reconstruction, colum
         rotations=result.poses.rotations.to(torch.float64).cpu().numpy(),
         shifts=result.poses.shifts.to(torch.float64).cpu().numpy(),
         half_set=result.half_set.cpu().numpy(),
-        extra={name: list(values) for name, values in columns.items()},
+        extra={PARTICLE_COLUMNS[name]: [f"{value:.6g}" for value in values] for name, values in columns.items()},
     )
 
 
