@@ -1,8 +1,9 @@
 """Gaussian noise, white or with a radial spectrum: drawing it, measuring it, and the one Gaussian log-likelihood.
 
-A spectrum is a (S,) tensor, one entry per shell (``|k|`` rounded): the variance per *pixel* that white noise of that strength would have, so
-``E|F(k)|^2 = D^2 spectrum[shell(k)]`` for centred, unnormalised transforms of D x D images. White noise of variance v is v in all shells.
-Shells past the end of a spectrum take its last entry. Papers/001 eq. 1, papers/002 eq. 13.
+A spectrum is a (S,) tensor, one entry per shell (``|k|`` rounded): the variance per *pixel* that white noise of that
+strength would have, so ``E|F(k)|^2 = D^2 spectrum[shell(k)]`` for centred, unnormalised transforms of D x D images.
+White noise of variance v is v in all shells. Shells past the end of a spectrum take its last entry. Papers/001 eq. 1,
+papers/002 eq. 13.
 """
 
 import math
@@ -72,7 +73,8 @@ def radial_noise(
 
 
 def estimate_spectrum(residuals: Complex[Tensor, "b p"], disk: FourierDisk) -> Float[Tensor, " s"]:
-    """Maximum-likelihood spectrum of noise alone: the mean of ``|F|^2 / D^2`` over images and each shell of ``disk``; differentiable.
+    """Maximum-likelihood spectrum of noise alone: the mean of ``|F|^2 / D^2`` over images and each shell of ``disk``;
+    differentiable.
 
     Parameters
     ----------
@@ -97,8 +99,9 @@ def log_likelihood(
 ) -> Float[Tensor, " b"]:
     """Log-density of each image given its prediction, under Gaussian noise.
 
-    ``-1/2 sum_p w_p (|image - predicted|^2 / (D^2 v_p) + log(2 pi v_p))``, the density of the orthonormal coordinates (real and imaginary
-    parts times ``sqrt(2) / D``, the origin times ``1 / D``), hence over the whole plane that of the pixels themselves.
+    ``-1/2 sum_p w_p (|image - predicted|^2 / (D^2 v_p) + log(2 pi v_p))``, the density of the orthonormal coordinates
+    (real and imaginary parts times ``sqrt(2) / D``, the origin times ``1 / D``), hence over the whole plane that of
+    the pixels themselves.
 
     Parameters
     ----------

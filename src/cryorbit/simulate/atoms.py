@@ -1,7 +1,7 @@
 """Atomic models as sums of Gaussians: positions, electron scattering factors, and a Debye-Waller factor for each atom.
 
-The electron scattering factor of an element is ``f(s) = sum_i a_i exp(-b_i s^2 / 4)``, s in 1 / angstrom, with the five Gaussians of the
-International Tables for Crystallography C (2004), table 4.3.2.2, as gemmi ships them.
+The electron scattering factor of an element is ``f(s) = sum_i a_i exp(-b_i s^2 / 4)``, s in 1 / angstrom, with the
+five Gaussians of the International Tables for Crystallography C (2004), table 4.3.2.2, as gemmi ships them.
 """
 
 from dataclasses import dataclass
@@ -29,8 +29,8 @@ class AtomicModel:
     positions
         (A, 3) xyz in angstrom from the centre of mass.
     amplitudes, widths
-        (A, G) ``a_i`` (angstrom, times occupancy) and ``b_i`` (angstrom^2) of the scattering factor ``sum_i a_i exp(-b_i s^2 / 4)``, with the
-        atom's B-factor already added to the widths.
+        (A, G) ``a_i`` (angstrom, times occupancy) and ``b_i`` (angstrom^2) of the scattering factor ``sum_i a_i
+        exp(-b_i s^2 / 4)``, with the atom's B-factor already added to the widths.
     name
         What the model is called in files and messages.
     """
@@ -43,14 +43,14 @@ class AtomicModel:
     def __post_init__(self) -> None:
         if not len(self.positions):
             raise DataError(
-                "DATA101", f"{self.name} has no atoms", "check that the file holds coordinates other than water"
+                "DATA331", f"{self.name} has no atoms", "check that the file holds coordinates other than water"
             )
         for field in ("positions", "amplitudes", "widths"):
             if not bool(torch.isfinite(getattr(self, field)).all()):
-                raise DataError("DATA102", f"{self.name}: {field} holds a value that is not finite")
+                raise DataError("DATA332", f"{self.name}: {field} holds a value that is not finite")
         if bool((self.widths < 0).any()):
             raise DataError(
-                "DATA103", f"{self.name}: a Gaussian has a negative width", "use a B-factor of zero or more"
+                "DATA333", f"{self.name}: a Gaussian has a negative width", "use a B-factor of zero or more"
             )
 
     def __len__(self) -> int:
@@ -80,15 +80,15 @@ def model_path(name: str | Path) -> Path:
     Raises
     ------
     FileError
-        FILE101 when there is no such model or file.
+        FILE301 when there is no such model or file.
     """
     if str(name).lower() in SHIPPED:
         return Path(str(files("cryorbit.simulate") / "data" / SHIPPED[str(name).lower()]))
     path = Path(name)
     if not path.is_file():
         raise FileError(
-            "FILE101",
-            f"no model called {name}: expected a PDB, mmCIF or MRC file, or one of the shipped models ({', '.join(shipped_models())})",
+            "FILE301",
+            f"no model called {name}; expected a PDB, mmCIF or MRC file, phantom, or {', '.join(shipped_models())}",
             "check the path",
         )
     return path
@@ -97,8 +97,9 @@ def model_path(name: str | Path) -> Path:
 def read_model(path: str | Path, *, bfactor: float | None = DEFAULT_BFACTOR, chains: str | None = None) -> AtomicModel:
     """Read a PDB or mmCIF file (gzipped or not), or a shipped model by name, and centre it at its centre of mass.
 
-    The first model of the file is used. Waters are dropped; polymers, ligands and ions are kept, and so are hydrogens where the file has
-    them (none are added). Of alternative locations the first is kept. Occupancies multiply the scattering factors.
+    The first model of the file is used. Waters are dropped; polymers, ligands and ions are kept, and so are hydrogens
+    where the file has them (none are added). Of alternative locations the first is kept. Occupancies multiply the
+    scattering factors.
 
     Parameters
     ----------
@@ -112,19 +113,19 @@ def read_model(path: str | Path, *, bfactor: float | None = DEFAULT_BFACTOR, cha
     Raises
     ------
     FileError
-        FILE101 no such file; FILE102 it cannot be read as coordinates.
+        FILE301 no such file; FILE302 it cannot be read as coordinates.
     DataError
-        DATA101 to DATA104: no atoms, values that are not finite, or an element without scattering factor.
+        DATA331 to DATA334: no atoms, values that are not finite, or an element without scattering factor.
     """
     source = model_path(path)
     try:
         structure = gemmi.read_structure(str(source))
     except (RuntimeError, ValueError, OSError) as error:
         raise FileError(
-            "FILE102", f"{source.name} cannot be read as PDB or mmCIF: {error}", "is it a coordinate file?"
+            "FILE302", f"{source.name} cannot be read as PDB or mmCIF: {error}", "is it a coordinate file?"
         ) from error
     if not len(structure):
-        raise FileError("FILE102", f"{source.name} holds no atomic model", "is it a coordinate file?")
+        raise FileError("FILE302", f"{source.name} holds no atomic model", "is it a coordinate file?")
     structure.setup_entities()
     structure.remove_waters()
     structure.remove_alternative_conformations()
@@ -132,12 +133,12 @@ def read_model(path: str | Path, *, bfactor: float | None = DEFAULT_BFACTOR, cha
     found = [chain.name for chain in structure[0]]
     if keep is not None and not keep <= set(found):
         raise ConfigError(
-            "CONF101", f"{source.name} has no chain {', '.join(sorted(keep - set(found)))}; it has {', '.join(found)}"
+            "CONF339", f"{source.name} has no chain {', '.join(sorted(keep - set(found)))}; it has {', '.join(found)}"
         )
     atoms = [a for chain in structure[0] if keep is None or chain.name in keep for residue in chain for a in residue]
     if not atoms:
         raise DataError(
-            "DATA101", f"{source.name} has no atoms", "check that the file holds coordinates other than water"
+            "DATA331", f"{source.name} has no atoms", "check that the file holds coordinates other than water"
         )
     return _from_atoms(atoms, bfactor, source.name.split(".")[0])
 
@@ -148,7 +149,7 @@ def _from_atoms(atoms: list[gemmi.Atom], bfactor: float | None, name: str) -> At
         coefficients = element.c4322
         if coefficients is None:
             raise DataError(
-                "DATA104",
+                "DATA334",
                 f"{name}: element {element.name} has no electron scattering factor",
                 "remove or rename the atom",
             )

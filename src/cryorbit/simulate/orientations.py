@@ -1,4 +1,5 @@
-"""Where particles face: uniform, von Mises-Fisher mixtures, a cone, or preferred views. The in-plane angle is always uniform.
+"""Where particles face: uniform, von Mises-Fisher mixtures, a cone, or preferred views. The in-plane angle is always
+uniform.
 
 A view direction is the third row of RELION's A, ``(sin tilt cos rot, sin tilt sin rot, cos tilt)``.
 """
@@ -26,9 +27,10 @@ class Orientations:
     Attributes
     ----------
     kind
-        ``uniform``: Haar. ``vmf``: equal mixture of ``components`` von Mises-Fisher densities of ``concentration`` about random
-        directions. ``cone``: view directions uniform within ``half_angle`` of z; papers/002 section 6.3 is 15 degrees (tilt in -15 .. 15).
-        ``preferred``: ``fraction`` of the particles within ``half_angle`` of ``components`` random directions, the rest uniform.
+        ``uniform``: Haar. ``vmf``: equal mixture of ``components`` von Mises-Fisher densities of ``concentration``
+        about random directions. ``cone``: view directions uniform within ``half_angle`` of z; papers/002 section 6.3
+        is 15 degrees (tilt in -15 .. 15). ``preferred``: ``fraction`` of the particles within ``half_angle`` of
+        ``components`` random directions, the rest uniform.
     concentration
         Kappa of each von Mises-Fisher component.
     components
@@ -47,17 +49,17 @@ class Orientations:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ConfigError("CONF110", f"orientations are one of {', '.join(KINDS)}, found {self.kind!r}")
+            raise ConfigError("CONF310", f"orientations are one of {', '.join(KINDS)}, found {self.kind!r}")
         if not self.concentration > 0:
-            raise ConfigError("CONF111", f"the concentration must be positive, found {self.concentration:g}")
+            raise ConfigError("CONF311", f"the concentration must be positive, found {self.concentration:g}")
         if self.components < 1:
-            raise ConfigError("CONF112", f"at least one component is needed, found {self.components}")
+            raise ConfigError("CONF312", f"at least one component is needed, found {self.components}")
         if not 0 < self.half_angle <= math.pi:
             raise ConfigError(
-                "CONF113", f"the cone's half angle must be in (0, 180] degrees, found {math.degrees(self.half_angle):g}"
+                "CONF313", f"the cone's half angle must be in (0, 180] degrees, found {math.degrees(self.half_angle):g}"
             )
         if not 0 <= self.fraction <= 1:
-            raise ConfigError("CONF114", f"the fraction of preferred views must be in [0, 1], found {self.fraction:g}")
+            raise ConfigError("CONF314", f"the fraction of preferred views must be in [0, 1], found {self.fraction:g}")
 
     def sample(self, count: int, generator: torch.Generator) -> Float[Tensor, "n 3 3"]:
         """``count`` rotations, float32."""

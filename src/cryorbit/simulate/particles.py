@@ -1,13 +1,14 @@
 """Particle images with known truth: poses, CTF, signal and noise, in memory or as a stream of chunks.
 
-The SNR is defined once, here: the mean over images of the variance of the clean image (CTF applied, shifted) over all its pixels, divided by
-the noise variance of a pixel; in decibels ``10 log10`` of it (papers/001 table 1; papers/002 section 6).
-Images are scaled so that the noise has variance 1, as in extracted particles; without noise, so that the mean clean variance is 1.
+The SNR is defined once, here: the mean over images of the variance of the clean image (CTF applied, shifted) over all
+its pixels, divided by the noise variance of a pixel; in decibels ``10 log10`` of it (papers/001 table 1; papers/002
+section 6). Images are scaled so that the noise has variance 1, as in extracted particles; without noise, so that the
+mean clean variance is 1.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -24,6 +25,8 @@ from cryorbit.physics.shift import phase_ramp
 from cryorbit.simulate.atoms import AtomicModel
 from cryorbit.simulate.orientations import Orientations
 from cryorbit.simulate.project_atoms import AtomProjector
+from cryorbit.simulate.project_map import MapProjector
+from cryorbit.simulate.settings import CTFSettings, SimulationSettings
 from cryorbit.types import CTFParams, Poses, Volume
 
 CHUNK = 64
@@ -41,95 +44,6 @@ class Projector(Protocol):
     def __call__(self, rotations: Float[Tensor, "b 3 3"]) -> Complex[Tensor, "b p"]: ...
 
     def volume(self) -> Float[Tensor, "d d d"]: ...
-
-
-@dataclass(frozen=True)
-class CTFSettings:
-    """How the CTF of each particle is drawn.
-
-    Attributes
-    ----------
-    defocus
-        (lowest, highest) mean defocus in angstrom, uniform between, positive = underfocus.
-    astigmatism
-        Largest ``DefocusU - DefocusV`` in angstrom: uniform from 0, the angle uniform over half a turn.
-    phase_shift
-        Radian, the same for all particles.
-    voltage, spherical_aberration, amplitude_contrast, bfactor
-        kV, mm, fraction, angstrom^2.
-    """
-
-    defocus: tuple[float, float] = (8000.0, 20000.0)
-    astigmatism: float = 0.0
-    phase_shift: float = 0.0
-    voltage: float = 300.0
-    spherical_aberration: float = 2.7
-    amplitude_contrast: float = 0.1
-    bfactor: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not self.defocus[0] <= self.defocus[1]:
-            raise ConfigError(
-                "CONF120",
-                f"the defocus range {self.defocus[0]:g} .. {self.defocus[1]:g} A is empty",
-                "give the lower first",
-            )
-        if self.astigmatism < 0 or self.voltage <= 0 or not 0 <= self.amplitude_contrast < 1:
-            raise ConfigError("CONF121", "the CTF needs astigmatism >= 0, voltage > 0 and amplitude contrast in [0, 1)")
-
-    def sample(self, count: int, generator: torch.Generator) -> CTFParams:
-        """Parameters of ``count`` particles, float32."""
-        mean, half, angle = torch.rand(3, count, generator=generator, dtype=torch.float64)
-        mean = self.defocus[0] + mean * (self.defocus[1] - self.defocus[0])
-        half = 0.5 * self.astigmatism * half
-
-        def same(value: float) -> Tensor:
-            return torch.full((count,), value)
-
-        return CTFParams(
-            (mean + half).to(torch.float32),
-            (mean - half).to(torch.float32),
-            (math.pi * angle).to(torch.float32),
-            same(self.phase_shift),
-            same(self.voltage),
-            same(self.spherical_aberration),
-            same(self.amplitude_contrast),
-            same(self.bfactor),
-            same(1.0),
-        )
-
-
-@dataclass(frozen=True)
-class SimulationSettings:
-    """What is drawn for each particle. See the module for the SNR; ``snr_db`` None means no noise.
-
-    ``shift_sigma_px``: standard deviation in pixels of each coordinate of the Gaussian shift. ``noise``: white, or coloured with the spectrum of
-    :func:`cryorbit.physics.noise.coloured_spectrum`. ``seed`` fixes every draw.
-    """
-
-    count: int
-    snr_db: float | None = 0.0
-    ctf: CTFSettings | None = None
-    shift_sigma_px: float = 0.0
-    orientations: Orientations = field(default_factory=Orientations)
-    noise: Literal["white", "coloured"] = "white"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.count < 1:
-            raise ConfigError("CONF130", f"at least one particle is needed, found a count of {self.count}")
-        if self.snr_db is not None and not math.isfinite(self.snr_db):
-            raise ConfigError(
-                "CONF131", f"the SNR must be a finite number of dB, found {self.snr_db}", "no noise is snr_db=None"
-            )
-        if not (self.shift_sigma_px >= 0 and math.isfinite(self.shift_sigma_px)):
-            raise ConfigError(
-                "CONF132", f"the shifts' standard deviation must be zero or more, found {self.shift_sigma_px}"
-            )
-        if self.noise not in ("white", "coloured"):
-            raise ConfigError("CONF133", f"noise is white or coloured, found {self.noise!r}")
-        if self.seed < 0:
-            raise ConfigError("CONF134", f"the seed must be zero or more, found {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -172,10 +86,11 @@ class SimulatedParticles:
 
 
 class Simulation:
-    """One simulated data set: draws every parameter at once, makes images chunk by chunk, the same however they are asked for.
+    """One simulated data set: draws every parameter at once, makes images chunk by chunk, the same however they are
+    asked for.
 
-    The signal's scale is set by the first 1,024 particles, so the realised SNR of a larger set differs by their sampling error (below
-    0.05 dB in practice); ``clean_variance`` after all chunks is exact.
+    The signal's scale is set by the first 1,024 particles, so the realised SNR of a larger set differs by their
+    sampling error (below 0.05 dB in practice); ``clean_variance`` after all chunks is exact.
 
     Attributes
     ----------
@@ -200,7 +115,7 @@ class Simulation:
         )
         power = float(pilot.mean())
         if not power > 0:
-            raise ConfigError("CONF135", "the images have no signal", "the model or map is constant")
+            raise ConfigError("CONF335", "the images have no signal", "the model or map is constant")
         wanted = 1.0 if settings.snr_db is None else snr_from_db(settings.snr_db)
         self.gain = math.sqrt(wanted / power)
 
@@ -215,7 +130,7 @@ class Simulation:
         return Volume(self.projector.volume() * self.gain, self.projector.pixel_size)
 
     def chunks(self) -> Iterator[tuple[Float[Tensor, "m d d"], Float[Tensor, " m"]]]:
-        """Yield (images, variance of each clean image) in order, at most ``CHUNK`` particles at a time; each call starts afresh."""
+        """Yield (images, variance of each clean image) in order, ``CHUNK`` at a time; each call starts afresh."""
         generator = torch.Generator().manual_seed(self._noise_seed)
         box = self.projector.box
         for start in range(0, self.settings.count, CHUNK):
@@ -251,16 +166,17 @@ class Simulation:
 
 
 def make_projector(source: AtomicModel | Volume, box: int, pixel_size: float, fast: bool = False) -> Projector:
-    """The projector of a model (exact; ``fast``: slices of its map) or of a map, which must already have this box and pixel size.
+    """The projector of a model (exact; ``fast``: slices of its map) or of a map, which must already have this box and
+    pixel size.
 
     Raises
     ------
     ConfigError
-        CONF136 bad box or pixel size; CONF137 a map of another box or pixel size.
+        CONF336 bad box or pixel size; CONF337 a map of another box or pixel size.
     """
     if box < 8 or not pixel_size > 0:
         raise ConfigError(
-            "CONF136", f"expected a box of at least 8 px and a positive pixel size, found {box} px and {pixel_size:g} A"
+            "CONF336", f"expected a box of at least 8 px and a positive pixel size, found {box} px and {pixel_size:g} A"
         )
     if isinstance(source, AtomicModel):
         exact = AtomProjector(source, box, pixel_size)
@@ -269,12 +185,10 @@ def make_projector(source: AtomicModel | Volume, box: int, pixel_size: float, fa
         source = Volume(exact.volume(), pixel_size)
     elif source.box != box or abs(source.pixel_size - pixel_size) > 1e-3 * pixel_size:
         raise ConfigError(
-            "CONF137",
+            "CONF337",
             f"the map is {source.box} px at {source.pixel_size:g} A, the images asked for {box} px at {pixel_size:g} A",
             "leave --box and --pixel-size out, or resample the map first",
         )
-    from cryorbit.simulate.project_map import MapProjector
-
     return MapProjector(source)
 
 

@@ -10,8 +10,9 @@ from cryorbit.simulate.atoms import AtomicModel
 def phantom(radius: float = 30.0, blobs: int = 12, width: float = 5.0, seed: int = 0) -> AtomicModel:
     """An asymmetric object of Gaussian blobs within ``radius`` angstrom of its centre of mass.
 
-    Blob positions are uniform in a ball stretched 1 : 0.75 : 0.55, weights are between 0.5 and 1.5, so neither a symmetry nor a mirror image
-    fits it. Each blob is ``w exp(-|x|^2 / (2 sigma^2))`` in space, normalised to integral w.
+    Blob positions are uniform in a ball stretched 1 : 0.75 : 0.55, weights are between 0.5 and 1.5, so neither a
+    symmetry nor a mirror image fits it. Each blob is ``w exp(-|x|^2 / (2 sigma^2))`` in space, normalised to integral
+    w.
 
     Parameters
     ----------

@@ -1,8 +1,10 @@
-"""Exact projections of atoms: ``F(k) = sum_a f_a(|k|) exp(-2 pi i k . (A r_a)_xy / (D pixel_size))`` on the pixels of a Fourier disk.
+"""Exact projections of atoms: ``F(k) = sum_a f_a(|k|) exp(-2 pi i k . (A r_a)_xy / (D pixel_size))`` on the pixels of
+a Fourier disk.
 
-The scattering factors of all atoms, each relative to their root mean square at the same frequency, lie to 1e-4 in a space of a few radial
-profiles (two or three for protein): one non-uniform Fourier sum per profile, not per atom or element, gives every image. Against the direct
-sum the relative error of images is below 4e-5, and below 2e-4 in the outer fifth of the frequencies (``tests/simulate``).
+The scattering factors of all atoms, each relative to their root mean square at the same frequency, lie to 1e-4 in a
+space of a few radial profiles (two or three for protein): one non-uniform Fourier sum per profile, not per atom or
+element, gives every image. Against the direct sum the relative error of images is below 4e-5, and below 2e-4 in the
+outer fifth of the frequencies (``tests/simulate``).
 """
 
 import math
@@ -36,16 +38,17 @@ class AtomProjector:
     Raises
     ------
     DataError
-        DATA105 when an atom could leave the box in some view.
+        DATA335 when an atom could leave the box in some view.
     """
 
     def __init__(self, model: AtomicModel, box: int, pixel_size: float) -> None:
-        if model.radius > (box // 2 - 1) * pixel_size:
+        room = (box // 2 - 1) * pixel_size
+        if model.radius > room:
+            least = 2 * math.ceil(model.radius / pixel_size + 1)
             raise DataError(
-                "DATA105",
-                f"{model.name} reaches {model.radius:.1f} A from its centre; a box of {box} px at {pixel_size:g} A holds "
-                f"{(box // 2 - 1) * pixel_size:.1f} A",
-                f"use a box of at least {2 * math.ceil(model.radius / pixel_size + 1)} px (1.5 times as much is usual) or larger pixels",
+                "DATA335",
+                f"{model.name} reaches {model.radius:.1f} A from its centre; {box} px of {pixel_size:g} A hold {room:.1f}",
+                f"use a box of at least {least} px (1.5 times as much is usual) or larger pixels",
             )
         self.box = box
         self.pixel_size = pixel_size
@@ -75,7 +78,7 @@ class AtomProjector:
         return (transform[..., self.disk.ky % m, self.disk.kx] * self._weights).sum(1)
 
     def volume(self) -> Float[Tensor, "d d d"]:
-        """The map whose exact central slices are the projections: band-limited to the sphere below Nyquist, float32, zyx."""
+        """The map whose central slices are the projections: band-limited to the sphere below Nyquist, float32."""
         d, m = self.box, self._side
         full = torch.cat([torch.arange(0, (d + 1) // 2), torch.arange(-(d // 2), 0)])
         kz, ky, kx = torch.meshgrid(full, full, torch.arange(d // 2 + 1), indexing="ij")
@@ -96,7 +99,7 @@ class AtomProjector:
 
 
 def _radial_profiles(model: AtomicModel, box: int, pixel_size: float) -> tuple[Tensor, Tensor]:
-    """Coefficients (A, C) and profiles (C, L), L over squared integer frequencies, with ``f_a(|k|) ~ coefficients @ profiles``."""
+    """Coefficients (A, C) and profiles (C, L) over squared frequencies, with ``f_a(|k|) = coefficients @ profiles``."""
     atoms = torch.cat([model.amplitudes, model.widths], dim=1)
     distinct, inverse, counts = atoms.unique(dim=0, return_inverse=True, return_counts=True)
     half = distinct.shape[1] // 2

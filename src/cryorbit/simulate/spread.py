@@ -1,7 +1,9 @@
-"""Non-uniform Fourier sums by spreading points on a finer periodic grid (the NUFFT of type 1), in two and three dimensions.
+"""Non-uniform Fourier sums by spreading points on a finer periodic grid (the NUFFT of type 1), in two and three
+dimensions.
 
-Each point is spread with the "exponential of semicircle" kernel of Barnett, Magland and af Klinteberg (SIAM J. Sci. Comput. 41, 2019,
-C479), ``phi(z) = exp(beta (sqrt(1 - z^2) - 1))`` over ``WIDTH`` grid points; the transform of the grid, divided by the kernel's, is the sum.
+Each point is spread with the "exponential of semicircle" kernel of Barnett, Magland and af Klinteberg (SIAM J. Sci.
+Comput. 41, 2019, C479), ``phi(z) = exp(beta (sqrt(1 - z^2) - 1))`` over ``WIDTH`` grid points; the transform of the
+grid, divided by the kernel's, is the sum.
 """
 
 import math
@@ -25,7 +27,7 @@ def fine_side(box: int) -> int:
 
 
 def kernel_transform(frequencies: Float[Tensor, "*b"], side: int) -> Float[Tensor, "*b"]:
-    """One-dimensional transform of the spreading kernel at integer ``frequencies`` of a grid of ``side`` points, float64."""
+    """One-dimensional transform of the spreading kernel at integer frequencies of a grid of ``side`` points."""
     nodes, weights = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(64))
     kernel = torch.exp(_BETA * (torch.sqrt(1 - nodes**2) - 1)) * weights * (WIDTH / 2)
     angle = (math.pi * WIDTH / side) * frequencies.to(torch.float64)[..., None] * nodes
@@ -34,7 +36,7 @@ def kernel_transform(frequencies: Float[Tensor, "*b"], side: int) -> Float[Tenso
 
 @njit(inline="always")
 def _taps(x, side, index, value):  # type: ignore[no-untyped-def]
-    first = int(math.ceil(x - 0.5 * WIDTH))
+    first = math.ceil(x - 0.5 * WIDTH)
     for t in range(WIDTH):
         z = (first + t - x) * (2.0 / WIDTH)
         value[t] = math.exp(_BETA * (math.sqrt(max(0.0, 1.0 - z * z)) - 1.0))
@@ -43,9 +45,11 @@ def _taps(x, side, index, value):  # type: ignore[no-untyped-def]
 
 @njit(parallel=True, cache=True, fastmath=True, nogil=True)
 def spread_images(rotations, positions, coefficients, out):  # type: ignore[no-untyped-def]
-    """Add to ``out`` (B, C, M, M) float32 the points ``(R r)[:2]`` of B rotations, with C float32 coefficients for each point.
+    """Add to ``out`` (B, C, M, M) float32 the points ``(R r)[:2]`` of B rotations, with C float32 coefficients for
+    each point.
 
-    ``positions`` (A, 3) are xyz in grid points from the centre ``M // 2``; the grid is periodic. ``out`` is changed in place.
+    ``positions`` (A, 3) are xyz in grid points from the centre ``M // 2``; the grid is periodic. ``out`` is changed
+    in place.
     """
     side = out.shape[-1]
     channels = coefficients.shape[1]
@@ -67,7 +71,7 @@ def spread_images(rotations, positions, coefficients, out):  # type: ignore[no-u
 
 @njit(cache=True, fastmath=True, nogil=True)
 def spread_volume(positions, coefficients, out):  # type: ignore[no-untyped-def]
-    """Add to ``out`` (M, M, M) float32 the points ``positions`` (A, 3), xyz in grid points from the centre, with one coefficient each."""
+    """Add points with one coefficient each to ``out`` (M, M, M) float32; ``positions`` as in :func:`spread_images`."""
     side = out.shape[-1]
     ix, iy, iz = np.empty(WIDTH, np.int64), np.empty(WIDTH, np.int64), np.empty(WIDTH, np.int64)
     vx, vy, vz = np.empty(WIDTH, np.float32), np.empty(WIDTH, np.float32), np.empty(WIDTH, np.float32)

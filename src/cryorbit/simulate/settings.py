@@ -1,0 +1,101 @@
+"""What a simulation draws for each particle: CTF, shifts, orientations, noise."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cryorbit.errors import ConfigError
+from cryorbit.simulate.orientations import Orientations
+from cryorbit.types import CTFParams
+
+
+@dataclass(frozen=True)
+class CTFSettings:
+    """How the CTF of each particle is drawn.
+
+    Attributes
+    ----------
+    defocus
+        (lowest, highest) mean defocus in angstrom, uniform between, positive = underfocus.
+    astigmatism
+        Largest ``DefocusU - DefocusV`` in angstrom: uniform from 0, the angle uniform over half a turn.
+    phase_shift
+        Radian, the same for all particles.
+    voltage, spherical_aberration, amplitude_contrast, bfactor
+        kV, mm, fraction, angstrom^2.
+    """
+
+    defocus: tuple[float, float] = (8000.0, 20000.0)
+    astigmatism: float = 0.0
+    phase_shift: float = 0.0
+    voltage: float = 300.0
+    spherical_aberration: float = 2.7
+    amplitude_contrast: float = 0.1
+    bfactor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.defocus[0] <= self.defocus[1]:
+            raise ConfigError(
+                "CONF320",
+                f"the defocus range {self.defocus[0]:g} .. {self.defocus[1]:g} A is empty",
+                "give the lower first",
+            )
+        if self.astigmatism < 0 or self.voltage <= 0 or not 0 <= self.amplitude_contrast < 1:
+            raise ConfigError("CONF321", "the CTF needs astigmatism >= 0, voltage > 0 and amplitude contrast in [0, 1)")
+
+    def sample(self, count: int, generator: torch.Generator) -> CTFParams:
+        """Parameters of ``count`` particles, float32."""
+        mean, half, angle = torch.rand(3, count, generator=generator, dtype=torch.float64)
+        mean = self.defocus[0] + mean * (self.defocus[1] - self.defocus[0])
+        half = 0.5 * self.astigmatism * half
+
+        def same(value: float) -> Tensor:
+            return torch.full((count,), value)
+
+        return CTFParams(
+            (mean + half).to(torch.float32),
+            (mean - half).to(torch.float32),
+            (math.pi * angle).to(torch.float32),
+            same(self.phase_shift),
+            same(self.voltage),
+            same(self.spherical_aberration),
+            same(self.amplitude_contrast),
+            same(self.bfactor),
+            same(1.0),
+        )
+
+
+@dataclass(frozen=True)
+class SimulationSettings:
+    """What is drawn for each particle. See the module for the SNR; ``snr_db`` None means no noise.
+
+    ``shift_sigma_px``: standard deviation in pixels of each coordinate of the Gaussian shift. ``noise``: white, or
+    coloured with the spectrum of :func:`cryorbit.physics.noise.coloured_spectrum`. ``seed`` fixes every draw.
+    """
+
+    count: int
+    snr_db: float | None = 0.0
+    ctf: CTFSettings | None = None
+    shift_sigma_px: float = 0.0
+    orientations: Orientations = field(default_factory=Orientations)
+    noise: Literal["white", "coloured"] = "white"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ConfigError("CONF330", f"at least one particle is needed, found a count of {self.count}")
+        if self.snr_db is not None and not math.isfinite(self.snr_db):
+            raise ConfigError(
+                "CONF331", f"the SNR must be a finite number of dB, found {self.snr_db}", "no noise is snr_db=None"
+            )
+        if not (self.shift_sigma_px >= 0 and math.isfinite(self.shift_sigma_px)):
+            raise ConfigError(
+                "CONF332", f"the shifts' standard deviation must be zero or more, found {self.shift_sigma_px}"
+            )
+        if self.noise not in ("white", "coloured"):
+            raise ConfigError("CONF333", f"noise is white or coloured, found {self.noise!r}")
+        if self.seed < 0:
+            raise ConfigError("CONF334", f"the seed must be zero or more, found {self.seed}")
