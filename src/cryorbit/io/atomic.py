@@ -21,8 +21,8 @@ def _fsync(path: Path) -> None:
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it takes the final name, on any exception it is removed.
 
-    The temporary name keeps the suffix (so libraries that go by the suffix behave), starts with a dot, and lies in the same
-    folder, so that the last step is one rename. A file that was there before stays untouched until then.
+    The temporary name keeps the suffix (so libraries that go by the suffix behave), starts with a dot, and lies in
+    the same folder, so that the last step is one rename. A file that was there before stays untouched until then.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
 """MRC maps and image stacks (MRC2014, modes 0, 1, 2, 6, 12), memory-mapped and lazy.
 
 Header layout after Cheng et al., J. Struct. Biol. 192 (2015) 146 ("MRC2014: extensions to the MRC format header").
-Header damage that real programs leave behind (no ``MAP`` string, no machine stamp, a stack whose ``mz`` is its length, voxel size 0) is
-tolerated; a file shorter than its header promises is not.
+Header damage that real programs leave behind (no ``MAP`` string, no machine stamp, a stack whose ``mz`` is its
+length, voxel size 0) is tolerated; a file shorter than its header promises is not.
 """
 
 import bz2
@@ -23,10 +23,15 @@ from cryorbit.io.atomic import atomic_path
 
 HEADER_BYTES = 1024
 _MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
-_SIGN_OF_OTHER_FORMATS = {
-    ".tif": "TIFF", ".tiff": "TIFF", ".eer": "EER", ".stk": "Spider", ".spi": "Spider", ".hed": "Imagic", ".img": "Imagic", ".hdf": "EMAN HDF",
-    ".h5": "HDF5", ".dm4": "Gatan DM4", ".dm3": "Gatan DM3", ".png": "PNG",
-}  # fmt: skip
+_OTHER_FORMATS = {
+    "TIFF": (".tif", ".tiff"),
+    "EER": (".eer",),
+    "Spider": (".stk", ".spi"),
+    "Imagic": (".hed", ".img"),
+    "HDF": (".hdf", ".h5"),
+    "Gatan": (".dm3", ".dm4"),
+    "PNG": (".png",),
+}
 
 
 @dataclass(frozen=True)
@@ -48,12 +53,13 @@ class MrcHeader:
 
 def refuse_other_formats(path: Path) -> None:
     """Raise ``FILE003`` for an image format that is not read, by its name."""
-    kind = _SIGN_OF_OTHER_FORMATS.get(path.suffix.lower())
+    kind = next((name for name, suffixes in _OTHER_FORMATS.items() if path.suffix.lower() in suffixes), None)
     if kind:
         raise FileError(
             "FILE003",
             f"{path.name} is a {kind} file, which is not supported; expected an MRC stack or map, a STAR or a .cs file",
-            "convert it first: relion_convert_to_tiff (TIFF), e2proc2d.py or relion_stack_create (Spider, Imagic, HDF) to .mrcs",
+            "convert it first: relion_convert_to_tiff (TIFF), e2proc2d.py or relion_stack_create (Spider, "
+            "Imagic, HDF) to .mrcs",
         )
 
 
@@ -75,7 +81,8 @@ def _parse_header(path: Path, raw: bytes, size: int) -> MrcHeader:
     if mode not in _MODES or min(nx, ny, nz) < 1 or extended < 0 or max(nx, ny) > 1_000_000:
         raise FileError(
             "MRC002",
-            f"{path.name} is no readable MRC file: mode {mode}, size {nx} x {ny} x {nz}; expected mode 0, 1, 2, 6 or 12 and positive sizes",
+            f"{path.name} is no readable MRC file: mode {mode}, size {nx} x {ny} x {nz}; expected mode 0, 1, "
+            "2, 6 or 12 and positive sizes",
             "complex (3, 4) and 4-bit (101) files must be converted to mode 2 first",
         )
     dtype = np.dtype(order + _MODES[mode])
@@ -86,7 +93,8 @@ def _parse_header(path: Path, raw: bytes, size: int) -> MrcHeader:
         held = max(0, size - offset) // image_bytes
         raise FileError(
             "MRC003",
-            f"{path.name} is truncated: its header promises {nz} images of {nx} x {ny} px (mode {mode}), the file holds {held}",
+            f"{path.name} is truncated: its header promises {nz} images of {nx} x {ny} px (mode {mode}), the "
+            f"file holds {held}",
             "copy or download the file again",
         )
     cell, samples = float(header["cella"]["x"]), int(header["mx"])
@@ -272,7 +280,7 @@ def write_volume(path: Path | str, data: Float[np.ndarray, "d d d"], pixel_size:
 
 
 class StackWriter:
-    """Context manager that writes a float32 image stack piece by piece; the file gets its name when all images are there.
+    """Writes a float32 image stack piece by piece; the file gets its name when all images are there (context manager).
 
     Parameters
     ----------

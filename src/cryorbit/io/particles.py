@@ -1,7 +1,8 @@
 """One data set of particles: metadata, poses, CTF, and images read on demand.
 
-``open_particles`` takes any file a microscopist has (STAR, ``.mrcs``, a text list of stacks, cryoSPARC's ``.cs``); everything becomes RELION's
-tables first, so there is one way in and nothing the input said is lost on the way out (``write_particles``).
+``open_particles`` takes any file a microscopist has (STAR, ``.mrcs``, a text list of stacks, cryoSPARC's ``.cs``);
+everything becomes RELION's tables first, so there is one way in and nothing the input said is lost on the way out
+(``write_particles``).
 """
 
 import os
@@ -15,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from cryorbit.errors import ConfigError, DataError, FileError
 from cryorbit.io import relion
+from cryorbit.io.cs import cs_to_star
 from cryorbit.io.mrc import MrcStack, refuse_other_formats
 from cryorbit.io.stacks import StackImages, find_files, open_images
 from cryorbit.io.star import StarFile, StarTable, read_star, write_star
@@ -26,10 +28,11 @@ _SAME_PIXEL = 1e-3
 class ParticleSet:
     """N particles. Arrays are float64 or int64, one entry per particle; None where the file does not say.
 
-    ``box`` px; ``pixel_size`` angstrom; ``ctf`` CTFParams field -> (N,), with ``ctf_missing`` the labels for want of which it is None;
-    ``rotations`` (N, 3, 3) and ``shifts`` (N, 2) angstrom as ``types.Poses``; ``half_set`` 1 or 2; ``sign`` -1 where the images are
-    stored with dark protein (``read`` multiplies it in); ``table`` and ``star`` the input's own columns and blocks; ``images`` None where the
-    stacks were not asked for; ``warnings`` what a reader should know.
+    ``box`` px; ``pixel_size`` angstrom; ``ctf`` CTFParams field -> (N,), with ``ctf_missing`` the labels for want of
+    which it is None;
+    ``rotations`` (N, 3, 3) and ``shifts`` (N, 2) angstrom as ``types.Poses``; ``half_set`` 1 or 2; ``sign`` -1 where
+    the images are stored with dark protein (``read`` multiplies it in); ``table`` and ``star`` the input's own
+    columns and blocks; ``images`` None where the stacks were not asked for; ``warnings`` what a reader should know.
     """
 
     path: Path
@@ -103,17 +106,21 @@ def _bare_stacks(path: Path, datadir: Path | None) -> StarFile:
     return StarFile({"particles": StarTable({relion.IMAGE: images})})
 
 
-def _load(path: Path, datadir: Path | None) -> StarFile:
+def _load(path: Path, datadir: Path | None, passthrough: Path | str | None) -> tuple[StarFile, tuple[str, ...]]:
     refuse_other_formats(path)
     suffix = path.suffix.lower()
     if not path.is_file():
         raise FileError("FILE001", f"{path} does not exist")
+    if passthrough is not None and suffix != ".cs":
+        raise ConfigError("CONF011", f"a passthrough file belongs to a .cs file, not to {path.name}")
     if suffix == ".star":
-        return read_star(path)
+        return read_star(path), ()
+    if suffix == ".cs":
+        return cs_to_star(path, passthrough)
     if suffix in (".mrcs", ".mrc", ".txt"):
-        return _bare_stacks(path, datadir)
+        return _bare_stacks(path, datadir), ()
     raise FileError(
-        "FILE003", f"{path.name} is no particle file; expected .star, .mrcs, .mrc, .cs or a .txt list of stacks"
+        "FILE003", f"{path.name} is no particle file; expected .star, .cs, .mrcs, .mrc or a .txt list of stacks"
     )
 
 
@@ -130,64 +137,81 @@ def _stated_pixel_size(sizes: NDArray[np.float64] | None, name: str, strict: boo
     return float(sizes[0])
 
 
-def _is_premultiplied(table: StarTable, optics: StarTable | None, group: NDArray[np.int64]) -> bool:
-    flag = relion.per_particle(table, optics, group, "rlnCtfDataAreCtfPremultiplied")
-    return flag is not None and bool((flag != 0).any())
-
-
-def _build(
-    star: StarFile,
-    path: Path,
-    datadir: Path | None,
-    pixel_size: float | None,
-    sign: int,
-    require_images: bool,
-    ctf_given: Mapping[str, float],
-) -> ParticleSet:
-    block = relion.find_particle_block(star, path.name)
-    table, optics = star.blocks[block], star.blocks.get("optics")
-    if optics is None and relion.GROUP in table and pixel_size is None and relion.PIXEL_SIZE not in table:
-        raise FileError(
-            "STAR013",
-            f"the particles of {path.name} name optics groups, but the file has no optics table",
-            "give the pixel size, or the file with its optics table",
-        )
-    group = relion.optics_groups(optics, table, path.name)
-    if require_images and _is_premultiplied(table, optics, group):
+def _refuse_unusable(table: StarTable, optics: StarTable | None, group: NDArray[np.int64], name: str) -> None:
+    premultiplied = relion.per_particle(table, optics, group, "rlnCtfDataAreCtfPremultiplied")
+    if premultiplied is not None and (premultiplied != 0).any():
         raise DataError(
             "DATA025",
-            f"the images of {path.name} are multiplied by their CTF",
+            f"the images of {name} are multiplied by their CTF",
             "extract them again without premultiplication",
         )
     dimension = relion.per_particle(table, optics, group, "rlnImageDimensionality")
     if dimension is not None and (dimension != 2).any():
-        raise DataError("DATA026", f"{path.name} lists subtomograms (rlnImageDimensionality 3); expected 2-D images")
-    warnings: list[str] = []
-    images = open_images(table.columns[relion.IMAGE], path.parent, datadir) if require_images else None
-    stated = _stated_pixel_size(relion.pixel_sizes(table, optics, group), path.name, require_images and not pixel_size)
+        raise DataError("DATA026", f"{name} lists subtomograms (rlnImageDimensionality 3); expected 2-D images")
+
+
+def _box(sizes: NDArray[np.float64] | None, images: StackImages | None, warnings: list[str]) -> int:
+    if images is None:
+        if sizes is None:
+            warnings.append("the box size is not stated")
+        return 0 if sizes is None else int(sizes[0])
+    if sizes is not None and (sizes != images.box).any():
+        warnings.append(
+            f"{relion.BOX} says {sizes.min():.0f} to {sizes.max():.0f} px, the images have {images.box}: they are right"
+        )
+    return images.box
+
+
+def from_tables(
+    star: StarFile,
+    path: Path,
+    images: StackImages | None,
+    *,
+    pixel_size: float | None = None,
+    sign: int = 1,
+    ctf_given: Mapping[str, float] | None = None,
+    warnings: Sequence[str] = (),
+) -> ParticleSet:
+    """A particle set from RELION's tables and opened images (None: metadata alone); arguments as ``open_particles``."""
+    block = relion.find_particle_block(star, path.name)
+    table, optics = star.blocks[block], star.blocks.get("optics")
+    if optics is None and relion.GROUP in table and relion.PIXEL_SIZE not in table and pixel_size is None:
+        raise FileError(
+            "STAR013",
+            f"the particles of {path.name} name optics groups, but the file has no optics table",
+            "use the file that has it; or give the pixel size to go on without CTF",
+        )
+    group = relion.optics_groups(optics, table, path.name)
+    notes = list(warnings)
+    if images is not None:
+        _refuse_unusable(table, optics, group, path.name)
+    sizes = relion.pixel_sizes(table, optics, group)
+    stated = _stated_pixel_size(sizes, path.name, images is not None and pixel_size is None)
     header = images.stacks[0].pixel_size if images else 0.0
     chosen = pixel_size or stated or header
     if not chosen > 0:
         raise DataError(
             "DATA027", f"neither {path.name} nor its stacks say the pixel size", "give it with --pixel-size (angstrom)"
         )
-    if header > 0 and abs(header - chosen) > 0.01 * chosen:
-        warnings.append(
-            f"the MRC header says {header:.4g} A per pixel, the metadata {chosen:.4g} A: the metadata is used"
+    if stated is not None and header > 0 and abs(header - stated) > 0.01 * stated:
+        notes.append(f"the MRC header says {header:.4g} A per pixel, the metadata {stated:.4g} A: the metadata is used")
+    if pixel_size is not None and sizes is not None and np.abs(sizes - pixel_size).max() > _SAME_PIXEL * pixel_size:
+        notes.append(
+            f"the metadata says {sizes.min():.4g} to {sizes.max():.4g} A per pixel: the {pixel_size:.4g} A "
+            "given are used"
         )
-    sizes = relion.per_particle(table, optics, group, relion.BOX)
-    if images is None and sizes is None:
-        warnings.append("the box size is not stated")
-    box = images.box if images else int(sizes[0]) if sizes is not None else 0
-    if sizes is not None and (sizes != box).any():
-        warnings.append(
-            f"{relion.BOX} says {sizes.min():.0f} to {sizes.max():.0f} px, the images have {box} px: the images are right"
-        )
-    fields, missing = relion.ctf_columns(table, optics, group, ctf_given)
+    box = _box(relion.per_particle(table, optics, group, relion.BOX), images, notes)
+    bfactor = relion.per_particle(table, optics, group, relion.CTF_LABELS["bfactor"][0])
+    if bfactor is not None and (bfactor <= 0).all() and (bfactor < 0).any():
+        notes.append("the CTF B-factors are negative, as Warp and M write a fall-off: their absolute values are used")
+    fields, missing = relion.ctf_columns(table, optics, group, ctf_given or {})
     rotations, shifts = relion.poses(table, chosen)
     stored = relion.numbers(table, relion.SIGN)
     if stored is not None and (stored < 0).all():
         sign = -sign
+    half_set = relion.half_sets(table)
+    if half_set is None and relion.SUBSET in table:
+        notes.append(f"{relion.SUBSET} holds values other than 1 and 2: it is not used")
     return ParticleSet(
         path,
         star,
@@ -200,10 +224,10 @@ def _build(
         missing,
         rotations,
         shifts,
-        relion.half_sets(table),
+        half_set,
         images,
         sign,
-        tuple(warnings),
+        tuple(notes),
     )
 
 
@@ -215,13 +239,15 @@ def open_particles(
     invert_contrast: bool = False,
     require_images: bool = True,
     ctf_given: Mapping[str, float] | None = None,
+    passthrough: Path | str | None = None,
 ) -> ParticleSet:
     """Open a particle set; images stay on disk until ``read``.
 
     Parameters
     ----------
     path
-        ``.star`` (RELION 1 to 5, cryoSPARC exports, Warp, M, Scipion), ``.mrcs``/``.mrc`` stack, or ``.txt`` list of stacks.
+        ``.star`` (RELION 1 to 5, cryoSPARC exports, Warp, M, Scipion), ``.cs``, ``.mrcs``/``.mrc`` stack, or ``.txt``
+        list of stacks.
     datadir
         Folder of the image stacks, where the file's own paths do not lead there.
     pixel_size
@@ -232,6 +258,8 @@ def open_particles(
         False reads the metadata alone (poses to compare with, for example).
     ctf_given
         CTFParams fields for columns the file lacks, for example ``{"amplitude_contrast": 0.1}``.
+    passthrough
+        cryoSPARC's passthrough file, joined to a ``.cs`` file by uid.
 
     Raises
     ------
@@ -243,8 +271,11 @@ def open_particles(
         raise ConfigError("CONF010", f"unknown CTF field {unknown[0]}; expected one of {', '.join(relion.CTF_LABELS)}")
     path = Path(path)
     folder = Path(datadir) if datadir else None
-    star = _load(path, folder)
-    return _build(star, path, folder, pixel_size, -1 if invert_contrast else 1, require_images, ctf_given or {})
+    star, warnings = _load(path, folder, passthrough)
+    block = relion.find_particle_block(star, path.name)
+    images = open_images(star.blocks[block].columns[relion.IMAGE], path.parent, folder) if require_images else None
+    sign = -1 if invert_contrast else 1
+    return from_tables(star, path, images, pixel_size=pixel_size, sign=sign, ctf_given=ctf_given, warnings=warnings)
 
 
 def new_particles(
@@ -287,7 +318,7 @@ def new_particles(
         columns[relion.SUBSET] = [str(int(half)) for half in half_set]
     table = table.with_columns(columns | {k: list(v) for k, v in (extra or {}).items()}, drop=relion.OPTICS_LABELS)
     star = StarFile({"optics": optics, "particles": table})
-    return _build(star, Path("particles.star"), None, pixel_size, 1, False, {})
+    return from_tables(star, Path("particles.star"), None)
 
 
 def _image_names(particles: ParticleSet, folder: Path) -> list[str]:
@@ -323,7 +354,8 @@ def write_particles(
     extra
         More columns by label; they replace columns of the same label.
     relative_to
-        Folder that image paths are relative to: the STAR's own by default, the project folder for RELION jobs run from there.
+        Folder that image paths are relative to: the STAR's own by default, the project folder for RELION jobs run
+        from there.
     """
     path = Path(path)
     table, optics = particles.table, particles.optics

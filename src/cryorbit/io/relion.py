@@ -1,11 +1,11 @@
 """RELION's tables to numbers and back (labels as in RELION's ``metadata_label.h``; RELION 1 to 5).
 
-RELION up to 3.0 keeps everything in one table; from 3.1 on voltage, Cs, amplitude contrast, pixel size and box belong to optics groups. A
-column among the particles overrides the optics table. What a file does not say is None here, never a guess; only phase shift and
-B-factor (0) and scale (1) have RELION's own defaults.
+RELION up to 3.0 keeps everything in one table; from 3.1 on voltage, Cs, amplitude contrast, pixel size and box belong
+to optics groups. A column among the particles overrides the optics table. What a file does not say is None here,
+never a guess; only phase shift and B-factor (0) and scale (1) have RELION's own defaults.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -88,7 +88,8 @@ def optics_groups(optics: StarTable | None, table: StarTable, name: str) -> NDAr
     Raises
     ------
     FileError
-        ``STAR013``: the optics table is missing, lacks a group that particles use, or has several and the particles name none.
+        ``STAR013``: the optics table is missing, lacks a group that particles use, or has several and the particles
+        name none.
     """
     group = numbers(table, GROUP)
     if optics is None:
@@ -123,7 +124,10 @@ def per_particle(table: StarTable, optics: StarTable | None, group: NDArray[np.i
 
 
 def pixel_sizes(table: StarTable, optics: StarTable | None, group: NDArray[np.int64]) -> Column | None:
-    """Angstrom per pixel of each particle image, or None: rlnImagePixelSize, else detector pixel (um) over magnification, else rlnPixelSize."""
+    """Angstrom per pixel of each particle image, or None where nothing says it.
+
+    ``rlnImagePixelSize``, else detector pixel (um) over magnification, else ``rlnPixelSize``.
+    """
     size = per_particle(table, optics, group, PIXEL_SIZE)
     if size is None:
         detector, magnification = numbers(table, "rlnDetectorPixelSize"), numbers(table, "rlnMagnification")
@@ -137,14 +141,16 @@ def ctf_columns(
 ) -> tuple[dict[str, Column] | None, tuple[str, ...]]:
     """CTFParams fields in our units, and the labels that are missing (then there is no CTF: None).
 
-    ``given`` fills fields that the file lacks; it never overrides the file.
+    ``given`` fills fields that the file lacks; it never overrides the file. B-factors none of which is positive are
+    Warp's and M's, which write a fall-off as a negative number (cryoDRGN reads them as dose x -4); RELION's is
+    positive.
     """
     fields: dict[str, Column] = {}
     missing: list[str] = []
     for field, (label, factor, default) in CTF_LABELS.items():
         column = per_particle(table, optics, group, label)
         if column is not None:
-            fields[field] = column * factor
+            fields[field] = np.abs(column) if field == "bfactor" and (column <= 0).all() else column * factor
         elif field in given or default is not None:
             fields[field] = np.full(len(table), given.get(field, default), np.float64)
         else:
@@ -183,15 +189,15 @@ def pose_columns(
 
 
 def make_optics(table: StarTable) -> tuple[StarTable, list[str]]:
-    """An optics table with one group for each distinct voltage, Cs and amplitude contrast among the particles, and each particle's group."""
-    labels = [label for label in OPTICS_LABELS if label in table]
-    keys: Sequence[tuple[str, ...]] = (
-        list(zip(*(table.columns[label] for label in labels), strict=True)) if labels else [()] * len(table)
+    """An optics table (a group per distinct old group, voltage, Cs, amplitude contrast); each particle's group."""
+    keyed = [label for label in (GROUP, *OPTICS_LABELS) if label in table]
+    rows: list[tuple[str, ...]] = (
+        list(zip(*(table.columns[label] for label in keyed), strict=True)) if keyed else [()] * len(table)
     )
-    number = {key: str(i) for i, key in enumerate(dict.fromkeys(keys), 1)}
+    number = {row: str(i) for i, row in enumerate(dict.fromkeys(rows), 1)}
     columns = {"rlnOpticsGroupName": [f"opticsGroup{i}" for i in number.values()], GROUP: list(number.values())}
-    columns |= {label: [key[j] for key in number] for j, label in enumerate(labels)}
-    return StarTable(columns), [number[key] for key in keys]
+    columns |= {label: [row[j] for row in number] for j, label in enumerate(keyed) if label != GROUP}
+    return StarTable(columns), [number[row] for row in rows]
 
 
 def half_sets(table: StarTable) -> Int[np.ndarray, " n"] | None:

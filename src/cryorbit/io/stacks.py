@@ -41,8 +41,9 @@ def _candidates(name: str, folder: Path, datadir: Path | None) -> list[Path]:
 def find_files(names: Sequence[str], folder: Path, datadir: Path | None = None) -> dict[str, Path]:
     """Where each of ``names`` lies.
 
-    A relative name is looked for below ``datadir`` (also by its last part alone), then below ``folder`` and each of its parents
-    (so a path relative to the project root is found from anywhere inside the project), then below the working directory.
+    A relative name is looked for below ``datadir`` (also by its last part alone), then below ``folder`` and each of
+    its parents (so a path relative to the project root is found from anywhere inside the project), then below the
+    working directory.
 
     Parameters
     ----------
@@ -76,7 +77,8 @@ def find_files(names: Sequence[str], folder: Path, datadir: Path | None = None) 
         raise FileError(
             "FILE010",
             f"{len(missing)} of {len(names)} image stack(s) not found:{listed}{more}",
-            f"looked below {looked}{folder}, its parent folders and the working directory; name their folder with --datadir",
+            f"looked below {looked}{folder}, its parent folders and the working directory; name their folder "
+            "with --datadir",
         )
     return found
 
@@ -99,7 +101,8 @@ class StackImages:
 
     def subset(self, indices: ArrayLike) -> "StackImages":
         """The images at ``indices``, in that order."""
-        return StackImages(self.stacks, self.stack_index[indices], self.image_index[indices])
+        index = np.asarray(indices)
+        return StackImages(self.stacks, self.stack_index[index], self.image_index[index])
 
     def read(self, indices: ArrayLike, *, check: bool = True) -> Float32[np.ndarray, "m d d"]:
         """Images at ``indices`` as (m, D, D) float32; errors as ``MrcStack.read``."""
@@ -150,7 +153,8 @@ def open_images(image_names: Sequence[str], folder: Path, datadir: Path | None =
         stack = stacks[images.stack_index[worst]]
         raise DataError(
             "DATA022",
-            f"{beyond.size} image number(s) lie beyond the end of their stack: {image_names[worst]}, but {stack.path.name} holds {stack.count}",
+            f"{beyond.size} image number(s) lie beyond the end of their stack: {image_names[worst]}, but "
+            f"{stack.path.name} holds {stack.count}",
             "the stack and the metadata do not belong together, or the stack was cut",
         )
     return images

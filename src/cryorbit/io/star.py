@@ -1,6 +1,7 @@
-"""STAR files, lossless: every value stays the text it was (Hall, J. Chem. Inf. Comput. Sci. 31 (1991) 326; RELION's dialect).
+"""STAR files, lossless: every value stays the text it was (Hall, J. Chem. Inf. Comput. Sci. 31 (1991) 326).
 
-Parsing is gemmi's CIF parser, which copes with every program's habits; writing is RELION's layout. Comments other than RELION's
+Parsing is gemmi's CIF parser, which copes with every program's habits; writing is RELION's layout. Comments other
+than RELION's
 ``# version`` lines are not kept.
 """
 
@@ -8,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import gemmi
 
@@ -24,7 +26,8 @@ _PLAIN = re.compile(r"[^\s_#$'\";][^\s#]*\Z")
 class StarTable:
     """One block: labels without the leading underscore, each with its values as text.
 
-    ``is_loop`` is false for a block of label-value pairs (one row). ``version`` is RELION's ``# version`` number, or None.
+    ``is_loop`` is false for a block of label-value pairs (one row). ``version`` is RELION's ``# version`` number, or
+    None.
     """
 
     columns: dict[str, list[str]]
@@ -75,12 +78,13 @@ def _column(values: list[str]) -> list[str]:
 
 
 def _table(block: gemmi.cif.Block, path: Path, version: str | None) -> StarTable:
-    loops = [item.loop for item in block if item.loop is not None]
-    pairs = [item.pair for item in block if item.pair is not None]
+    loops: list[gemmi.cif.Loop] = [item.loop for item in block if item.loop is not None]
+    pairs: list[Any] = [item.pair for item in block if item.pair is not None]
     if len(loops) > 1 or (loops and pairs):
         raise FileError(
             "STAR004",
-            f'block "{block.name.strip()}" of {path.name} holds {len(loops)} loops and {len(pairs)} single values; expected one table',
+            f'block "{block.name.strip()}" of {path.name} holds {len(loops)} loops and {len(pairs)} single '
+            "values; expected one table",
             "give each table its own data_ block",
         )
     if not loops:
@@ -95,8 +99,8 @@ def read_star(path: Path | str) -> StarFile:
     Raises
     ------
     FileError
-        ``FILE001`` missing; ``STAR001`` not text; ``STAR002`` no block; ``STAR003`` syntax (ragged rows, unclosed quotes), with
-        gemmi's line number; ``STAR004`` several tables in one block.
+        ``FILE001`` missing; ``STAR001`` not text; ``STAR002`` no block; ``STAR003`` syntax (ragged rows, unclosed
+        quotes), with gemmi's line number; ``STAR004`` several tables in one block.
     """
     path = Path(path)
     text = _text(path)
@@ -153,7 +157,8 @@ def write_star(path: Path | str, star: StarFile) -> None:
     Raises
     ------
     FileError
-        ``STAR005`` a value that STAR cannot hold; ``STAR006`` columns of different length; ``FILE002`` the disk refuses.
+        ``STAR005`` a value that STAR cannot hold; ``STAR006`` columns of different length; ``FILE002`` the disk
+        refuses.
     """
     for name, table in star.blocks.items():
         lengths = {len(values) for values in table.columns.values()}
