@@ -36,7 +36,9 @@ def _write_poses(path: Path, names: list[str], rotations: torch.Tensor, shifts: 
 
 @pytest.fixture
 def scene(tmp_path: Path, generator: torch.Generator) -> Path:
-    """truth.mrc and truth.star beside run/, which holds the mirrored, rotated, moved molecule and its poses with 1 degree of noise."""
+    """truth.mrc and truth.star beside run/, which holds the mirrored, rotated, moved molecule and its poses with 1
+    degree of noise.
+    """
     run = tmp_path / "run"
     run.mkdir()
     atoms = np.random.default_rng(2).normal(size=(15, 3)) * np.array([4.5, 3.0, 2.2])

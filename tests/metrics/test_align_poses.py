@@ -1,4 +1,4 @@
-"""Pose alignment: the frame, the hand and the origin come back, outliers do not matter, and chance looks like chance."""
+"""Pose alignment: frame, hand and origin come back, outliers do not matter, and chance looks like chance."""
 
 import math
 

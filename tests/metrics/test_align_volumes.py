@@ -10,10 +10,11 @@ from torch import Tensor
 from cryorbit.errors import DataError
 from cryorbit.groups.so3 import distance, random_rotations
 from cryorbit.metrics.align import align_poses, align_volumes, mirror_rotations
+from cryorbit.metrics.masks import lowpass
 from cryorbit.types import Poses, Volume
 
 
-@pytest.mark.parametrize(("box", "mirrored", "noise"), [(48, False, 0.0), (48, True, 0.0), (49, True, 0.5)])
+@pytest.mark.parametrize(("box", "mirrored", "noise"), [(48, False, 0.0), (49, True, 0.5)])
 def test_rotation_shift_and_hand_come_back(
     box: int, mirrored: bool, noise: float, generator: torch.Generator, atoms: Tensor, draw_atoms: Callable[..., Tensor]
 ) -> None:
@@ -35,7 +36,9 @@ def test_rotation_shift_and_hand_come_back(
 def test_maps_and_poses_agree_on_the_frame(
     generator: torch.Generator, atoms: Tensor, draw_atoms: Callable[..., Tensor]
 ) -> None:
-    """One molecule in two frames: the motion that lays its map on the truth is the one that lays its poses on the truth."""
+    """One molecule in two frames: the motion that lays its map on the truth is the one that lays its poses on the
+    truth.
+    """
     frame, origin = random_rotations(1, generator)[0].double(), torch.tensor([2.0, -1.0, 1.5], dtype=torch.float64)
     here = 0.75 * atoms
     there = -(here - origin) @ frame
@@ -63,3 +66,19 @@ def test_grids_that_differ_are_refused(atoms: Tensor, draw_atoms: Callable[..., 
         align_volumes(Volume(volume, 2.0), Volume(volume, 2.2))
     with pytest.raises(DataError, match="DATA213"):
         align_volumes(Volume(torch.zeros(24, 24, 24), 2.0), Volume(volume, 2.0))
+
+
+@pytest.mark.parametrize("mirrored", [True])
+def test_coarse_noisy_maps_find_their_place(
+    mirrored: bool, generator: torch.Generator, atoms: Tensor, draw_atoms: Callable[..., Tensor]
+) -> None:
+    """A map that ends at a third of Nyquist, with strong noise in its band: the right basin and the right hand."""
+    here = 0.75 * atoms
+    rotation, shift = random_rotations(1, generator)[0].double(), torch.tensor([-2.0, 1.0, 2.5], dtype=torch.float64)
+    there = (here - shift) @ rotation * (-1 if mirrored else 1)
+    reference, moving = draw_atoms(here, 48), lowpass(draw_atoms(there, 48), 6.0, 1.0)
+    noise = lowpass(torch.randn(48, 48, 48, generator=generator), 6.0)
+    found = align_volumes(Volume(moving + 0.6 * moving.std() / noise.std() * noise, 2.0), Volume(reference, 2.0))
+    assert found.mirrored is mirrored
+    assert math.degrees(float(distance(found.rotation.double(), rotation))) < 4.0
+    assert float((found.shift / 2.0 - shift).norm()) < 0.5

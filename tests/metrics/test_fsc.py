@@ -136,7 +136,9 @@ def test_phase_randomisation_keeps_amplitudes_and_low_shells(
 def test_correction_takes_away_what_a_tight_mask_makes(
     generator: torch.Generator, draw_atoms: Callable[..., Tensor]
 ) -> None:
-    """Two independent noise maps share nothing; a small common mask makes their low shells agree by chance, and the correction removes it."""
+    """Two independent noise maps share nothing; a small common mask makes their low shells agree by chance, and the
+    correction removes it.
+    """
     box = 48
     low = 5.0 * draw_atoms(torch.zeros(1, 3, dtype=torch.float64), box, sigma=4.0)  # nothing beyond shell 6
     a, b = (low + torch.randn(box, box, box, generator=generator) for _ in range(2))

@@ -72,7 +72,8 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
 def test_a_comparison_with_the_truth_is_shown(fabricate: Callable[[Path], Path], tmp_path: Path) -> None:
     run = fabricate(tmp_path / "run")
     (run / "evaluation.json").write_text(
-        '{"resolution_0.5_masked_A": 6.66, "resolution_0.5_A": 7.77, "hand": "mirrored", "poses": {"median_deg": 1.234, "chance_median_deg": 126.1}}'
+        '{"resolution_0.5_masked_A": 6.66, "resolution_0.5_A": 7.77, "hand": "mirrored", '
+        '"poses": {"median_deg": 1.234, "chance_median_deg": 126.1}}'
     )
     text = write_report(run).read_text()
     assert "6.66 / 7.77 Å" in text

@@ -19,8 +19,8 @@ from cryorbit.io.stacks import split_image_name
 def match_images(ours: list[str], theirs: list[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Rows of the same images in two lists of image names, ``number@stack``.
 
-    Names are compared by number and the longest end of the path that tells the stacks of either list apart: first by the file name alone,
-    then by whole paths where two folders hold stacks of the same name.
+    Names are compared by number and the longest end of the path that tells the stacks of either list apart: first by
+    the file name alone, then by whole paths where two folders hold stacks of the same name.
 
     Parameters
     ----------

@@ -1,11 +1,12 @@
 """Match two sets of poses, or two maps, over rotation, shift and hand. The only place that compares maps or poses.
 
-A result is known only up to the frame it was found in. Everywhere here an atom at r in the moving (estimated) frame belongs at
+A result is known only up to the frame it was found in. Everywhere here an atom at r in the moving (estimated) frame
+belongs at
 
     ``rotation @ r + shift``   (same hand)      ``rotation @ (-r) + shift``   (``mirrored``)
 
-in the reference (true) frame. Inverting a molecule through its centre leaves all its projections as they are when every pose A becomes
-``diag(-1, -1, 1) A`` (half a turn in the image plane): ``(K A)(-r) = (A r)`` in x and y.
+in the reference (true) frame. Inverting a molecule through its centre leaves all its projections as they are when every
+pose A becomes ``diag(-1, -1, 1) A`` (half a turn in the image plane): ``(K A)(-r) = (A r)`` in x and y.
 """
 
 from dataclasses import dataclass
@@ -29,7 +30,9 @@ _COST_CAP = torch.pi / 3  # angles beyond 60 degrees count as 60 when two soluti
 
 
 def mirror_rotations(rotations: Float[Tensor, "*n 3 3"]) -> Float[Tensor, "*n 3 3"]:
-    """Poses that give the inverted molecule ``v(-r)`` the projections ``rotations`` give ``v(r)``: ``diag(-1, -1, 1) A``."""
+    """Poses that give the inverted molecule ``v(-r)`` the projections ``rotations`` give ``v(r)``: ``diag(-1, -1, 1)
+    A``.
+    """
     return rotations * rotations.new_tensor([-1.0, -1.0, 1.0])[:, None]
 
 
@@ -48,7 +51,8 @@ class PoseAlignment:
     shift_error
         (n,) angstrom.
     cost, cost_other_hand
-        Mean error capped at 60 degrees, radian, with this hand and with the other: close together, the hand is undecided.
+        Mean error capped at 60 degrees, radian, with this hand and with the other: close together, the hand is
+        undecided.
     """
 
     rotation: Float[Tensor, "3 3"]
@@ -112,8 +116,8 @@ def _project(matrix: Float[Tensor, "3 3"]) -> Float[Tensor, "3 3"]:
 def _robust_mean(candidates: Float[Tensor, "s n 3 3"], start: Float[Tensor, "3 3"]) -> Float[Tensor, "3 3"]:
     """Median rotation of all candidates (Weiszfeld's iteration), then a mean whose weights fall off with distance.
 
-    The second stage is iteratively reweighted least squares with Geman-McClure's function at the scale of the median error, which takes
-    away what the far particles' pull left behind.
+    The second stage is iteratively reweighted least squares with Geman-McClure's function at the scale of the median
+    error, which takes away what the far particles' pull left behind.
     """
     rotation = start
     for step in range(60):
@@ -168,8 +172,9 @@ def _find_shift(
 def align_poses(estimated: Poses, true: Poses, symmetry: Float[Tensor, "s 3 3"] | None = None) -> PoseAlignment:
     """Match estimated to true poses by the one rotation, hand and origin that all particles together agree on best.
 
-    Every particle proposes the rotation ``A_true^T A_estimated`` (and its mirrored kin); the densest places among *all* proposals are
-    refined to robust means over all particles. Nothing is chosen by its error on a sample, which would flatter the result.
+    Every particle proposes the rotation ``A_true^T A_estimated`` (and its mirrored kin); the densest places among *all*
+    proposals are refined to robust means over all particles. Nothing is chosen by its error on a sample, which would
+    flatter the result.
 
     Parameters
     ----------

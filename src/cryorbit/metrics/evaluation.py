@@ -11,15 +11,14 @@ from cryorbit.metrics.fsc import fsc, resolution
 from cryorbit.metrics.masks import mask_from_map
 from cryorbit.types import Poses, Volume
 
-_UNDECIDED = 0.02
-
 
 @dataclass(frozen=True)
 class MapComparison:
     """A map beside the true one, after alignment over rotation, shift and hand.
 
-    ``fsc`` and ``fsc_masked`` (shells,); resolutions in angstrom; ``correlation`` Pearson over the box, ``correlation_masked`` inside a soft
-    mask drawn from the truth; ``hand`` ``"same"`` or ``"mirrored"``; ``aligned`` the map in the true frame.
+    ``fsc`` and ``fsc_masked`` (shells,); resolutions in angstrom; ``correlation`` Pearson over the box,
+    ``correlation_masked`` inside a soft mask drawn from the truth; ``hand`` ``"same"`` or ``"mirrored"``; ``aligned``
+    the map in the true frame.
     """
 
     fsc: Float[Tensor, " shells"]
@@ -33,6 +32,7 @@ class MapComparison:
     hand: str
     score: float
     score_other_hand: float
+    hand_undecided: bool
     aligned: Volume
 
     def values(self) -> dict[str, object]:
@@ -47,7 +47,7 @@ class MapComparison:
             "hand": self.hand,
             "hand_score": self.score,
             "hand_score_other": self.score_other_hand,
-            "hand_undecided": self.score - self.score_other_hand < _UNDECIDED,
+            "hand_undecided": self.hand_undecided,
             "fsc": [float(v) for v in self.fsc],
             "fsc_masked": [float(v) for v in self.fsc_masked],
         }
@@ -82,6 +82,7 @@ def compare_maps(estimated: Volume, truth: Volume, poses: PoseAlignment | None =
         hand="mirrored" if found.mirrored else "same",
         score=found.score,
         score_other_hand=found.score_other_hand,
+        hand_undecided=found.hand_undecided,
         aligned=found.map,
     )
 
@@ -89,7 +90,9 @@ def compare_maps(estimated: Volume, truth: Volume, poses: PoseAlignment | None =
 def compare_poses(
     estimated: Poses, true: Poses, pixel_size: float, symmetry: Float[Tensor, "s 3 3"] | None = None
 ) -> tuple[PoseAlignment, dict[str, object]]:
-    """Align poses over all particles; the alignment, and its numbers for ``evaluation.json`` with the level of chance beside them."""
+    """Align poses over all particles; the alignment, and its numbers for ``evaluation.json`` with the level of chance
+    beside them.
+    """
     found = align_poses(estimated, true, symmetry)
     chance = chance_level(estimated, true, torch.Generator().manual_seed(0), symmetry)
     values: dict[str, object] = {

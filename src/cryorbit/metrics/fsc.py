@@ -1,7 +1,8 @@
 """Fourier shell correlation, the resolution it crosses a threshold at, and what follows from it.
 
-Shells are hard and do not overlap: shell s holds every Fourier voxel whose ``|k|`` rounds to s (RELION's choice), and the stored half of
-the transform is weighted so that both members of each Friedel pair count. Masks are in ``metrics/masks.py``.
+Shells are hard and do not overlap: shell s holds every Fourier voxel whose ``|k|`` rounds to s (RELION's choice), and
+the stored half of the transform is weighted so that both members of each Friedel pair count. Masks are in
+``metrics/masks.py``.
 """
 
 from dataclasses import dataclass
@@ -56,7 +57,8 @@ def fsc(a: Float[Tensor, "d d d"], b: Float[Tensor, "d d d"]) -> Float[Tensor, "
 
     Returns
     -------
-    (D // 2 + 1,) float64 in [-1, 1]; shell s is at spatial frequency ``s / (D * pixel_size)``. 0 where either map has no power.
+    (D // 2 + 1,) float64 in [-1, 1]; shell s is at spatial frequency ``s / (D * pixel_size)``. 0 where either map has
+    no power.
 
     Raises
     ------
@@ -86,8 +88,8 @@ def shell_power(volume: Float[Tensor, "d d d"]) -> Float[Tensor, " shells"]:
 def crossing(curve: Float[Tensor, " shells"], threshold: float) -> float | None:
     """Shell (fractional) at which ``curve`` first falls below ``threshold``, None when it never does.
 
-    The first shell s >= 1 below the threshold is found and the curve is taken as straight between s - 1 and s; shell 0, which says
-    nothing (it compares two means), counts as 1.
+    The first shell s >= 1 below the threshold is found and the curve is taken as straight between s - 1 and s; shell 0,
+    which says nothing (it compares two means), counts as 1.
     """
     values = curve.detach().to("cpu", torch.float64).clone()
     values[0] = 1.0
@@ -128,8 +130,8 @@ def resolution(curve: Float[Tensor, " shells"], threshold: float, box: int, pixe
 def ssnr(curve: Float[Tensor, " shells"], halves: bool = True) -> Float[Tensor, " shells"]:
     """Spectral signal-to-noise ratio of the full map from an FSC.
 
-    Between half maps ``2 FSC / (1 - FSC)`` (Rosenthal and Henderson 2003); against a noise-free truth (``halves=False``)
-    ``FSC^2 / (1 - FSC^2)``. Negative correlations count as 0; the value is capped at 1e6.
+    Between half maps ``2 FSC / (1 - FSC)`` (Rosenthal and Henderson 2003); against a noise-free truth
+    (``halves=False``) ``FSC^2 / (1 - FSC^2)``. Negative correlations count as 0; the value is capped at 1e6.
     """
     c = curve.clamp(min=0.0, max=1.0)
     signal = 2 * c if halves else c.square()
@@ -149,9 +151,11 @@ def randomise_phases(volume: Float[Tensor, "d d d"], shell: int, generator: torc
 
 @dataclass(frozen=True)
 class MaskedFSC:
-    """FSC of two half maps with and without a mask, and what the mask alone adds (Chen et al. 2013, as RELION's postprocess).
+    """FSC of two half maps with and without a mask, and what the mask alone adds (Chen et al. 2013, as RELION's
+    postprocess).
 
-    ``unmasked``, ``masked``, ``randomised`` (masked, after phases beyond ``shell`` were randomised) and ``corrected`` are (shells,).
+    ``unmasked``, ``masked``, ``randomised`` (masked, after phases beyond ``shell`` were randomised) and ``corrected``
+    are (shells,).
     """
 
     unmasked: Float[Tensor, " shells"]
@@ -170,8 +174,9 @@ def masked_fsc(
 ) -> MaskedFSC:
     """FSC of two half maps inside a soft mask, corrected for the correlation the mask itself makes.
 
-    Phases of both halves are randomised from the first shell where the unmasked FSC falls below ``randomise_from``; from two shells
-    beyond it ``corrected = (masked - randomised) / (1 - randomised)``, and ``masked`` before (RELION's rule).
+    Phases of both halves are randomised from the first shell where the unmasked FSC falls below ``randomise_from``;
+    from two shells beyond it ``corrected = (masked - randomised) / (1 - randomised)``, and ``masked`` before (RELION's
+    rule).
 
     Parameters
     ----------

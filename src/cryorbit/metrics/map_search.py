@@ -1,9 +1,13 @@
 """Find the rotation, shift and hand that lay one map on another. Call it through ``metrics/align.py``.
 
-1. Both maps' transforms, whitened, to a small radius: every rotation of a HEALPix grid, both hands, and *all* shifts at once (one small
-   inverse transform per rotation and hand).
-2. The best few distinct rotations of each hand are refined together with the shift by L-BFGS through the differentiable transform.
-3. The best of each hand is refined to the radius the two maps share, shells weighted by what their FSC says they are worth.
+1. Both maps' transforms to a small radius: every rotation of a HEALPix grid, both hands, and *all* shifts at once (one
+small inverse
+   transform per rotation and hand), once with the shells whitened and once nearly as they are.
+2. The best few distinct rotations of each hand are refined together with the shift by L-BFGS through the differentiable
+transform. 3. They are compared by the information the maps share, ``-sum n_s ln(1 - FSC_s^2)``: it needs no choice of
+weights or of a radius, shells of
+   noise add the same to every candidate, and its gradient is what step 4 climbs.
+4. The best of each hand are refined further, every shell weighted by what its FSC says it is worth.
 """
 
 from collections.abc import Iterator
@@ -19,21 +23,28 @@ from torch import Tensor
 
 from cryorbit.errors import DataError
 from cryorbit.groups.so3 import distance, exp, healpix_grid
-from cryorbit.metrics.fsc import crossing, fsc, shell_power
+from cryorbit.metrics.fsc import shell_power
 from cryorbit.metrics.resample import Spectrum, move_volume, spectrum
 from cryorbit.physics.fourier import fourier_to_volume
 from cryorbit.types import Volume
 
 _SEARCH_RADIUS, _MIDDLE_RADIUS, _LARGEST_RADIUS = 7, 14, 40
+_WHITENINGS = (0.5, 0.15)  # half: all voxels count alike; less: shells the moving map does not reach count little
+_HIGHEST = 0.97  # FSC beyond which a shell is worth no more
+_UNDECIDED = 0.05
+
+Motion = tuple[Tensor, Tensor, bool]  # rotation, shift in pixels, mirrored
 
 
 @dataclass(frozen=True)
 class MapAlignment:
-    """A map laid on a reference: an atom at r of the moving map is at ``rotation @ (+-r) + shift`` (minus when ``mirrored``).
+    """A map laid on a reference: an atom at r of the moving map is at ``rotation @ (+-r) + shift`` (minus when
+    ``mirrored``).
 
-    ``map`` is the moved map (see ``resample.move_volume`` for its accuracy); ``shift`` (3,) angstrom; ``correlation`` Pearson's, between the
-    moved map and the reference over the box; ``score`` and ``score_other_hand`` the whitened correlation to a quarter of Nyquist or so with
-    this hand and the other: close together, the maps are too coarse to tell the hand.
+    ``map`` is the moved map (see ``resample.move_volume`` for its accuracy); ``shift`` (3,) angstrom; ``correlation``
+    Pearson's, between the moved map and the reference over the box; ``score`` and ``score_other_hand`` the information
+    shared with this hand and with the other, nats per Fourier voxel: ``hand_undecided`` when they are within 5 % of
+    each other.
     """
 
     map: Volume
@@ -44,10 +55,17 @@ class MapAlignment:
     score: float
     score_other_hand: float
 
+    @property
+    def hand_undecided(self) -> bool:
+        """Whether the maps are too coarse or too noisy to tell the hand."""
+        return self.score - self.score_other_hand < _UNDECIDED * self.score
+
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Thousands of tiny operations: on a shared machine, waiting for a second thread costs more than it brings (7x, measured)."""
+    """Thousands of tiny operations: on a shared machine, waiting for a second thread costs more than it brings (7x,
+    measured).
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -57,15 +75,55 @@ def _one_thread() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Target:
-    """Half of the reference's transform inside a ball, with a weight per voxel, and the moving map to read from."""
+class _Pair:
+    """The two maps' transforms inside a ball of Fourier space: half of the reference's voxels, and the moving map to
+    read from.
+    """
 
     k: Float[Tensor, "p 3"]
     shell: Int[Tensor, " p"]
     reference: Complex[Tensor, " p"]
     moving: Spectrum
-    weight: Float[Tensor, " p"]
-    norm: float
+    whitening: Float[Tensor, " p"]
+
+    def moved(self, motion: Motion) -> Complex[Tensor, " p"]:
+        """The moving map's transform after ``motion``; differentiable."""
+        rotation, shift_px, mirrored = motion
+        samples = self.moving.at(self.k @ rotation)
+        angle = (-2 * torch.pi / self.moving.box) * (self.k @ shift_px)
+        return (samples.conj() if mirrored else samples) * torch.polar(torch.ones_like(angle), angle)
+
+    def _agreement(self, motion: Motion) -> tuple[Float[Tensor, " s"], Float[Tensor, " s"]]:
+        """FSC after ``motion`` and the geometric mean of the two maps' power, shells 0 to the radius of the ball."""
+        moved, count = self.moved(motion), int(self.shell.max()) + 1
+
+        def total(values: Tensor) -> Tensor:
+            return torch.bincount(self.shell, weights=values.double(), minlength=count)
+
+        power = (total(self.reference.abs().square()) * total(moved.abs().square())).sqrt().clamp(min=1e-30)
+        return total((self.reference.conj() * moved).real) / power, power / total(
+            torch.ones_like(self.whitening)
+        ).clamp(min=1)
+
+    def information(self, motion: Motion) -> float:
+        """Mutual information of the maps after ``motion`` if both are Gaussian per shell, nats per voxel."""
+        c = self._agreement(motion)[0].clamp(min=0.0, max=_HIGHEST)
+        return float(-(torch.log1p(-c.square())[self.shell]).mean())
+
+    def reach(self, motion: Motion) -> int:
+        """Last shell before the FSC falls below 0.1 (at least 3)."""
+        below = torch.nonzero(self._agreement(motion)[0][4:] < 0.1)
+        return int(below[0]) + 3 if len(below) else int(self.shell.max())
+
+    def worth(self, motion: Motion) -> Float[Tensor, " p"]:
+        """Weight of each voxel in the gradient of the information: ``c / (1 - c^2) / sqrt(P_moving P_reference)``, 0
+        beyond ``reach``.
+        """
+        c, power = self._agreement(motion)
+        c = c.clamp(min=0.0, max=_HIGHEST)
+        c[self.reach(motion) + 1 :] = 0.0
+        weight = c / (1 - c.square()) / power * power[1:].max()
+        return weight.to(torch.float32)[self.shell]
 
 
 def _ball(radius: int) -> Int[Tensor, "p 3"]:
@@ -77,71 +135,58 @@ def _ball(radius: int) -> Int[Tensor, "p 3"]:
     return torch.stack([x[keep], y[keep], z[keep]], dim=-1)
 
 
-def _target(moving: Tensor, reference: Tensor, radius: int, shell_weight: Float[Tensor, " shells"]) -> _Target:
-    points = _ball(radius)
-    k = points.to(torch.float32)
+def _pair(moving: Tensor, reference: Tensor, radius: int) -> _Pair:
+    k = _ball(radius).to(torch.float32)
     shell = k.norm(dim=-1).round().to(torch.int64)
-    values = spectrum(reference, radius).at(k)
-    weight = shell_weight.to(torch.float32)[shell]
-    source = spectrum(moving, radius)
-    power = [(weight * v.abs().square()).sum() for v in (values, source.at(k))]
-    return _Target(k, shell, values, source, weight, float((power[0] * power[1]).sqrt().clamp(min=1e-30)))
+    power = shell_power(moving) * shell_power(reference)
+    whitening = (power / power.max().clamp(min=1e-300)).clamp(min=1e-20).rsqrt().to(torch.float32)
+    return _Pair(k, shell, spectrum(reference, radius).at(k), spectrum(moving, radius), whitening[shell])
 
 
-def _whitening(moving: Tensor, reference: Tensor, power: float) -> Float[Tensor, " shells"]:
-    """``(P_moving P_reference) ** -power`` per shell: 1/2 makes all voxels count alike, 0 leaves them as they are."""
-    product = shell_power(moving) * shell_power(reference)
-    return (product / product.max().clamp(min=1e-300)).clamp(min=1e-24) ** -power
-
-
-def _search(target: _Target, box: int, radius: int) -> tuple[Float[Tensor, "2 g"], Float[Tensor, "2 g 3"]]:
-    """Best score over all shifts, and that shift in pixels, for each hand and rotation of the grid."""
-    grid, side = healpix_grid(2), 2 * radius + 2
-    x, y, z = target.k.to(torch.int64).unbind(-1)
+def _search(pair: _Pair, power: float, radius: int) -> tuple[Float[Tensor, "2 g"], Float[Tensor, "2 g 3"]]:
+    """Best weighted correlation over all shifts, and that shift in pixels, for each hand and rotation of the grid."""
+    box, side = pair.moving.box, 2 * radius + 2
+    target = pair.reference * pair.whitening ** (2 * power)
+    x, y, z = pair.k.to(torch.int64).unbind(-1)
     place = ((z % side) * side + y % side) * (side // 2 + 1) + x
     on_plane = x == 0
     mate = (((-z[on_plane]) % side) * side + (-y[on_plane]) % side) * (side // 2 + 1)
     scores, shifts = [], []
-    for rotations in grid.split(256):
-        samples = target.moving.at(torch.einsum("gji,pj->gpi", rotations, target.k))
+    for rotations in healpix_grid(2).split(256):
+        samples = pair.moving.at(torch.einsum("gji,pj->gpi", rotations, pair.k))
         for values in (samples, samples.conj()):
-            cross = target.weight * target.reference * values.conj()
+            cross = target * values.conj()
             full = cross.new_zeros((len(rotations), side * side * (side // 2 + 1)))
             full[:, place] = cross
             full[:, mate] = cross[:, on_plane].conj()
-            field = fourier_to_volume(full.reshape(-1, side, side, side // 2 + 1), side) * (side**3 / 2)
+            field = fourier_to_volume(full.reshape(-1, side, side, side // 2 + 1), side)
             best, where = field.flatten(1).max(dim=1)
             position = torch.stack([where % side, where // side % side, where // side**2], dim=-1) - side // 2
-            scores.append(best / target.norm)
+            scores.append(best)
             shifts.append(position.to(torch.float32) * (box / side))
     score = torch.stack([torch.cat(scores[0::2]), torch.cat(scores[1::2])])
     return score, torch.stack([torch.cat(shifts[0::2]), torch.cat(shifts[1::2])])
 
 
-def _score(target: _Target, rotation: Tensor, shift_px: Tensor, mirrored: bool) -> Tensor:
-    """Weighted correlation of the moved map with the reference; differentiable."""
-    samples = target.moving.at(target.k @ rotation)
-    moved = samples.conj() if mirrored else samples
-    angle = (-2 * torch.pi / target.moving.box) * (target.k @ shift_px)
-    product = target.reference.conj() * moved * torch.polar(torch.ones_like(angle), angle)
-    return (target.weight * product.real).sum() / target.norm
-
-
-def _refine(target: _Target, rotation: Tensor, shift_px: Tensor, mirrored: bool) -> tuple[Tensor, Tensor, float]:
-    """Nearest maximum of the score over rotation and shift. The rotation step is scaled so that 1 moves the rim by about a pixel."""
-    reach = 0.3 * target.moving.box
+def _refine(pair: _Pair, weight: Float[Tensor, " p"], start: Motion) -> Motion:
+    """Nearest maximum of the weighted correlation. The rotation step is scaled so that 1 moves the rim by about a
+    pixel.
+    """
+    reach = 0.3 * pair.moving.box
+    target = (weight * pair.reference).conj()
+    target = target / (target * pair.moved(start)).abs().sum().clamp(min=1e-30)
 
     def loss(theta: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         step = torch.tensor(theta, dtype=torch.float32, requires_grad=True)
-        value = -_score(target, exp(step[:3] / reach) @ rotation, shift_px + step[3:], mirrored)
+        motion = exp(step[:3] / reach) @ start[0], start[1] + step[3:], start[2]
+        value = -(target * pair.moved(motion)).real.sum()
         (gradient,) = torch.autograd.grad(value, step)
         return float(value.detach()), gradient.numpy().astype(np.float64)
 
-    found = optimize.minimize(
-        loss, np.zeros(6), jac=True, method="L-BFGS-B", options={"maxiter": 60, "ftol": 1e-9, "gtol": 1e-6}
-    )
+    options = {"maxiter": 40, "ftol": 1e-9, "gtol": 1e-6}
+    found = optimize.minimize(loss, np.zeros(6), jac=True, method="L-BFGS-B", options=options)
     step = torch.from_numpy(found.x).to(torch.float32)
-    return exp(step[:3] / reach) @ rotation, shift_px + step[3:], -float(found.fun)
+    return exp(step[:3] / reach) @ start[0], start[1] + step[3:], start[2]
 
 
 def _distinct(score: Float[Tensor, " g"], count: int, apart: float = 0.4) -> list[int]:
@@ -156,22 +201,11 @@ def _distinct(score: Float[Tensor, " g"], count: int, apart: float = 0.4) -> lis
     return chosen
 
 
-def _worth(moved: Tensor, moving: Tensor, reference: Tensor) -> tuple[Float[Tensor, " shells"], int]:
-    """Weight of each shell given how well the maps agree there, and the radius worth using.
-
-    With a clean reference and a moving map of FSC c the likelihood weighs a shell by ``c / (1 - c^2) / sqrt(P_moving P_reference)``.
-    """
-    curve = fsc(moved, reference).clamp(min=0.0, max=0.97)
-    shell = crossing(curve, 0.2)
-    radius = len(curve) - 2 if shell is None else int(shell) + 1
-    return curve / (1 - curve.square()) * _whitening(moving, reference, 0.5), radius
-
-
 def align_volumes(
     moving: Volume,
     reference: Volume,
     start: tuple[Float[Tensor, "3 3"], Float[Tensor, "3"], bool] | None = None,
-    candidates: int = 5,
+    candidates: int = 4,
 ) -> MapAlignment:
     """Lay ``moving`` on ``reference`` over all rotations, shifts and both hands.
 
@@ -180,9 +214,10 @@ def align_volumes(
     moving, reference
         Maps of the same box and pixel size.
     start
-        Rotation, shift in angstrom and hand known from elsewhere (the poses): refined as one more candidate; the search is done all the same.
+        Rotation, shift in angstrom and hand known from elsewhere (the poses): refined as one more candidate; the search
+        is done all the same.
     candidates
-        Rotations refined for each hand.
+        Rotations refined for each hand and each of the two searches.
 
     Returns
     -------
@@ -197,7 +232,8 @@ def align_volumes(
     if moving.box != box or abs(moving.pixel_size / pixel_size - 1) > 2e-3:
         raise DataError(
             "DATA212",
-            f"maps to align have {moving.box} pixels of {moving.pixel_size:.4g} A and {box} pixels of {pixel_size:.4g} A, expected the same",
+            f"maps to align have {moving.box} pixels of {moving.pixel_size:.4g} A and "
+            f"{box} pixels of {pixel_size:.4g} A, expected the same",
             "resample one of them to the other's box and pixel size",
         )
     a, b = (v.data.detach().to("cpu", torch.float32) for v in (moving, reference))
@@ -208,8 +244,9 @@ def align_volumes(
                 f"the {name} map is constant or holds values that are not finite",
                 "was it written completely?",
             )
+    known = None if start is None else (start[0].to(torch.float32), start[1].to(torch.float32) / pixel_size, start[2])
     with _one_thread():
-        rotation, shift_px, mirrored, score, other = _best_motion(a, b, pixel_size, start, candidates)
+        rotation, shift_px, mirrored, score, other = _best_motion(a, b, known, candidates)
     moved = move_volume(a, rotation, shift_px, mirrored)
     correlation = float(torch.corrcoef(torch.stack([moved.flatten(), b.flatten()]).double())[0, 1])
     laid = Volume(moved.to(moving.data), pixel_size)
@@ -217,28 +254,33 @@ def align_volumes(
 
 
 def _best_motion(
-    a: Float[Tensor, "d d d"],
-    b: Float[Tensor, "d d d"],
-    pixel_size: float,
-    start: tuple[Float[Tensor, "3 3"], Float[Tensor, "3"], bool] | None,
-    candidates: int,
+    a: Float[Tensor, "d d d"], b: Float[Tensor, "d d d"], start: Motion | None, candidates: int
 ) -> tuple[Float[Tensor, "3 3"], Float[Tensor, "3"], bool, float, float]:
     """Rotation, shift in pixels and hand that lay ``a`` on ``b``, and the scores of this hand and the other."""
-    box = b.shape[-1]
-    nyquist = box // 2 - 1
+    nyquist = b.shape[-1] // 2 - 1
     low, middle = min(_SEARCH_RADIUS, nyquist), min(_MIDDLE_RADIUS, nyquist)
-    score, shift = _search(_target(a, b, low, _whitening(a, b, 0.5)), box, low)
-    target = _target(a, b, middle, _whitening(a, b, 0.25))
-    grid = healpix_grid(2)
-    trials = [(grid[i], shift[hand, i], bool(hand)) for hand in (0, 1) for i in _distinct(score[hand], candidates)]
+    coarse, finer, grid = _pair(a, b, low), _pair(a, b, middle), healpix_grid(2)
+    trials: list[Motion] = []
+    for power in _WHITENINGS:
+        score, shift = _search(coarse, power, low)
+        for hand in (0, 1):
+            for i in _distinct(score[hand], candidates):
+                trial = grid[i], shift[hand, i], bool(hand)
+                trials.append(_refine(coarse, coarse.whitening ** (2 * power), trial))
     if start is not None:
-        trials.append((start[0].to(torch.float32), start[1].to(torch.float32) / pixel_size, start[2]))
-    found = [(*_refine(target, r, s, m), m) for r, s, m in trials]
-    best = {hand: max((f for f in found if f[3] == hand), key=lambda f: f[2]) for hand in (False, True)}
-    mirrored = best[True][2] > best[False][2]
-    rotation, shift_px, final, _ = best[mirrored]
-    weight, radius = _worth(move_volume(a, rotation, shift_px, mirrored), a, b)
-    radius = min(radius, _LARGEST_RADIUS, nyquist)
-    if radius >= 4:
-        rotation, shift_px, _ = _refine(_target(a, b, radius, weight), rotation, shift_px, mirrored)
-    return rotation, shift_px, mirrored, final, best[not mirrored][2]
+        trials.append(start)
+    best = {}
+    for mirrored in (False, True):
+        ranked = sorted((t for t in trials if t[2] == mirrored), key=finer.information, reverse=True)[:3]
+        for _ in range(2):
+            ranked = [_refine(finer, finer.worth(t), t) for t in ranked]
+        best[mirrored] = max(ranked, key=finer.information)
+    mirrored = finer.information(best[True]) > finer.information(best[False])
+    motion, other = best[mirrored], best[not mirrored]
+    final, final_other = finer.information(motion), finer.information(other)
+    if finer.reach(motion) == middle:
+        finer = _pair(a, b, min(_LARGEST_RADIUS, nyquist))
+        finer = _pair(a, b, finer.reach(motion))
+    for _ in range(2):
+        motion = _refine(finer, finer.worth(motion), motion)
+    return motion[0], motion[1], mirrored, final, final_other

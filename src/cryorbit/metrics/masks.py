@@ -29,7 +29,7 @@ def _cosine_edge(outside: Float[Tensor, "*s"], edge_px: float) -> Float[Tensor, 
 
 
 def lowpass(volume: Float[Tensor, "d d d"], resolution_px: float, width_shells: float = 2.0) -> Float[Tensor, "d d d"]:
-    """Keep detail coarser than ``resolution_px`` pixels; a raised cosine ``width_shells`` shells wide closes the band."""
+    """Keep detail coarser than ``resolution_px`` pixels; a raised cosine ``width_shells`` wide closes the band."""
     box = volume.shape[-1]
     cut = box / resolution_px
     gain = _cosine_edge(shell_index(box, volume.device).to(torch.float32) - cut, width_shells).to(volume.dtype)
@@ -56,8 +56,9 @@ def mask_from_map(
 ) -> Float[Tensor, "d d d"]:
     """Soft mask around the molecule of a map, without a threshold to choose.
 
-    The map is low-passed (to ``lowpass_angst``, but never finer than 4 pixels), thresholded inside the inscribed sphere at half of Otsu's
-    value, cut down to its largest connected piece, filled, grown by ``extend_px`` and closed by a raised cosine of ``edge_px``.
+    The map is low-passed (to ``lowpass_angst``, but never finer than 4 pixels), thresholded inside the inscribed sphere
+    at half of Otsu's value, cut down to its largest connected piece, filled, grown by ``extend_px`` and closed by a
+    raised cosine of ``edge_px``.
 
     Parameters
     ----------

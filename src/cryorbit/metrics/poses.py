@@ -57,7 +57,9 @@ def summarise(
     pixel_size: float,
     keep: Bool[Tensor, " n"] | None = None,
 ) -> PoseSummary:
-    """Summary of per-particle errors: angles in radian, ``shift`` in angstrom; every particle counts unless ``keep`` says otherwise."""
+    """Summary of per-particle errors: angles in radian, ``shift`` in angstrom; every particle counts unless ``keep``
+    says otherwise.
+    """
     if keep is not None:
         rotation, out_of_plane, in_plane, shift = rotation[keep], out_of_plane[keep], in_plane[keep], shift[keep]
     degrees = torch.rad2deg(rotation)

@@ -13,7 +13,9 @@ from cryorbit.physics.fourier import fourier_to_volume, shell_index, volume_to_f
 
 
 def oversample(volume: Float[Tensor, "d d d"], factor: int) -> Float[Tensor, "e e e"]:
-    """The map on a ``factor`` times finer grid, by zero padding of its transform; shells at or beyond D / 2 are dropped."""
+    """The map on a ``factor`` times finer grid, by zero padding of its transform; shells at or beyond D / 2 are
+    dropped.
+    """
     box = volume.shape[-1]
     fine, half = factor * box, box // 2
     transform = volume_to_fourier(volume)
@@ -32,8 +34,9 @@ def move_volume(
 ) -> Float[Tensor, "d d d"]:
     """The map after its atoms moved from r to ``rotation @ r + shift`` (``rotation @ (-r) + shift`` when mirrored).
 
-    The map is made twice as fine by zero padding of its transform and read off by cubic splines: against Gaussian atoms drawn where they
-    belong the error is below 1e-3 of the map's norm (``tests/metrics/test_resample.py``). Shells at or beyond Nyquist are dropped.
+    The map is made twice as fine by zero padding of its transform and read off by cubic splines: against Gaussian atoms
+    drawn where they belong the error is below 1e-3 of the map's norm (``tests/metrics/test_resample.py``). Shells at or
+    beyond Nyquist are dropped.
 
     Parameters
     ----------
@@ -68,8 +71,8 @@ def move_volume(
 class Spectrum:
     """The transform of a map on a fine grid around the origin, ready to be read at any frequency.
 
-    ``data`` (2, S, S, S) holds real and imaginary parts, centred, zyx, ``oversampling`` samples per Fourier pixel; the map was divided by
-    the transform of the trilinear kernel, so that linear interpolation is accurate.
+    ``data`` (2, S, S, S) holds real and imaginary parts, centred, zyx, ``oversampling`` samples per Fourier pixel; the
+    map was divided by the transform of the trilinear kernel, so that linear interpolation is accurate.
     """
 
     data: Float[Tensor, "2 s s s"]

@@ -157,7 +157,9 @@ def examples_figure(images: NDArray[Any], predictions: NDArray[Any], indices: ND
 
 
 def history_figure(history: list[dict[str, Any]], most: int = 6) -> Figure | None:
-    """Numeric quantities of ``history.jsonl`` over the steps, a panel each, stages in colours; None when there are none."""
+    """Numeric quantities of ``history.jsonl`` over the steps, a panel each, stages in colours; None when there are
+    none.
+    """
     stages = list(dict.fromkeys(str(r.get("stage", "run")) for r in history))
     skip = {"step", "stage", "time", "seconds", "elapsed"}
     numeric = [
@@ -221,7 +223,7 @@ def overview_figure(
 ) -> Figure:
     """One picture of a run: the map, the FSC, example images beside predictions, and where the views lie."""
     made = figure(12.0, 5.5)
-    left, right = made.subfigures(1, 2, width_ratios=(1.1, 1.0))
+    left, right = np.ravel(made.subfigures(1, 2, width_ratios=(1.1, 1.0)))
     if volume is not None and pixel_size is not None:
         draw_map(left, volume, pixel_size)
     grid = right.add_gridspec(2, 4, height_ratios=(1.4, 1.0))

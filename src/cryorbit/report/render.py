@@ -1,4 +1,6 @@
-"""``report.html``: one self-contained page about a run, and the same figures as PNG files beside it. Never imports torch."""
+"""``report.html``: one self-contained page about a run, and the same figures as PNG files beside it. Never imports
+torch.
+"""
 
 import base64
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""A run folder as the report sees it: every piece that is there, and a reason for every piece that is not. Never imports torch."""
+"""A run folder as the report sees it: every piece that is there, and a reason for every piece that is not. Never
+imports torch.
+"""
 
 import csv
 import json
@@ -33,10 +35,12 @@ PIECES = (
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run folder holds. A piece that is missing or unreadable is None (or empty) and has its reason in ``missing[file name]``.
+    """What a run folder holds. A piece that is missing or unreadable is None (or empty) and has its reason in
+    ``missing[file name]``.
 
-    ``fsc`` maps column names of ``fsc.csv`` to arrays; ``volume`` is (D, D, D); ``directions`` (N, 3) unit view vectors in the molecule's
-    frame; ``examples`` holds ``images``, ``predictions`` (m, D, D) and ``indices`` (m,); ``history`` is a list of records.
+    ``fsc`` maps column names of ``fsc.csv`` to arrays; ``volume`` is (D, D, D); ``directions`` (N, 3) unit view vectors
+    in the molecule's frame; ``examples`` holds ``images``, ``predictions`` (m, D, D) and ``indices`` (m,); ``history``
+    is a list of records.
     """
 
     folder: Path
@@ -60,7 +64,11 @@ def _json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _fsc(path: Path) -> dict[str, Array]:
+def _evaluation(path: Path) -> dict[str, Any] | None:
+    return _json(path)
+
+
+def _fsc(path: Path) -> dict[str, Array] | None:
     with path.open(newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     if not rows or "fsc" not in rows[0] or "spatial_frequency_1_per_A" not in rows[0]:
@@ -73,7 +81,7 @@ def _history(path: Path) -> list[dict[str, Any]]:
     return [r for r in records if isinstance(r, dict) and "step" in r]
 
 
-def _examples(path: Path) -> dict[str, NDArray[Any]]:
+def _examples(path: Path) -> dict[str, NDArray[Any]] | None:
     with np.load(path) as stored:
         arrays = {name: stored[name] for name in ("images", "predictions", "indices")}
     if arrays["images"].shape != arrays["predictions"].shape or arrays["images"].ndim != 3:
@@ -84,7 +92,11 @@ def _examples(path: Path) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def _directions(path: Path) -> Array:
+def _map(path: Path) -> tuple[NDArray[np.float32], float] | None:
+    return read_volume(path)
+
+
+def _directions(path: Path) -> Array | None:
     rotations = open_particles(path, require_images=False).rotations
     if rotations is None:
         raise RunError("RUN024", f"{path.name} carries no angles")
@@ -128,17 +140,17 @@ def load_run(folder: Path) -> RunData:
             missing[name] = f"{name} cannot be read: {error}"
         return otherwise
 
-    volume, pixel_size = piece("map.mrc", read_volume, (None, None))
+    stored = piece("map.mrc", _map, None)
     return RunData(
         folder=folder,
         metrics=piece("metrics.json", _json, {}),
         fsc=piece("fsc.csv", _fsc, None),
-        volume=volume,
-        pixel_size=pixel_size,
+        volume=None if stored is None else stored[0],
+        pixel_size=None if stored is None else stored[1],
         directions=piece("particles.star", _directions, None),
         examples=piece("report_data.npz", _examples, None),
         history=piece("history.jsonl", _history, []),
-        evaluation=piece("evaluation.json", _json, None),
+        evaluation=piece("evaluation.json", _evaluation, None),
         provenance=piece("provenance.json", _json, {}),
         config_text=piece("config.toml", _config, ""),
         missing=missing,
