@@ -1,4 +1,4 @@
-"""Projectors against the exact transform of Gaussian atoms: real space, NUFFT, and Fourier slices at their stated error."""
+"""Projectors against the exact transform of Gaussian atoms: real space, NUFFT, Fourier slices at their stated error."""
 
 import math
 import sys

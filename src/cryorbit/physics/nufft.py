@@ -1,4 +1,4 @@
-"""Exact Fourier slices of a voxel map by non-uniform FFT (``pytorch-finufft``, extra ``nufft``): the accuracy reference of the projectors."""
+"""Exact Fourier slices of a voxel map by non-uniform FFT (``pytorch-finufft``, extra ``nufft``), the oracle."""
 
 import importlib
 import math
@@ -26,7 +26,8 @@ def _finufft() -> ModuleType:
 def slice_nufft(
     volume: Float[Tensor, "d d d"], rotations: Float[Tensor, "b 3 3"], disk: FourierDisk, tolerance: float = 1e-5
 ) -> Complex[Tensor, "b p"]:
-    """``sum_x v(x) exp(-2 pi i q.x / D)`` at ``q = R^T (kx, ky, 0)``: the transform of the voxels themselves, no interpolation.
+    """``sum_x v(x) exp(-2 pi i q.x / D)`` at ``q = R^T (kx, ky, 0)``: the transform of the voxels themselves, no
+    interpolation.
 
     Parameters
     ----------

@@ -1,8 +1,9 @@
-"""Fourier-slice projection, its adjoint, and pose derivatives (papers/002 eq. 9-13; the projector inside papers/001 eq. 1).
+"""Fourier-slice projection, its adjoint, and pose derivatives (papers/002 eq. 9-13; the projector of papers/001).
 
-A map is divided by the transform of the interpolation kernel, zero-padded by the oversampling factor and transformed once
-(:func:`slicing_grid`); each projection is then a trilinear read of the central plane ``R^T (kx, ky, 0)`` (:func:`slice_grid`).
-:func:`insert_slices` is the exact adjoint of that read. Everything is differentiable where a gradient makes sense.
+A map is divided by the transform of the interpolation kernel, zero-padded by the oversampling factor and transformed
+once (:func:`slicing_grid`); each projection is then a trilinear read of the central plane ``R^T (kx, ky, 0)``
+(:func:`slice_grid`). :func:`insert_slices` is the exact adjoint of that read. Everything is differentiable where a
+gradient makes sense.
 """
 
 import math
@@ -104,7 +105,8 @@ def slicing_grid(volume: Float[Tensor, "d d d"], radius: float, oversampling: in
     radius
         Largest ``|k|`` in Fourier pixels to be sliced; cut to D / 2.
     oversampling
-        Grid points per Fourier pixel. 1 is fast and poor, 2 the default, 3 for references (errors: ``docs/projector.md``).
+        Grid points per Fourier pixel. 1 is fast and poor, 2 the default, 3 for references (errors:
+        ``docs/projector.md``).
     """
     box = volume.shape[-1]
     radius = _checked(box, radius, oversampling)
@@ -180,7 +182,8 @@ def slice_grid(
     grid
         From :func:`slicing_grid`; its radius must cover the disk's.
     rotations
-        (B, 3, 3) rotation matrices R. The gradient is the exact derivative of the trilinear interpolant, in the ambient 3 x 3 matrix.
+        (B, 3, 3) rotation matrices R. The gradient is the exact derivative of the trilinear interpolant, in the ambient
+        3 x 3 matrix.
     disk
         Fourier pixels to read.
     backend
@@ -219,7 +222,8 @@ def insert_slices(
 ) -> Accumulator:
     """Exact adjoint of :func:`slice_grid` on ``values``, with ``weights`` inserted beside them.
 
-    ``Re <slice_grid(v), u> = Re <v, insert_slices(u).numerator>`` over the stored half grid. Results do not depend on the number of threads.
+    ``Re <slice_grid(v), u> = Re <v, insert_slices(u).numerator>`` over the stored half grid. Results do not depend on
+    the number of threads.
 
     Parameters
     ----------
@@ -264,15 +268,15 @@ def _complete(plane: Tensor) -> Tensor:
 def volume_from_accumulator(
     acc: Accumulator, regularisation: Float[Tensor, " shells"] | Float[Tensor, ""] | float = 0.0
 ) -> Float[Tensor, "d d d"]:
-    """Map of regularised least squares from inserted slices: ``numerator / (weight + regularisation)`` back in real space.
+    """Map by regularised least squares from inserted slices: ``numerator / (weight + regularisation)``, transformed.
 
     Parameters
     ----------
     acc
         From :func:`insert_slices`.
     regularisation
-        Added to the weights (same units): a number, or one value for each shell ``|k|`` in Fourier pixels (the last one serves beyond).
-        Grid points with no weight and no regularisation are zero.
+        Added to the weights (same units): a number, or one value for each shell ``|k|`` in Fourier pixels (the last one
+        serves beyond). Grid points with no weight and no regularisation are zero.
 
     Returns
     -------
@@ -314,8 +318,8 @@ def pose_normal_equations(
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, "b 5"], Float[Tensor, "b 5 5"]]:
     """Loss of each image at its pose with its gradient and Gauss-Newton matrix on so(3) x R^2.
 
-    ``loss = 1/2 sum_p precision |image - ctf * exp(-2 pi i k.s / D) * slice|^2``; parameters (omega_x, omega_y, omega_z, s_x, s_y) with
-    ``R <- exp(omega) R``, in radian and pixels. A Gauss-Newton step is ``-solve(hessian, gradient)``.
+    ``loss = 1/2 sum_p precision |image - ctf * exp(-2 pi i k.s / D) * slice|^2``; parameters (omega_x, omega_y,
+    omega_z, s_x, s_y) with ``R <- exp(omega) R``, in radian and pixels. A Gauss-Newton step is ``-hessian^-1 gradient``.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Slice and insert kernels: one module per backend, chosen by the device of the data before the call, never by a failure."""
+"""Slice and insert kernels, one module per backend: chosen by the device of the data beforehand, never by a failure."""
 
 import torch
 

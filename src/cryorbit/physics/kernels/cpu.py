@@ -10,10 +10,11 @@ from cryorbit.physics.kernels.cpu_walk import rows_of, slab_edges
 from cryorbit.physics.kernels.interface import NormalEquations
 
 _TASKS_PER_THREAD = 8
+_LAUNCHED: int = numba.get_num_threads()
 
 
 def _use_torch_threads() -> int:
-    threads = max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    threads = max(1, min(torch.get_num_threads(), _LAUNCHED))
     numba.set_num_threads(threads)
     return threads
 

@@ -1,8 +1,8 @@
 """Numba kernel of the Gauss-Newton sums for particle poses: one pass over an image's Fourier pixels, float64 sums.
 
-With ``v`` the slice, ``g = R grad v`` its slope in the image frame and ``e = -2 pi i v / D``, a small rotation omega and shift s change the
-prediction by ``(-ky g_z, kx g_z, t, kx e, ky e)`` times CTF and phase, ``t = ky g_x - kx g_y``; the image is brought to the model's phase
-instead of the model to the image's.
+With ``v`` the slice, ``g = R grad v`` its slope in the image frame and ``e = -2 pi i v / D``, a small rotation omega
+and shift s change the prediction by ``(-ky g_z, kx g_z, t, kx e, ky e)`` times CTF and phase, ``t = ky g_x - kx g_y``;
+the image is brought to the model's phase instead of the model to the image's.
 """
 
 import math
@@ -17,7 +17,7 @@ _SUMS = {"reassoc", "nsz", "contract"}
 @njit(cache=True, nogil=True, parallel=True, fastmath=_SUMS)
 @no_type_check
 def normal_equations(data, images, ctf, precision, rotations, shifts, rows, scale, step, loss, gradient, hessian):
-    """Fill ``loss`` (B,), ``gradient`` (B, 5) and ``hessian`` (B, 5, 5); ``step`` is 2 pi / D, ``precision`` (B, P) may have zero strides."""
+    """Fill ``loss`` (B,), ``gradient`` (B, 5), ``hessian`` (B, 5, 5); ``step`` is 2 pi / D; ``precision`` (B, P)."""
     kind = data.dtype.type
     one = kind(1)
     c = data.shape[2] - 1

@@ -1,4 +1,5 @@
-"""Numba kernels that read slices from a grid and add them to one; see ``cpu_walk`` for the order of work. Compiled for float32 and float64."""
+"""Numba kernels that read slices from a grid and add them to one, in the order of ``cpu_walk``; any float precision."""
+
 from typing import no_type_check
 
 import numpy as np
@@ -71,7 +72,7 @@ def _add_run(values, weights, weighted, num, den, lo, hi, at, s, ax, x, ay, y, a
 @njit(cache=True, nogil=True)
 @no_type_check
 def _slope_run(data, gradient, out, ky, at, s, ax, x, ay, y, az, z, k0, k1):
-    """Add to ``out`` (2, 3) the sums of kx and ky times Re conj(gradient) d slice / d q over pixels k0 .. k1 - 1 of a row."""
+    """Add to ``out`` (2, 3) the sums of kx and ky times Re conj(gradient) d slice / d q over pixels k0 .. k1 - 1."""
     kind = data.dtype.type
     one = kind(1)
     sx = sy = sz = 0.0
@@ -113,7 +114,7 @@ def _slope_run(data, gradient, out, ky, at, s, ax, x, ay, y, az, z, k0, k1):
 @njit(cache=True, nogil=True, parallel=True)
 @no_type_check
 def read(data, rotations, rows, edges, scale, chunks, out):
-    """Slices of ``data`` (Z, Y, X, 2) into ``out`` (B, P, 2); ``rotations`` (B, 3, 3), ``scale`` the oversampling in their precision."""
+    """Slices of ``data`` (Z, Y, X, 2) into ``out`` (B, P, 2); ``scale`` is the oversampling."""
     slabs, images = len(edges) - 1, len(rotations)
     kind = data.dtype.type
     c = kind(data.shape[2] - 1)
@@ -133,7 +134,7 @@ def read(data, rotations, rows, edges, scale, chunks, out):
 @njit(cache=True, nogil=True, parallel=True)
 @no_type_check
 def add(values, weights, weighted, rotations, rows, edges, scale, num, den):
-    """Adjoint of ``read``: ``values`` (B, P, 2) into ``num`` (Z, Y, X, 2) and, if ``weighted``, ``weights`` (B, P) into ``den`` (Z, Y, X)."""
+    """Adjoint of ``read``: ``values`` (B, P, 2) into ``num``; if ``weighted``, ``weights`` (B, P) into ``den``."""
     kind = num.dtype.type
     c = kind(num.shape[2] - 1)
     for slab in prange(len(edges) - 1):
@@ -189,7 +190,7 @@ def add(values, weights, weighted, rotations, rows, edges, scale, num, den):
 @njit(cache=True, nogil=True, parallel=True)
 @no_type_check
 def slope(gradient, data, rotations, rows, edges, scale, chunks, out):
-    """Gradient with respect to the first two rows of each rotation, one float64 share per slab, into ``out`` (slabs, B, 2, 3)."""
+    """Gradient in the first two rows of each rotation, a float64 share for each slab, into ``out`` (slabs, B, 2, 3)."""
     slabs, images = len(edges) - 1, len(rotations)
     kind = data.dtype.type
     c = kind(data.shape[2] - 1)

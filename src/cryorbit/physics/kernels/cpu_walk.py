@@ -1,9 +1,11 @@
 """How the CPU kernels walk a grid: row by row of a slice, slab by slab of the grid.
 
-A slab is a range of z planes small enough for a core's cache. Along one row of Fourier pixels the grid coordinate is linear, so the pixels of
-a row that fall into a slab are one or two intervals, found by arithmetic. Every image is walked for every slab; each slab belongs to
-one thread. That keeps reads in cache, and makes insertion free of races and its sums independent of the number of threads.
+A slab is a range of z planes small enough for a core's cache. Along one row of Fourier pixels the grid coordinate is
+linear, so the pixels of a row that fall into a slab are one or two intervals, found by arithmetic. Every image is
+walked for every slab; each slab belongs to one thread. That keeps reads in cache, and makes insertion free of races and
+its sums independent of the number of threads.
 """
+
 from typing import no_type_check
 
 import numpy as np
@@ -39,7 +41,7 @@ def slab_edges(shape: tuple[int, int, int], item_bytes: int) -> NDArray[np.int64
 @njit(cache=True, nogil=True)
 @no_type_check
 def span(a, b, k0, k1, lo, hi):
-    """The k in [k0, k1) with ``lo <= a k + b < hi``, as [i, j). Exact: the estimate is corrected by the comparison itself."""
+    """The k in [k0, k1) with ``lo <= a k + b < hi``, as [i, j). Exact: an estimate, corrected by comparing."""
     if a == 0:
         if lo <= b < hi:
             return k0, k1
@@ -74,9 +76,11 @@ def span(a, b, k0, k1, lo, hi):
 @njit(cache=True, nogil=True)
 @no_type_check
 def windows(ax, x0, az, z0, c, k0, k1, lo, hi):
-    """Pixels of a row in the slab ``lo <= z < hi``: [p0, p1) read as they are, [m0, m1) read at their Friedel mate (``x < 0``).
+    """Pixels of a row in the slab ``lo <= z < hi``: [p0, p1) read as they are, [m0, m1) read at their Friedel mate (``x
+    < 0``).
 
-    Grid coordinates along the row are ``x = ax k + x0``, ``z = az k + (z0 + c)``, and for the mates ``z = -az k + (c - z0)``.
+    Grid coordinates along the row are ``x = ax k + x0``, ``z = az k + (z0 + c)``, and for the mates ``z = -az k + (c -
+    z0)``.
     """
     kind = type(ax)
     up, down = z0 + c, c - z0

@@ -1,8 +1,9 @@
-"""Slicing kernels in plain torch operations: any device, float32 and float64. The definition the fast kernels are tested against.
+"""Slicing kernels in plain torch operations: any device, float32 and float64. The definition the fast kernels are
+tested against.
 
-A grid holds the transform of a real map at ``z, y = -c .. c`` and ``x = 0 .. c`` (oversampled Fourier pixels), shape (2c+1, 2c+1, c+1).
-A slice reads it at ``q = oversampling * R^T (kx, ky, 0)``; where ``q_x < 0`` it reads ``-q`` and conjugates (Friedel). Interpolation is
-trilinear. Gradients of complex tensors follow torch: ``dL/dRe + i dL/dIm``.
+A grid holds the transform of a real map at ``z, y = -c .. c`` and ``x = 0 .. c`` (oversampled Fourier pixels), shape
+(2c+1, 2c+1, c+1). A slice reads it at ``q = oversampling * R^T (kx, ky, 0)``; where ``q_x < 0`` it reads ``-q`` and
+conjugates (Friedel). Interpolation is trilinear. Gradients of complex tensors follow torch: ``dL/dRe + i dL/dIm``.
 """
 
 import math
