@@ -62,6 +62,9 @@ def simulate(
     source = open_source(model, bfactor=None if bfactor < 0 else bfactor, chains=chains)
     native = (source.box, source.pixel_size) if isinstance(source, Volume) else (64, 1.6)
     projector = make_projector(source, box or native[0], pixel_size or native[1], fast)
+    described = model if isinstance(source, Volume) else f"{model}, {len(source)} Gaussian atoms"
+    if not isinstance(source, Volume) and source.name != "phantom":
+        described += f", chains {chains or 'all'}, B-factors {'of the file' if bfactor < 0 else f'{bfactor:g}'}"
     err = Console(stderr=True, highlight=False)
     with Progress(console=err, disable=not err.is_terminal) as bar:
         task = bar.add_task("simulate", total=count)
@@ -69,11 +72,11 @@ def simulate(
             output,
             projector,
             settings,
-            source=model,
+            source=described,
             overwrite=overwrite,
             progress=lambda done, _: bar.update(task, completed=done),
         )
-    snr = f"{10 * math.log10(summary.snr):.2f} dB" if summary.noise_variance else "no noise"
+    snr = f"SNR {round(10 * math.log10(summary.snr), 2) + 0.0:g} dB" if summary.noise_variance else "no noise"
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"particles  {summary.particles}", markup=False)
     console.print(f"           {count:,} images of {summary.box} px at {summary.pixel_size:g} A, {snr}", markup=False)

@@ -47,7 +47,7 @@ class AtomProjector:
             least = 2 * math.ceil(model.radius / pixel_size + 1)
             raise DataError(
                 "DATA335",
-                f"{model.name} reaches {model.radius:.1f} A from its centre; {box} px of {pixel_size:g} A hold {room:.1f}",
+                f"{model.name} has a radius of {model.radius:.1f} A; {box} px of {pixel_size:g} A hold {room:.1f} A",
                 f"use a box of at least {least} px (1.5 times as much is usual) or larger pixels",
             )
         self.box = box

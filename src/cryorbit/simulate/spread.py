@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numba import njit, prange
 from scipy.fft import next_fast_len
 from torch import Tensor
@@ -26,7 +26,7 @@ def fine_side(box: int) -> int:
     return max(side, 2 * WIDTH + 2)
 
 
-def kernel_transform(frequencies: Float[Tensor, "*b"], side: int) -> Float[Tensor, "*b"]:
+def kernel_transform(frequencies: Int[Tensor, "*b"], side: int) -> Float[Tensor, "*b"]:
     """One-dimensional transform of the spreading kernel at integer frequencies of a grid of ``side`` points."""
     nodes, weights = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(64))
     kernel = torch.exp(_BETA * (torch.sqrt(1 - nodes**2) - 1)) * weights * (WIDTH / 2)
