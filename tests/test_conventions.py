@@ -230,6 +230,18 @@ def test_rotation_vector_is_scipys() -> None:
     np.testing.assert_allclose(c.rotvec_to_matrix(vectors), Rotation.from_rotvec(vectors).as_matrix(), atol=1e-14)
 
 
+def test_cryosparc_pose_is_the_vector_of_the_transpose() -> None:
+    """A vector of 90 degrees about z turns x into y; R then takes y to x."""
+    found = c.rotation_from_cryosparc(np.array([[0, 0, math.pi / 2]]))[0]
+    np.testing.assert_allclose(found, [[0, 1, 0], [-1, 0, 0], [0, 0, 1]], atol=1e-15)
+    np.testing.assert_allclose(found, c.euler_to_matrix(np.array([90.0, 0.0, 0.0])), atol=1e-15)
+
+
+def test_cryodrgn_matrix_is_ours() -> None:
+    matrix = c.euler_to_matrix(ANGLES)
+    np.testing.assert_array_equal(c.rotation_from_cryodrgn(matrix), matrix)
+
+
 def test_cryosparc_shift_is_pixels_with_relions_sign() -> None:
     np.testing.assert_allclose(c.shift_from_cryosparc(np.array([2.0, -1.0]), 1.5), [-3.0, 1.5])
 

@@ -63,6 +63,9 @@ def unknown_parts(arguments: list[str]) -> list[str]:
     if not text:
         return [arguments[0]]
     known = options_of(text)
+    takes_words = re.search(r"Usage:.*\[OPTIONS\] \S", text) is not None
+    if not takes_words and len(arguments) > 1 and not arguments[1].startswith("-"):
+        return [arguments[1]]
     return [word for word in arguments[1:] if word.startswith("-") and word.split("=")[0] not in known]
 
 
@@ -93,6 +96,7 @@ def test_options_that_the_readme_names_alone_exist() -> None:
 def test_command_check_can_fail() -> None:
     assert unknown_parts(["recontsruct", "particles.star"]) == ["recontsruct"]
     assert unknown_parts(["reconstruct", "particles.star", "--mask-diametre", "120"]) == ["--mask-diametre"]
+    assert unknown_parts(["simulate", "4ake", "--output", "sim/"]) == ["4ake"]
     assert commands("```bash\ncryorbit inspect x  # y\n```\nand `cryorbit report run/`", "cryorbit") == [
         ["inspect", "x"],
         ["report", "run/"],
