@@ -7,6 +7,7 @@ grid, divided by the kernel's, is the sum.
 """
 
 import math
+from typing import no_type_check
 
 import numpy as np
 import torch
@@ -35,7 +36,8 @@ def kernel_transform(frequencies: Int[Tensor, "*b"], side: int) -> Float[Tensor,
 
 
 @njit(inline="always")
-def _taps(x, side, index, value):  # type: ignore[no-untyped-def]
+@no_type_check
+def _taps(x, side, index, value):
     first = math.ceil(x - 0.5 * WIDTH)
     for t in range(WIDTH):
         z = (first + t - x) * (2.0 / WIDTH)
@@ -44,7 +46,8 @@ def _taps(x, side, index, value):  # type: ignore[no-untyped-def]
 
 
 @njit(parallel=True, cache=True, fastmath=True, nogil=True)
-def spread_images(rotations, positions, coefficients, out):  # type: ignore[no-untyped-def]
+@no_type_check
+def spread_images(rotations, positions, coefficients, out):
     """Add to ``out`` (B, C, M, M) float32 the points ``(R r)[:2]`` of B rotations, with C float32 coefficients for
     each point.
 
@@ -70,7 +73,8 @@ def spread_images(rotations, positions, coefficients, out):  # type: ignore[no-u
 
 
 @njit(cache=True, fastmath=True, nogil=True)
-def spread_volume(positions, coefficients, out):  # type: ignore[no-untyped-def]
+@no_type_check
+def spread_volume(positions, coefficients, out):
     """Add points with one coefficient each to ``out`` (M, M, M) float32; ``positions`` as in :func:`spread_images`."""
     side = out.shape[-1]
     ix, iy, iz = np.empty(WIDTH, np.int64), np.empty(WIDTH, np.int64), np.empty(WIDTH, np.int64)
