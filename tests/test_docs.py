@@ -66,7 +66,7 @@ def unknown_parts(arguments: list[str]) -> list[str]:
     takes_words = re.search(r"Usage:.*\[OPTIONS\] \S", text) is not None
     if not takes_words and len(arguments) > 1 and not arguments[1].startswith("-"):
         return [arguments[1]]
-    return [word for word in arguments[1:] if word.startswith("-") and word.split("=")[0] not in known]
+    return [word for word in arguments[1:] if re.match(r"-+[a-zA-Z]", word) and word.split("=")[0] not in known]
 
 
 def _documents(program: str) -> list[tuple[str, list[str]]]:
