@@ -200,6 +200,8 @@ def from_tables(
             f"the metadata says {sizes.min():.4g} to {sizes.max():.4g} A per pixel: the {pixel_size:.4g} A "
             "given are used"
         )
+    elif sizes is not None and np.ptp(sizes) > _SAME_PIXEL * sizes.min():
+        notes.append(f"pixel sizes go from {sizes.min():.4g} to {sizes.max():.4g} A; images are read only at one")
     box = _box(relion.per_particle(table, optics, group, relion.BOX), images, notes)
     bfactor = relion.per_particle(table, optics, group, relion.CTF_LABELS["bfactor"][0])
     if bfactor is not None and (bfactor <= 0).all() and (bfactor < 0).any():
