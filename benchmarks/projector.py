@@ -1,6 +1,7 @@
 """Speed, memory and accuracy of the projector beside torch-fourier-slice, torch-projectors and pytorch-finufft.
 
     python benchmarks/projector.py [--box 128] [--poses 1000] [--engines ours,...] [--device cpu] [--output FILE.json]
+    python benchmarks/projector.py --accuracy [--box 64] [--model molecule.pdb]
 
 Tasks, all in float32 at oversampling 2 (padding 2) and from the same map of Gaussian atoms:
 
@@ -9,8 +10,10 @@ Tasks, all in float32 at oversampling 2 (padding 2) and from the same map of Gau
 * ``backward``: map to real images, and gradients to map and rotations;
 * ``insert``: Fourier images and weights into numerator and weight grids.
 
-Every case runs in a process of its own, once to warm up and then at least ``--repeats`` times; the fastest run counts.
-Memory is the peak of the process above what it held after its imports: map, transform, grids and results together.
+torch-fourier-slice and pytorch-finufft work through the poses in equal batches; one batch is timed and scaled up unless
+``--full`` is given. Every case runs in a process of its own, once to warm up and then at least ``--repeats`` times; the
+fastest run counts. Memory is the peak of the process above what it held after its imports: map, transform, grids and
+results together.
 """
 
 import argparse
@@ -185,7 +188,9 @@ def backward(engine: Ours) -> None:
         engine.images(volume, turns).square().sum().backward()
 
 
-def run_case(engine_name: str, task: str, box: int, poses: int, repeats: int, device: str) -> dict[str, float]:
+def run_case(
+    engine_name: str, task: str, box: int, poses: int, repeats: int, device: str, full: bool
+) -> dict[str, float]:
     """Time one engine on one task in this process."""
     held = _held_bytes(device)
     generator = torch.Generator().manual_seed(1)
@@ -208,9 +213,10 @@ def run_case(engine_name: str, task: str, box: int, poses: int, repeats: int, de
         expected = exact_slices(positions, few.cpu(), disk.to("cpu"))[:, inside]
         result["relative_error"] = float((found[:, inside] - expected).norm() / expected.norm())
     engine.prepare(task)
-    full, engine.rotations = engine.rotations, engine.rotations[:4]
+    timed = rotations if full else rotations[: engine.batch]
+    engine.rotations = rotations[:4]
     work[task]()  # compile and warm up on a few poses
-    engine.rotations = full
+    engine.rotations = timed
     walls: list[float] = []
     cpus: list[float] = []
     while len(walls) < repeats or (sum(walls) < 5.0 and len(walls) < 20):
@@ -222,7 +228,10 @@ def run_case(engine_name: str, task: str, box: int, poses: int, repeats: int, de
         cpus.append(time.process_time() - cpu)
         if sum(walls) > 45:
             break
-    result |= {"wall_s": min(walls), "cpu_s": min(cpus), "slices_per_s": poses / min(walls), "runs": len(walls)}
+    scale = poses / len(timed)
+    wall, cpu = scale * min(walls), scale * min(cpus)
+    result |= {"wall_s": wall, "cpu_s": cpu, "slices_per_s": poses / wall, "runs": len(walls)}
+    result["poses_timed"] = len(timed)
     result["peak_mib"] = (_peak_bytes(device) - held) / 2**20
     return result
 
@@ -260,6 +269,31 @@ def bytes_moved(task: str, poses: int, pixels: int) -> int | None:
     return None if each is None else each * poses * pixels
 
 
+def accuracy(box: int, model: Path | None) -> None:
+    """Print the error of slices within 0.8 Nyquist against exact Gaussian atoms, for molecules of diameter 0.6 box."""
+    generator = torch.Generator().manual_seed(1)
+    cloud = torch.randn(300, 3, generator=generator, dtype=torch.float64)
+    radius = torch.rand(300, 1, generator=generator, dtype=torch.float64) ** (1 / 3)
+    molecules = {"Gaussian cloud": cloud, "uniform ball": cloud / cloud.norm(dim=1, keepdim=True) * radius}
+    if model:
+        import gemmi
+
+        chain = gemmi.read_structure(str(model))[0][0].get_polymer()
+        found = torch.tensor([atom.pos.tolist() for residue in chain for atom in residue], dtype=torch.float64)
+        molecules[model.name] = found[:: max(1, len(found) // 300)]
+    rotations = so3.random_rotations(10, generator).double()
+    disk = fourier_disk(box, 0.4 * box)
+    print(f"{'molecule':20} {'oversampling':>12} {'error':>9}")
+    for name, positions in molecules.items():
+        x = positions - positions.mean(0)
+        x = x * (0.3 * box / float(x.norm(dim=1).max()))
+        expected = exact_slices(x, rotations, disk)
+        for oversampling in (1, 2, 3, 4):
+            grid = slicing_grid(gaussian_map(x, box), disk.radius, oversampling)
+            error = float((slice_grid(grid, rotations, disk) - expected).norm() / expected.norm())
+            print(f"{name:20} {oversampling:12} {error:9.2e}")
+
+
 def _version(package: str) -> str:
     try:
         return version(package)
@@ -294,10 +328,16 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--output", type=Path)
     parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--full", action="store_true", help="time every batch of the batched engines")
+    parser.add_argument("--accuracy", action="store_true", help="print error against oversampling instead")
+    parser.add_argument("--model", type=Path, help="PDB or mmCIF file whose first chain to add to --accuracy")
     args = parser.parse_args()
+    if args.accuracy:
+        accuracy(min(args.box, 64), args.model)
+        return
     if args.case:
         engine, task = args.case.split(":")
-        print(json.dumps(run_case(engine, task, args.box, args.poses, args.repeats, args.device)))
+        print(json.dumps(run_case(engine, task, args.box, args.poses, args.repeats, args.device, args.full)))
         return
     bandwidth = copy_bandwidth(args.device)
     pixels = len(fourier_disk(args.box))
@@ -313,6 +353,7 @@ def main() -> None:
             command = [sys.executable, __file__, "--case", f"{engine}:{task}"]
             for name in ("box", "poses", "repeats", "device"):
                 command += [f"--{name}", str(getattr(args, name))]
+            command += ["--full"] if args.full else []
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 print(f"{engine:20} {task:9} failed: {done.stderr.strip().splitlines()[-1]}")

@@ -319,7 +319,7 @@ def pose_normal_equations(
     """Loss of each image at its pose with its gradient and Gauss-Newton matrix on so(3) x R^2.
 
     ``loss = 1/2 sum_p precision |image - ctf * exp(-2 pi i k.s / D) * slice|^2``; parameters (omega_x, omega_y,
-    omega_z, s_x, s_y) with ``R <- exp(omega) R``, in radian and pixels. A Gauss-Newton step is ``-hessian^-1 gradient``.
+    omega_z, s_x, s_y) with ``R <- exp(omega) R``, in radian and pixels. The Gauss-Newton step is ``-H^-1 g``.
 
     Parameters
     ----------
