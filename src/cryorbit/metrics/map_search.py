@@ -168,7 +168,7 @@ def _search(pair: _Pair, power: float, radius: int) -> tuple[Float[Tensor, "2 g"
     return score, torch.stack([torch.cat(shifts[0::2]), torch.cat(shifts[1::2])])
 
 
-def _refine(pair: _Pair, weight: Float[Tensor, " p"], start: Motion) -> Motion:
+def _refine(pair: _Pair, weight: Float[Tensor, " p"], start: Motion, iterations: int = 40) -> Motion:
     """Nearest maximum of the weighted correlation. The rotation step is scaled so that 1 moves the rim by about a
     pixel.
     """
@@ -183,7 +183,7 @@ def _refine(pair: _Pair, weight: Float[Tensor, " p"], start: Motion) -> Motion:
         (gradient,) = torch.autograd.grad(value, step)
         return float(value.detach()), gradient.numpy().astype(np.float64)
 
-    options = {"maxiter": 40, "ftol": 1e-9, "gtol": 1e-6}
+    options = {"maxiter": iterations, "ftol": 1e-9, "gtol": 1e-6}
     found = optimize.minimize(loss, np.zeros(6), jac=True, method="L-BFGS-B", options=options)
     step = torch.from_numpy(found.x).to(torch.float32)
     return exp(step[:3] / reach) @ start[0], start[1] + step[3:], start[2]
@@ -266,7 +266,7 @@ def _best_motion(
         for hand in (0, 1):
             for i in _distinct(score[hand], candidates):
                 trial = grid[i], shift[hand, i], bool(hand)
-                trials.append(_refine(coarse, coarse.whitening ** (2 * power), trial))
+                trials.append(_refine(coarse, coarse.whitening ** (2 * power), trial, iterations=12))
     if start is not None:
         trials.append(start)
     best = {}

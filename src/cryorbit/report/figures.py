@@ -223,7 +223,7 @@ def overview_figure(
 ) -> Figure:
     """One picture of a run: the map, the FSC, example images beside predictions, and where the views lie."""
     made = figure(12.0, 5.5)
-    left, right = np.ravel(made.subfigures(1, 2, width_ratios=(1.1, 1.0)))
+    left, right = np.asarray(made.subfigures(1, 2, width_ratios=(1.1, 1.0))).tolist()
     if volume is not None and pixel_size is not None:
         draw_map(left, volume, pixel_size)
     grid = right.add_gridspec(2, 4, height_ratios=(1.4, 1.0))
