@@ -111,8 +111,10 @@ def draw_orientations(axes: Axes, directions: Array) -> Any:
     sine = np.linspace(-1, 1, bins + 1)
     counts, _, _ = np.histogram2d(longitude, z, bins=(lon, sine))
     relative = counts / (len(directions) / counts.size)  # equal areas: every cell expects as many
-    edges = np.arcsin(sine)
-    drawn = axes.pcolormesh(lon, edges, _smooth(relative).T, cmap=DIRECTIONS, shading="flat", vmin=0, rasterized=True)
+    fine = 12  # straight-edged cells must be small to fill the ellipse
+    edges = np.linspace(-np.pi, np.pi, 2 * bins * fine + 1), np.arcsin(np.linspace(-1, 1, bins * fine + 1))
+    cells = np.repeat(np.repeat(_smooth(relative).T, fine, axis=0), fine, axis=1)
+    drawn = axes.pcolormesh(*edges, cells, cmap=DIRECTIONS, shading="flat", vmin=0, rasterized=True)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.grid(False)
@@ -148,7 +150,7 @@ def examples_figure(images: NDArray[Any], predictions: NDArray[Any], indices: ND
         axes[0, i].imshow(image, cmap=DENSITY, origin="lower", vmin=low, vmax=high)
         axes[1, i].imshow(prediction, cmap=DENSITY, origin="lower", vmin=quiet_low, vmax=quiet_high)
         axes[2, i].imshow(image - prediction, cmap=DENSITY, origin="lower", vmin=low, vmax=high)
-        bare(axes[0, i], f"{int(indices[i]) + 1}", 8)
+        bare(axes[0, i], f"{int(indices[i]) + 1}", 8.0)
         bare(axes[1, i])
         bare(axes[2, i])
     for row, label in enumerate(("image", "prediction", "residual")):
