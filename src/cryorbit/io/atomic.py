@@ -49,9 +49,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         with suppress(OSError):  # some network file systems cannot sync a folder
             _fsync(final.parent)
     except OSError as error:
-        raise FileError(
-            "FILE002", f"cannot write {final}: {error.strerror or error}", "check space and permissions"
-        ) from error
+        raise FileError("FILE002", f"cannot write {final}: {error}", "check space and permissions") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 import numpy as np
 from jaxtyping import Float, Float32
@@ -302,7 +301,7 @@ class StackWriter:
         self.written = 0
         self._low, self._high, self._sum, self._square = np.inf, -np.inf, 0.0, 0.0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StackWriter":
         self._stack = ExitStack()
         with ExitStack() as stack:
             temporary = stack.enter_context(atomic_path(self.path))

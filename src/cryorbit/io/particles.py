@@ -169,7 +169,6 @@ def from_tables(
     *,
     pixel_size: float | None = None,
     sign: int = 1,
-    ctf_given: Mapping[str, float] | None = None,
     warnings: Sequence[str] = (),
 ) -> ParticleSet:
     """A particle set from RELION's tables and opened images (None: metadata alone); arguments as ``open_particles``."""
@@ -206,7 +205,7 @@ def from_tables(
     bfactor = relion.per_particle(table, optics, group, relion.CTF_LABELS["bfactor"][0])
     if bfactor is not None and (bfactor <= 0).all() and (bfactor < 0).any():
         notes.append("the CTF B-factors are negative, as Warp and M write a fall-off: their absolute values are used")
-    fields, missing = relion.ctf_columns(table, optics, group, ctf_given or {})
+    fields, missing = relion.ctf_columns(table, optics, group)
     rotations, shifts = relion.poses(table, chosen)
     stored = relion.numbers(table, relion.SIGN)
     if stored is not None and (stored < 0).all():
@@ -275,9 +274,10 @@ def open_particles(
     folder = Path(datadir) if datadir else None
     star, warnings = _load(path, folder, passthrough)
     block = relion.find_particle_block(star, path.name)
-    images = open_images(star.blocks[block].columns[relion.IMAGE], path.parent, folder) if require_images else None
-    sign = -1 if invert_contrast else 1
-    return from_tables(star, path, images, pixel_size=pixel_size, sign=sign, ctf_given=ctf_given, warnings=warnings)
+    table = relion.with_given_ctf(star.blocks[block], star.blocks.get("optics"), ctf_given or {})
+    star = StarFile(star.blocks | {block: table})
+    images = open_images(table.columns[relion.IMAGE], path.parent, folder) if require_images else None
+    return from_tables(star, path, images, pixel_size=pixel_size, sign=-1 if invert_contrast else 1, warnings=warnings)
 
 
 def new_particles(
@@ -365,6 +365,7 @@ def write_particles(
     if optics is None:
         optics, columns[relion.GROUP] = relion.make_optics(table)
     else:
+        optics = relion.complete_optics(optics, table, particles.optics_group)
         columns[relion.GROUP] = [str(group) for group in particles.optics_group.tolist()]
     stated = {"rlnImageDimensionality": "2"} | ({relion.BOX: str(particles.box)} if particles.box else {})
     optics = optics.with_columns({label: [value] * len(optics) for label, value in stated.items()})

@@ -137,13 +137,12 @@ def pixel_sizes(table: StarTable, optics: StarTable | None, group: NDArray[np.in
 
 
 def ctf_columns(
-    table: StarTable, optics: StarTable | None, group: NDArray[np.int64], given: Mapping[str, float]
+    table: StarTable, optics: StarTable | None, group: NDArray[np.int64]
 ) -> tuple[dict[str, Column] | None, tuple[str, ...]]:
     """CTFParams fields in our units, and the labels that are missing (then there is no CTF: None).
 
-    ``given`` fills fields that the file lacks; it never overrides the file. B-factors none of which is positive are
-    Warp's and M's, which write a fall-off as a negative number (cryoDRGN reads them as dose x -4); RELION's is
-    positive.
+    B-factors none of which is positive are Warp's and M's, which write a fall-off as a negative number (cryoDRGN reads
+    them as dose x -4); RELION's is positive.
     """
     fields: dict[str, Column] = {}
     missing: list[str] = []
@@ -151,11 +150,21 @@ def ctf_columns(
         column = per_particle(table, optics, group, label)
         if column is not None:
             fields[field] = np.abs(column) if field == "bfactor" and (column <= 0).all() else column * factor
-        elif field in given or default is not None:
-            fields[field] = np.full(len(table), given.get(field, default), np.float64)
+        elif default is not None:
+            fields[field] = np.full(len(table), default)
         else:
             missing.append(label)
     return (None, tuple(missing)) if missing else (fields, ())
+
+
+def with_given_ctf(table: StarTable, optics: StarTable | None, given: Mapping[str, float]) -> StarTable:
+    """The table with columns for the ``given`` CTFParams fields that neither it nor the optics table has."""
+    columns: dict[str, list[str]] = {}
+    for field, value in given.items():
+        label, factor, _ = CTF_LABELS[field]
+        if label not in table and (optics is None or label not in optics):
+            columns[label] = [f"{value / factor:.6f}"] * len(table)
+    return table.with_columns(columns)
 
 
 def poses(table: StarTable, pixel_size: float) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
@@ -198,6 +207,17 @@ def make_optics(table: StarTable) -> tuple[StarTable, list[str]]:
     columns = {"rlnOpticsGroupName": [f"opticsGroup{i}" for i in number.values()], GROUP: list(number.values())}
     columns |= {label: [row[j] for row in number] for j, label in enumerate(keyed) if label != GROUP}
     return StarTable(columns), [number[row] for row in rows]
+
+
+def complete_optics(optics: StarTable, table: StarTable, group: NDArray[np.int64]) -> StarTable:
+    """The optics table with voltage, Cs and amplitude contrast taken from the particles where it lacks them."""
+    own = [int(float(value)) for value in optics.columns[GROUP]]
+    first = {int(number): int(row) for number, row in zip(*np.unique(group, return_index=True), strict=True)}
+    columns: dict[str, list[str]] = {}
+    for label in OPTICS_LABELS:
+        if label in table and label not in optics and set(own) <= set(first):
+            columns[label] = [table.columns[label][first[number]] for number in own]
+    return optics.with_columns(columns)
 
 
 def half_sets(table: StarTable) -> Int[np.ndarray, " n"] | None:
