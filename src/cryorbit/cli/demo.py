@@ -19,13 +19,19 @@ def demo(
     from cryorbit.pipeline.config import RunConfig
 
     console = Console(highlight=False, soft_wrap=True)
-    particles = output / "particles"
+    particles, run = output / "particles", output / "run"
     if not (particles / "particles.star").exists():
-        simulate(
-            model="4ake", output=particles, count=count, box=64, pixel_size=1.6, snr_db=0.0, ctf=True, shift_sigma=1.0, seed=11
-        )
-    config = RunConfig(particles=str((particles / "particles.star").resolve()), mask_diameter=90.0, seed=seed)
-    run_and_report(config, output / "run", overwrite=False)
-    console.print("\nagainst the truth (which the reconstruction never saw):")
-    evaluate(output / "run", truth=particles / "truth.mrc", truth_poses=particles / "truth.star")
-    console.print(f"\nOpen {output / 'run' / 'report.html'} in a browser.")
+        console.print(f"Simulating {count:,} images of adenylate kinase (0 dB, CTF, shifts of 1 px) ...")
+        simulate(particles, count=count, ctf=True, shift_sigma=1.0, seed=11)
+    console.print("\nReconstructing them with no starting model ...")
+    run_and_report(RunConfig(particles=str((particles / "particles.star").resolve()), mask_diameter=90.0, seed=seed), run, False)
+    console.print("\nThe truth, which the reconstruction never saw:")
+    evaluate(
+        run,
+        truth=particles / "truth.mrc",
+        truth_poses=particles / "truth.star",
+        symmetry="",
+        aligned=False,
+        as_json=False,
+    )
+    console.print(f"\nOpen {run / 'report.html'} in a browser.")

@@ -48,7 +48,7 @@ class RefinementConfig:
 
     sweeps: int = 8
     batch: int = 500
-    iterations: int = 5
+    iterations: int = 6
     radius_growth: float = 1.5
     fsc_radius: float = 0.2
     fit_shift: bool = True

@@ -65,7 +65,7 @@ def refine_poses(
     -------
     Rotations, shifts and the loss (B,) there; never worse than the start.
     """
-    damping = torch.full((len(images),), 1e-3, dtype=torch.float32, device=images.device)
+    damping = torch.full((len(images),), 0.2, dtype=torch.float32, device=images.device)
     best_r, best_s = rotations, shifts_px
     loss, gradient, hessian = pose_normal_equations(grid, images, ctf, precision, best_r, best_s, disk)
     for index in range(iterations):
@@ -84,5 +84,5 @@ def refine_poses(
         loss = torch.where(better, new_loss, loss)
         gradient = torch.where(better[:, None], new_gradient, gradient)
         hessian = torch.where(better[:, None, None], new_hessian, hessian)
-        damping = torch.where(better, damping * 0.2, damping * 10.0).clamp(1e-6, 1e3)
+        damping = torch.where(better, damping * 0.2, damping * 6.0).clamp(1e-6, 1e3)
     return so3.orthonormalise(best_r), best_s, loss

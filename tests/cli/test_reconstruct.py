@@ -1,0 +1,160 @@
+"""``cryorbit reconstruct`` through real processes: the whole road, interruption, refusals, and nothing half-written."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mrcfile
+import numpy as np
+import pytest
+
+from cryorbit.io.particles import open_particles
+from cryorbit.simulate.particles import make_projector
+from cryorbit.simulate.phantom import phantom
+from cryorbit.simulate.settings import SimulationSettings
+from cryorbit.simulate.write import write_simulation
+
+FINAL = ["map.mrc", "half_map_1.mrc", "half_map_2.mrc", "particles.star", "fsc.csv", "metrics.json", "report_data.npz", "report.html"]
+QUICK = ["--mask-diameter", "70", "--set", "abinitio.march_steps=8", "--set", "refine.sweeps=2", "--set", "abinitio.batch=200"]
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "cryorbit.cli.main", *map(str, arguments)]
+
+
+def cryorbit(*arguments: str | Path, **options: object) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=180, check=False, **options)
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sim") / "in"
+    write_simulation(folder, make_projector(phantom(), 24, 4.0), SimulationSettings(count=400, snr_db=0.0, seed=2))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(simulated: Path) -> Path:
+    run = simulated.parent / "run"
+    done = cryorbit("reconstruct", simulated / "particles.star", "--output", run, *QUICK)
+    assert done.returncode == 0, done.stderr
+    assert "The half maps of 400 particles agree to" in done.stdout
+    return run
+
+
+def test_run_folder_is_complete_and_consistent(finished, simulated):
+    for name in [*FINAL, "config.toml", "provenance.json", "history.jsonl"]:
+        assert (finished / name).stat().st_size > 0, name
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert metrics["particles"] == 400
+    assert 8.0 <= metrics["resolution_A"] < 30.0
+    with mrcfile.open(finished / "map.mrc") as stream:
+        assert stream.data.shape == (24, 24, 24)
+        assert float(stream.voxel_size.x) == pytest.approx(4.0)
+        assert np.isfinite(stream.data).all()
+    ours = open_particles(finished / "particles.star")
+    assert len(ours) == 400
+    assert ours.rotations is not None
+    assert sorted(np.bincount(ours.half_set)[1:]) == [200, 200]
+    np.testing.assert_array_equal(ours.read([3]), open_particles(simulated / "particles.star").read([3]))
+    steps = [json.loads(line) for line in (finished / "history.jsonl").read_text().splitlines()]
+    assert {s["stage"] for s in steps} == {"abinitio", "refine"}
+
+
+def test_recovers_the_phantom(finished, simulated):
+    done = cryorbit("evaluate", finished, "--truth", simulated / "truth.mrc", "--truth-poses", simulated / "truth.star", "--json")
+    assert done.returncode == 0, done.stderr
+    values = json.loads(done.stdout)
+    assert values["poses"]["median_deg"] < 6.0
+    assert values["correlation"] > 0.9
+
+
+def test_same_command_again_repeats_nothing_and_other_settings_are_refused(finished, simulated):
+    before = (finished / "history.jsonl").read_text()
+    again = cryorbit("reconstruct", simulated / "particles.star", "--output", finished, *QUICK)
+    assert again.returncode == 0, again.stderr
+    assert (finished / "history.jsonl").read_text() == before
+    other = cryorbit("reconstruct", simulated / "particles.star", "--output", finished, *QUICK, "--seed", "1")
+    assert other.returncode == 1
+    assert "RUN002" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_killed_run_continues_to_the_same_result(finished, simulated, tmp_path, number):
+    run = tmp_path / "run"
+    arguments = command("reconstruct", simulated / "particles.star", "--output", run, *QUICK)
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (run / "history.jsonl").exists():
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL), errors
+    assert not [name for name in FINAL if (run / name).exists()]
+    assert subprocess.run(arguments, capture_output=True, timeout=180, check=False).returncode == 0
+    with mrcfile.open(run / "map.mrc") as ours, mrcfile.open(finished / "map.mrc") as theirs:
+        np.testing.assert_array_equal(ours.data, theirs.data)
+
+
+def test_folder_that_cannot_be_written(simulated, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    done = cryorbit("reconstruct", simulated / "particles.star", "--output", tmp_path / "file" / "run", *QUICK)
+    assert done.returncode == 1
+    assert "RUN003" in done.stderr
+    assert "Traceback" not in done.stderr
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "thesis.txt").write_text("precious")
+    done = cryorbit("reconstruct", simulated / "particles.star", "--output", tmp_path / "theirs", *QUICK, "--overwrite")
+    assert done.returncode == 1
+    assert "RUN001" in done.stderr
+    assert (tmp_path / "theirs" / "thesis.txt").read_text() == "precious"
+
+
+def test_full_disk_leaves_no_broken_file(simulated, tmp_path):
+    """Files over 60 kB cannot be written: checkpoints fail first, with one message and nothing under a final name."""
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    run = tmp_path / "run"
+    done = cryorbit("reconstruct", simulated / "particles.star", "--output", run, *QUICK, preexec_fn=limit)
+    assert done.returncode == 1
+    assert "error" in done.stderr
+    assert "Traceback" not in done.stderr
+    left = [p.name for p in run.rglob("*") if p.is_file()]
+    assert not set(left) & {*FINAL, "abinitio.safetensors"}
+    assert all(not name.endswith(".tmp") for name in left), left
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--mask-diameter", "900"], "CONF022"),
+        (["--symmetry", "Q7"], "CONF112"),
+        (["--preset", "speedy"], "CONF014"),
+        (["--device", "quantum"], "CONF020"),
+        (["--set", "abinitio.bach=3"], "CONF010"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_work(simulated, tmp_path, arguments, code):
+    done = cryorbit("reconstruct", simulated / "particles.star", "--output", tmp_path / "run", *arguments)
+    assert done.returncode == 1
+    assert code in done.stderr
+    assert "hint" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_input(tmp_path):
+    done = cryorbit("reconstruct", tmp_path / "nowhere.star", "--output", tmp_path / "run")
+    assert done.returncode == 1
+    assert "nowhere.star" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert os.listdir(tmp_path) == []
