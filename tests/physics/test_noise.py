@@ -1,4 +1,4 @@
-"""Noise: drawn with the stated variance and spectrum, measured back, and its log-likelihood against torch.distributions."""
+"""Noise drawn with the stated variance and spectrum, measured back; its log-likelihood against torch.distributions."""
 
 import math
 

@@ -47,7 +47,7 @@ def test_shipped_model_is_chain_a_of_4ake(adenylate_kinase: AtomicModel) -> None
 
 
 def test_scattering_factors_at_the_origin(adenylate_kinase: AtomicModel) -> None:
-    """Carbon's electron scattering factor at s = 0 is 2.509 A (International Tables C 4.3.2.2); the B-factor leaves it alone."""
+    """Carbon at s = 0 is 2.509 A (International Tables C 4.3.2.2); the B-factor leaves it alone."""
     at_zero = adenylate_kinase.form_factors(torch.zeros(1, dtype=torch.float64))[:, 0]
     assert float(at_zero[1]) == pytest.approx(0.0893 + 0.2563 + 0.7570 + 1.0487 + 0.3575, abs=1e-9)
 
@@ -65,7 +65,9 @@ def test_waters_and_second_conformations_go_ligands_and_hydrogens_stay(tmp_path)
     model = read_model(path)
     assert len(model) == 5
     mass = torch.tensor([14.007, 12.011, 1.008, 12.011, 65.38])
-    torch.testing.assert_close((mass[:, None] * model.positions).sum(0) / mass.sum(), torch.zeros(3).double(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        (mass[:, None] * model.positions).sum(0) / mass.sum(), torch.zeros(3).double(), atol=1e-3, rtol=0
+    )
     both = read_model(path, bfactor=None).widths - read_model(path, bfactor=0.0).widths
     assert both[:, 0].tolist() == pytest.approx([20, 40, 10, 20, 20])
     half = read_model(path).amplitudes[1] / read_model(path).amplitudes[3]
@@ -158,7 +160,9 @@ def test_atom_lands_where_the_convention_says(position, angles) -> None:
 
 def test_gaussian_blob_has_the_stated_width() -> None:
     sigma = 4.0
-    model = AtomicModel(torch.zeros(1, 3).double(), torch.ones(1, 1).double(), torch.full((1, 1), 8 * math.pi**2 * sigma**2).double())
+    model = AtomicModel(
+        torch.zeros(1, 3).double(), torch.ones(1, 1).double(), torch.full((1, 1), 8 * math.pi**2 * sigma**2).double()
+    )
     volume = AtomProjector(model, 32, 2.0).volume().double()
     axis = (torch.arange(32) - 16) * 2.0
     assert float(volume.sum()) == pytest.approx(1.0, rel=1e-5)
@@ -177,7 +181,7 @@ def test_empty_model_is_refused() -> None:
 
 
 def test_phantom_has_no_symmetry_and_no_mirror_twin() -> None:
-    """The three second moments differ by over 10 %, so that no rotation axis or mirror plane is left but by accident."""
+    """Second moments that differ by over 10 % leave no axis or mirror plane but by accident."""
     model = phantom()
     weight = model.amplitudes[:, :1]
     second = torch.linalg.eigvalsh((weight * model.positions).T @ model.positions)

@@ -24,7 +24,9 @@ SMALL = {"box": 32, "pixel_size": 3.0}
 def test_clean_images_are_the_measurement_model() -> None:
     """CTF * shift * projection, each from its own formula, against the images without noise."""
     model = phantom()
-    data = simulate_particles(model, count=5, snr_db=None, ctf=CTFSettings(astigmatism=900.0), shift_sigma_px=2.0, **SMALL)
+    data = simulate_particles(
+        model, count=5, snr_db=None, ctf=CTFSettings(astigmatism=900.0), shift_sigma_px=2.0, **SMALL
+    )
     projector = make_projector(model, 32, 3.0)
     values = direct_sum(model, data.poses.rotations, projector.disk, 3.0).to(torch.complex64)
     values = values * phase_ramp(data.poses.shifts / 3.0, projector.disk) * ctf_on_disk(data.ctf, projector.disk, 3.0)

@@ -121,11 +121,8 @@ def write_simulation(
     ctf = None
     if simulation.ctf is not None:
         ctf = {f.name: getattr(simulation.ctf, f.name).double().numpy() for f in fields(simulation.ctf)}
-    poses = {
-        "rotations": simulation.poses.rotations.double().numpy(),
-        "shifts": simulation.poses.shifts.double().numpy(),
-    }
-    truth = new_particles(names, projector.pixel_size, projector.box, ctf, **poses)
+    rotations, shifts = simulation.poses.rotations.double().numpy(), simulation.poses.shifts.double().numpy()
+    truth = new_particles(names, projector.pixel_size, projector.box, ctf, rotations, shifts)
     write_particles(folder / "truth.star", truth)
     write_text(folder / "simulation.json", json.dumps(_record(simulation, summary, source), indent=2) + "\n")
     write_particles(folder / "particles.star", new_particles(names, projector.pixel_size, projector.box, ctf))
