@@ -166,14 +166,14 @@ class Marginal:
 
     def _start(self, chosen: Int[Tensor, " b"], radius: int, generator: torch.Generator) -> None:
         """Random poses for the first batch; noise variance = power of the images."""
-        images, ctf, disk = self._batch(chosen, self.stack.disk.radius)
+        images, ctf, disk = self._batch(chosen, int(self.stack.disk.radius))
         self.initial_noise = self._shell_mean(images.abs().square().mean(dim=0), disk)
         self.noise = self.initial_noise.clone()
         images, ctf, disk = self._batch(chosen, radius)
         poses = self.rotations[torch.randint(len(self.rotations), (len(chosen),), generator=generator)]
         self.statistics = self._insert(images * ctf, ctf.square(), poses, disk, None)
 
-    def _batch(self, chosen: Int[Tensor, " b"], radius: float) -> tuple[Tensor, Tensor, FourierDisk]:
+    def _batch(self, chosen: Int[Tensor, " b"], radius: int) -> tuple[Tensor, Tensor, FourierDisk]:
         disk, keep = self.stack.at_radius(radius)
         return self.stack.images(chosen)[:, keep], self.stack.ctf(chosen)[:, keep], disk
 

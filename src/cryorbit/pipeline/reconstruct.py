@@ -57,7 +57,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def split_halves(particles: ParticleSet, seed: int) -> Int[Tensor, " n"]:
-    """Half sets from ``rlnRandomSubset`` where the file has both, else a balanced random split."""
+    """Half sets from the file, where it has both, else a balanced random split."""
     count = len(particles)
     if particles.half_set is not None:
         given = torch.as_tensor(particles.half_set, dtype=torch.int64)
@@ -147,7 +147,7 @@ def _abinitio(
     margin = settings.shift_range * inputs.mask_diameter
     stack = FourierStack(
         inputs.particles,
-        round(radius),
+        float(round(radius)),
         mask_diameter=inputs.mask_diameter,
         margin=margin,
         memory_gib=config.memory_gib,

@@ -167,7 +167,7 @@ class FourierStack:
             return torch.ones(len(indices), len(self.disk), device=self.device)
         return ctf_on_disk(self._ctf[indices.to(self.device)], self.disk.to(self.device), self.pixel_size)
 
-    def at_radius(self, radius: float) -> tuple[FourierDisk, Int[Tensor, " q"]]:
+    def at_radius(self, radius: int) -> tuple[FourierDisk, Int[Tensor, " q"]]:
         """The disk of a smaller ``radius`` and the columns of :meth:`images` and :meth:`ctf` that belong to it."""
         disk = fourier_disk(self.box, float(min(radius, self.disk.radius)))
         return disk.to(self.device), disk_subset(self.disk, disk).to(self.device)
