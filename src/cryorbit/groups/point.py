@@ -98,8 +98,9 @@ def point_group(name: str) -> Float[Tensor, "s 3 3"]:
 def asymmetric_unit(rotations: Float[Tensor, "g 3 3"], group: Float[Tensor, "s 3 3"]) -> Bool[Tensor, " g"]:
     """Which of ``rotations`` to keep so that each orbit ``{R S : S in group}`` is covered once.
 
-    On the borders between units it is covered twice. A map of this symmetry looks the same from R and from R S. Kept are the views (third row of R) nearest to a fixed
-    generic direction among their symmetry mates, with every in-plane angle.
+    On the borders between units it is covered twice. A map of this symmetry looks the same from R and from R S. Kept
+    are the views (third row of R) nearest to a fixed generic direction among their symmetry mates, with every
+    in-plane angle.
     """
     generic = torch.tensor([0.5377, 0.2134, 0.8157], dtype=rotations.dtype, device=rotations.device)
     views = rotations[:, 2]
