@@ -100,7 +100,7 @@ def read_cryodrgn_poses(
             "PKL002",
             f"{Path(path).name} holds arrays of shape {shapes}; expected (N, 3, 3) rotations and (N, 2) translations",
         )
-    rotations = rotation_from_cryodrgn(rotations)
+    rotations = rotation_from_cryodrgn(rotations.astype(np.float64))
     error = np.abs(rotations @ rotations.swapaxes(1, 2) - np.eye(3)).max(initial=0.0)
     if not error < 1e-3 or (np.linalg.det(rotations) < 0).any():
         raise DataError("PKL003", f"the rotations of {Path(path).name} are off orthogonality by {error:.2g}, or mirror")
@@ -110,7 +110,7 @@ def read_cryodrgn_poses(
         raise FileError(
             "PKL002", f"{Path(path).name} holds {len(rotations)} rotations, but translations of shape {arrays[1].shape}"
         )
-    return rotations, shift_from_cryodrgn(arrays[1], box, pixel_size)
+    return rotations, shift_from_cryodrgn(arrays[1].astype(np.float64), box, pixel_size)
 
 
 def read_cryodrgn_ctf(path: Path | str) -> tuple[dict[str, Float[np.ndarray, " n"]], int, float]:

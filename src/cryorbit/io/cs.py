@@ -89,6 +89,10 @@ def join(main: NDArray, passthrough: NDArray, name: str) -> dict[str, NDArray]:
     return {key: values[rows] for key, values in more.items()} | fields
 
 
+def _float(values: NDArray) -> NDArray[np.float64]:
+    return values.astype(np.float64)
+
+
 def _texts(values: NDArray) -> list[str]:
     return [str(value) for value in values]
 
@@ -110,8 +114,8 @@ def _pose_columns(fields: dict[str, NDArray], prefix: str) -> dict[str, list[str
     shifts = None
     size = fields.get(f"{prefix}/psize_A", fields.get("blob/psize_A"))
     if f"{prefix}/shift" in fields and size is not None:
-        shifts = shift_from_cryosparc(fields[f"{prefix}/shift"], np.asarray(size, np.float64)[:, None])
-    columns = relion.pose_columns(rotation_from_cryosparc(fields[f"{prefix}/pose"]), shifts)
+        shifts = shift_from_cryosparc(_float(fields[f"{prefix}/shift"]), _float(size)[:, None])
+    columns = relion.pose_columns(rotation_from_cryosparc(_float(fields[f"{prefix}/pose"])), shifts)
     for key, label in _FROM_ZERO.items():
         if f"{prefix}/{key}" in fields:
             columns[label] = _texts(fields[f"{prefix}/{key}"].astype(np.int64) + 1)
@@ -152,9 +156,7 @@ def cs_to_star(path: Path | str, passthrough: Path | str | None = None) -> tuple
     }
     columns |= {label: _texts(fields[key]) for key, label in _COPIED.items() if key in fields}
     columns |= {
-        label: relion.texts(np.rad2deg(fields[key].astype(np.float64)))
-        for key, label in _DEGREES.items()
-        if key in fields
+        label: relion.texts(np.rad2deg(_float(fields[key]))) for key, label in _DEGREES.items() if key in fields
     }
     if "blob/shape" in fields:
         columns[relion.BOX] = _texts(fields["blob/shape"][:, -1])

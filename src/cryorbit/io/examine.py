@@ -181,7 +181,7 @@ def _duplicates(found: Examination, particles: ParticleSet) -> None:
     if copies:
         found.add(
             "warning",
-            f"{copies} rows repeat an image of another row",
+            f"{copies} row(s) repeat an image of another row",
             "half sets are not independent if copies are in both",
         )
 

@@ -284,7 +284,7 @@ def new_particles(
     image_names: Sequence[str],
     pixel_size: float,
     box: int,
-    ctf: Mapping[str, ArrayLike] | None = None,
+    ctf: Mapping[str, ArrayLike | float] | None = None,
     rotations: Float[np.ndarray, "n 3 3"] | None = None,
     shifts: Float[np.ndarray, "n 2"] | None = None,
     half_set: Int[np.ndarray, " n"] | None = None,

@@ -103,7 +103,7 @@ def optics_groups(optics: StarTable | None, table: StarTable, name: str) -> NDAr
                 "STAR013", f"{name} has {len(optics)} optics groups, but its particles lack the column {GROUP}"
             )
         return np.full(len(table), int(known[0]), np.int64)
-    lost = sorted(set(group.astype(int)) - set(known.astype(int)))
+    lost = sorted(set(group.astype(int).tolist()) - set(known.astype(int).tolist()))
     if lost:
         raise FileError(
             "STAR013", f"particles of {name} are in optics group(s) {lost}, which its optics table does not have"

@@ -19,6 +19,7 @@ from cryorbit.io.atomic import write_text
 NEW_VERSION = "50001"
 _VERSION_OR_BLOCK = re.compile(r"^(?:# version (\d+)|[dD][aA][tT][aA]_(\S*))", re.MULTILINE)
 _RESERVED = re.compile(r"^(?:data_|save_|loop_$|stop_$|global_$)", re.IGNORECASE)
+_TOKEN = re.compile(r"""'.*?'(?=\s|$)|".*?"(?=\s|$)|\S+""")
 _PLAIN = re.compile(r"[^\s_#$'\";][^\s#]*\Z")
 
 
@@ -68,16 +69,27 @@ def _text(path: Path) -> str:
         raise FileError("STAR001", f"{path.name} is no STAR file: byte {error.start} is not UTF-8 text") from error
 
 
-def _unquoted(value: str) -> str:
-    return gemmi.cif.as_string(value) if value[0] in "'\";" else value
+def _to_ascii(text: str) -> tuple[str, str]:
+    """Text with non-ASCII characters as ``mark<hex>;`` (gemmi parses ASCII), and the mark, absent from the text."""
+    if text.isascii():
+        return text, ""
+    mark = "~u"
+    while mark in text:
+        mark += "u"
+    return re.sub(r"[^\x00-\x7f]", lambda found: f"{mark}{ord(found[0]):x};", text), mark
 
 
-def _column(values: list[str]) -> list[str]:
+def _unquoted(value: str, mark: str) -> str:
+    plain = gemmi.cif.as_string(value) if value[0] in "'\";" else value
+    return re.sub(mark + "([0-9a-f]+);", lambda found: chr(int(found[1], 16)), plain) if mark else plain
+
+
+def _column(values: list[str], mark: str) -> list[str]:
     pool: dict[str, str] = {}  # equal texts share one object: most columns of a large table repeat themselves
-    return [pool.setdefault(value, value) for value in map(_unquoted, values)]
+    return [pool.setdefault(value, value) for value in (_unquoted(value, mark) for value in values)]
 
 
-def _table(block: gemmi.cif.Block, path: Path, version: str | None) -> StarTable:
+def _table(block: gemmi.cif.Block, path: Path, version: str | None, mark: str) -> StarTable:
     loops: list[gemmi.cif.Loop] = [item.loop for item in block if item.loop is not None]
     pairs: list[Any] = [item.pair for item in block if item.pair is not None]
     if len(loops) > 1 or (loops and pairs):
@@ -88,9 +100,25 @@ def _table(block: gemmi.cif.Block, path: Path, version: str | None) -> StarTable
             "give each table its own data_ block",
         )
     if not loops:
-        return StarTable({label[1:]: [_unquoted(value)] for label, value in pairs}, False, version)
+        return StarTable({label[1:]: [_unquoted(value, mark)] for label, value in pairs}, False, version)
     values, width = loops[0].values, loops[0].width()
-    return StarTable({tag[1:]: _column(values[i::width]) for i, tag in enumerate(loops[0].tags)}, True, version)
+    return StarTable({tag[1:]: _column(values[i::width], mark) for i, tag in enumerate(loops[0].tags)}, True, version)
+
+
+def _ragged_row(text: str) -> str:
+    """Line number and numbers of the first row that does not fit its loop; empty where every row does."""
+    width = 0
+    for number, line in enumerate(text.splitlines(), 1):
+        tokens = _TOKEN.findall(line)
+        if not tokens or tokens[0].startswith("#"):
+            continue
+        if tokens[0].startswith("_"):
+            width += 1
+        elif _RESERVED.match(tokens[0]):
+            width = 0
+        elif width and len(tokens) != width:
+            return f"{number}: {len(tokens)} value(s) in a loop of {width} columns"
+    return ""
 
 
 def read_star(path: Path | str) -> StarFile:
@@ -104,10 +132,11 @@ def read_star(path: Path | str) -> StarFile:
     """
     path = Path(path)
     text = _text(path)
+    plain, mark = _to_ascii(text.replace("\r\n", "\n"))
     try:
-        document = gemmi.cif.read_string(text.replace("\r\n", "\n"))
+        document = gemmi.cif.read_string(plain)
     except (ValueError, RuntimeError) as error:
-        found = str(error).removeprefix("string:")
+        found = _ragged_row(text) or str(error).removeprefix("string:")
         raise FileError(
             "STAR003", f"{path.name} is no valid STAR file, line {found}", "a row may be cut off or a quote left open"
         ) from error
@@ -124,7 +153,10 @@ def read_star(path: Path | str) -> StarFile:
     if len(versions) != len(document):
         versions = [None] * len(document)
     return StarFile(
-        {block.name.strip(): _table(block, path, version) for block, version in zip(document, versions, strict=True)}
+        {
+            block.name.strip(): _table(block, path, version, mark)
+            for block, version in zip(document, versions, strict=True)
+        }
     )
 
 
