@@ -70,7 +70,11 @@ def matrix_to_euler(rotations: Array) -> Array:
     beta = np.arctan2(sin_beta, a[..., 2, 2])
     regular = sin_beta > 1e-7
     alpha = np.where(regular, np.arctan2(a[..., 2, 1], a[..., 2, 0]), 0.0)
-    gamma = np.where(regular, np.arctan2(a[..., 1, 2], -a[..., 0, 2]), np.arctan2(-np.sign(a[..., 2, 2]) * a[..., 1, 0], a[..., 1, 1]))
+    gamma = np.where(
+        regular,
+        np.arctan2(a[..., 1, 2], -a[..., 0, 2]),
+        np.arctan2(-np.sign(a[..., 2, 2]) * a[..., 1, 0], a[..., 1, 1]),
+    )
     return np.rad2deg(np.stack([alpha, beta, gamma], axis=-1))
 
 

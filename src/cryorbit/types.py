@@ -29,13 +29,28 @@ class Poses:
 
     def __post_init__(self) -> None:
         r, s = self.rotations, self.shifts
-        _require(r.ndim == 3 and r.shape[1:] == (3, 3), "DATA001", f"rotations have shape {tuple(r.shape)}, expected (n, 3, 3)")
-        _require(s.shape == (r.shape[0], 2), "DATA002", f"shifts have shape {tuple(s.shape)}, expected ({r.shape[0]}, 2)")
+        _require(
+            r.ndim == 3 and r.shape[1:] == (3, 3),
+            "DATA001",
+            f"rotations have shape {tuple(r.shape)}, expected (n, 3, 3)",
+        )
+        _require(
+            s.shape == (r.shape[0], 2), "DATA002", f"shifts have shape {tuple(s.shape)}, expected ({r.shape[0]}, 2)"
+        )
         if r.shape[0]:
             eye = torch.eye(3, dtype=r.dtype, device=r.device)
             off = float((r.detach() @ r.detach().mT - eye).abs().max())
-            _require(off < 1e-3, "DATA003", f"a rotation matrix is off orthogonality by {off:.2g}", "re-orthonormalise the matrices")
-            _require(bool((torch.linalg.det(r.detach()) > 0).all()), "DATA004", "a rotation matrix has determinant -1 (a mirror)")
+            _require(
+                off < 1e-3,
+                "DATA003",
+                f"a rotation matrix is off orthogonality by {off:.2g}",
+                "re-orthonormalise the matrices",
+            )
+            _require(
+                bool((torch.linalg.det(r.detach()) > 0).all()),
+                "DATA004",
+                "a rotation matrix has determinant -1 (a mirror)",
+            )
 
     def __len__(self) -> int:
         return self.rotations.shape[0]
@@ -70,7 +85,11 @@ class CTFParams:
         n = self.defocus_u.shape
         for f in fields(self):
             value = getattr(self, f.name)
-            _require(value.shape == n and value.ndim == 1, "DATA005", f"CTF field {f.name} has shape {tuple(value.shape)}, expected {tuple(n)}")
+            _require(
+                value.shape == n and value.ndim == 1,
+                "DATA005",
+                f"CTF field {f.name} has shape {tuple(value.shape)}, expected {tuple(n)}",
+            )
 
     def __len__(self) -> int:
         return self.defocus_u.shape[0]
@@ -112,4 +131,5 @@ class Reconstruction:
     fsc: Float[Tensor, " shells"]
     resolution: float
     status: str
-    metrics: dict[str, float | str]
+    warnings: tuple[str, ...]
+    metrics: dict[str, object]

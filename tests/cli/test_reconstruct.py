@@ -19,8 +19,26 @@ from cryorbit.simulate.phantom import phantom
 from cryorbit.simulate.settings import SimulationSettings
 from cryorbit.simulate.write import write_simulation
 
-FINAL = ["map.mrc", "half_map_1.mrc", "half_map_2.mrc", "particles.star", "fsc.csv", "metrics.json", "report_data.npz", "report.html"]
-QUICK = ["--mask-diameter", "70", "--set", "abinitio.march_steps=8", "--set", "refine.sweeps=2", "--set", "abinitio.batch=200"]
+FINAL = [
+    "map.mrc",
+    "half_map_1.mrc",
+    "half_map_2.mrc",
+    "particles.star",
+    "fsc.csv",
+    "metrics.json",
+    "report_data.npz",
+    "report.html",
+]
+QUICK = [
+    "--mask-diameter",
+    "70",
+    "--set",
+    "abinitio.march_steps=8",
+    "--set",
+    "refine.sweeps=2",
+    "--set",
+    "abinitio.batch=200",
+]
 
 
 def command(*arguments: str | Path) -> list[str]:
@@ -67,7 +85,9 @@ def test_run_folder_is_complete_and_consistent(finished, simulated):
 
 
 def test_recovers_the_phantom(finished, simulated):
-    done = cryorbit("evaluate", finished, "--truth", simulated / "truth.mrc", "--truth-poses", simulated / "truth.star", "--json")
+    done = cryorbit(
+        "evaluate", finished, "--truth", simulated / "truth.mrc", "--truth-poses", simulated / "truth.star", "--json"
+    )
     assert done.returncode == 0, done.stderr
     values = json.loads(done.stdout)
     assert values["poses"]["median_deg"] < 6.0

@@ -29,8 +29,15 @@ def test_unknown_key_names_the_nearest():
 
 
 def test_values_keep_their_type():
-    config = override(RunConfig(particles="x"), ["abinitio.decay=0.5", "refine.sweeps=3", "refine.fit_shift=false", "symmetry=C4"])
-    assert (config.abinitio.decay, config.refine.sweeps, config.refine.fit_shift, config.symmetry) == (0.5, 3, False, "C4")
+    config = override(
+        RunConfig(particles="x"), ["abinitio.decay=0.5", "refine.sweeps=3", "refine.fit_shift=false", "symmetry=C4"]
+    )
+    assert (config.abinitio.decay, config.refine.sweeps, config.refine.fit_shift, config.symmetry) == (
+        0.5,
+        3,
+        False,
+        "C4",
+    )
     for text in ("refine.sweeps=3.5", "refine.sweeps=many", "refine.fit_shift=maybe", "refine.sweeps", "refine=3"):
         with pytest.raises(ConfigError):
             override(RunConfig(particles="x"), [text])
@@ -44,6 +51,12 @@ def test_presets_are_valid(name):
 def test_unknown_preset_and_bad_ranges():
     with pytest.raises(ConfigError, match="CONF014"):
         preset(RunConfig(particles="x", preset="fastest"))
-    for text in ("abinitio.batch=0", "abinitio.decay=1.0", "refine.sweeps=0", "abinitio.shift_range=0.9", "memory_gib=0"):
+    for text in (
+        "abinitio.batch=0",
+        "abinitio.decay=1.0",
+        "refine.sweeps=0",
+        "abinitio.shift_range=0.9",
+        "memory_gib=0",
+    ):
         with pytest.raises(ConfigError, match="CONF016"):
             check(override(RunConfig(particles="x"), [text]))

@@ -41,7 +41,9 @@ def test_posterior_and_statistics_equal_brute_force(case, block, monkeypatch):
     back = images[:, None] * ctf[:, None] * phase_ramp(shifts.points, disk).conj()
     numerator = torch.einsum("isg,isp->gp", posterior.to(torch.complex64), back)
     torch.testing.assert_close(result.numerator, numerator, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(result.weight, torch.einsum("isg,ip->gp", posterior.float(), ctf**2), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        result.weight, torch.einsum("isg,ip->gp", posterior.float(), ctf**2), atol=1e-4, rtol=1e-4
+    )
     residual = torch.zeros(len(disk), dtype=torch.float64)
     for i in range(len(images)):
         for s, point in enumerate(shifts.points):
@@ -52,7 +54,9 @@ def test_posterior_and_statistics_equal_brute_force(case, block, monkeypatch):
     effective = 1 / posterior.flatten(1).square().sum(1)
     torch.testing.assert_close(result.effective.double(), effective, atol=1e-3, rtol=1e-4)
     constant = -0.5 * (precision * images.abs() ** 2).sum(1).double()
-    torch.testing.assert_close(result.log_evidence.double() + constant, logp.flatten(1).logsumexp(1), atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(
+        result.log_evidence.double() + constant, logp.flatten(1).logsumexp(1), atol=1e-3, rtol=1e-5
+    )
     moment = (posterior.sum(2) * shifts.points.square().sum(-1)).sum() * 0.5 / len(images)
     assert result.shift_variance == pytest.approx(float(moment), rel=1e-4)
 

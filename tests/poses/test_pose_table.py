@@ -18,7 +18,8 @@ def grid() -> SlicingGrid:
     axis = torch.arange(BOX, dtype=torch.float32) - BOX // 2
     x = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1).flip(-1)
     volume = sum(
-        (torch.rand(1, generator=generator) + 0.5) * torch.exp(-((x - 5 * torch.randn(3, generator=generator)) ** 2).sum(-1) / 6)
+        (torch.rand(1, generator=generator) + 0.5)
+        * torch.exp(-((x - 5 * torch.randn(3, generator=generator)) ** 2).sum(-1) / 6)
         for _ in range(12)
     )
     return slicing_grid(volume, 9.0)
@@ -33,7 +34,7 @@ def test_recovers_perturbed_poses_without_noise(grid, generator):
     images = forward(grid, truth, shifts, disk, ctf)
     start = exp(torch.randn(count, 3, generator=generator) * 0.06) @ truth
     before = distance(start, truth)
-    r, s, loss = refine_poses(grid, images, ctf, disk.weight, start, torch.zeros(count, 2), disk, iterations=15)
+    r, s, _ = refine_poses(grid, images, ctf, disk.weight, start, torch.zeros(count, 2), disk, iterations=15)
     error = torch.rad2deg(distance(r, truth))
     assert float(torch.rad2deg(before).median()) > 4
     assert float(error.median()) < 0.05
@@ -46,7 +47,9 @@ def test_never_worse_than_the_start_and_arguments_untouched(grid, generator):
     disk = fourier_disk(BOX, 9.0)
     truth = random_rotations(20, generator)
     images = forward(grid, truth, None, disk, None)
-    images = images + 5 * torch.complex(torch.randn(images.shape, generator=generator), torch.randn(images.shape, generator=generator))
+    images = images + 5 * torch.complex(
+        torch.randn(images.shape, generator=generator), torch.randn(images.shape, generator=generator)
+    )
     start, shift = random_rotations(20, generator), torch.zeros(20, 2)
     kept = start.clone(), shift.clone(), images.clone()
     ctf = torch.ones(20, len(disk))

@@ -24,7 +24,9 @@ def demo(
         console.print(f"Simulating {count:,} images of adenylate kinase (0 dB, CTF, shifts of 1 px) ...")
         simulate(particles, count=count, ctf=True, shift_sigma=1.0, seed=11)
     console.print("\nReconstructing them with no starting model ...")
-    run_and_report(RunConfig(particles=str((particles / "particles.star").resolve()), mask_diameter=90.0, seed=seed), run, False)
+    run_and_report(
+        RunConfig(particles=str((particles / "particles.star").resolve()), mask_diameter=90.0, seed=seed), run, False
+    )
     console.print("\nThe truth, which the reconstruction never saw:")
     evaluate(
         run,

@@ -17,7 +17,11 @@ class Reporter:
         self.console = Console(stderr=True, highlight=False)
         self.live = self.console.is_terminal
         self.bar = Progress(
-            TextColumn("{task.description:>9}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn(), console=self.console
+            TextColumn("{task.description:>9}"),
+            BarColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            console=self.console,
         )
         self.tasks: dict[str, TaskID] = {}
         self.last: dict[str, float] = {}
@@ -27,7 +31,9 @@ class Reporter:
             self.bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.live:
             self.bar.stop()
 

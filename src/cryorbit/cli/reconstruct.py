@@ -7,16 +7,26 @@ import typer
 
 def reconstruct(
     particles: Path = typer.Argument(..., help="Particle STAR (RELION 3.0 to 5), cryoSPARC .cs, or .mrcs stack."),
-    output: Path = typer.Option(..., "--output", "-o", help="Run folder to write; an interrupted run there is continued."),
-    mask_diameter: float = typer.Option(0.0, "--mask-diameter", help="Particle diameter in angstrom (0: 85 % of the box)."),
+    output: Path = typer.Option(
+        ..., "--output", "-o", help="Run folder to write; an interrupted run there is continued."
+    ),
+    mask_diameter: float = typer.Option(
+        0.0, "--mask-diameter", help="Particle diameter in angstrom (0: 85 % of the box)."
+    ),
     symmetry: str = typer.Option("C1", "--symmetry", help="Point group imposed on the map: C1, Cn, Dn, T, O, I."),
     preset: str = typer.Option("default", "--preset", help="fast, default or thorough."),
     datadir: Path | None = typer.Option(None, "--datadir", help="Folder the image stacks are looked up in."),
-    pixel_size: float = typer.Option(0.0, "--pixel-size", help="Angstrom per pixel, when the file does not say (0: as in the file)."),
-    invert_contrast: bool = typer.Option(False, "--invert-contrast", help="The particles are dark on a light background."),
+    pixel_size: float = typer.Option(
+        0.0, "--pixel-size", help="Angstrom per pixel, when the file does not say (0: as in the file)."
+    ),
+    invert_contrast: bool = typer.Option(
+        False, "--invert-contrast", help="The particles are dark on a light background."
+    ),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
     seed: int = typer.Option(0, "--seed", help="Random start; another seed is another independent attempt."),
-    set_: list[str] = typer.Option([], "--set", help="Any other setting, as section.key=value (see config.toml).", metavar="KEY=VALUE"),
+    set_: list[str] = typer.Option(
+        [], "--set", help="Any other setting, as section.key=value (see config.toml).", metavar="KEY=VALUE"
+    ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Delete a previous run in the output folder first."),
 ) -> None:
     """Reconstruct a map and every particle's pose from particle images, with no starting model."""
@@ -55,7 +65,6 @@ def run_and_report(config: "RunConfig", output: Path, overwrite: bool) -> None: 
         raise typer.Exit(130) from None
     page = write_report(output)
     console.print(f"\n{result.status}")
-    warnings = result.metrics["warnings"]
-    for warning in warnings if isinstance(warnings, list) else []:
+    for warning in result.warnings:
         console.print(f"note: {warning}")
     console.print(f"\nmap        {output / 'map.mrc'}\nparticles  {output / 'particles.star'}\nreport     {page}")

@@ -121,7 +121,9 @@ class Marginal:
         """Current Fourier radius in pixels of the working box."""
         c = self.config
         diameters = c.radius_start + (c.radius_end - c.radius_start) * float(self.march)
-        return min(round(diameters * self.stack.box * self.stack.pixel_size / self.mask_diameter), int(self.stack.disk.radius))
+        return min(
+            round(diameters * self.stack.box * self.stack.pixel_size / self.mask_diameter), int(self.stack.disk.radius)
+        )
 
     def shifts(self) -> ShiftGrid:
         """Trial shifts: a lattice as coarse as the current resolution allows, under the current prior."""
@@ -214,13 +216,13 @@ class Marginal:
             out = resized(out, disk.radius)
         for element in self.symmetry:
             out = insert_slices(values, weights, rotations @ element, disk, out=out)
-        assert out is not None  # noqa: S101 - the group holds at least the identity
+        assert out is not None
         return out
 
     def _maximise(self, radius: int) -> None:
         """Map = numerator / (weight + noise / signal power), masked (Wiener; Scheres 2012 eq. 9)."""
         statistics = self.statistics
-        assert statistics is not None  # noqa: S101 - step 0 made it
+        assert statistics is not None
         shells = radius + 2
         weight = mean_weight(statistics, shells)
         if bool((self.volume == 0).all()):
@@ -239,7 +241,9 @@ class Marginal:
 
     # -- hand-over and resume ---------------------------------------------------------------------------------------------------
 
-    def assign(self, chosen: Int[Tensor, " b"]) -> tuple[Float[Tensor, "b m 3 3"], Float[Tensor, "b m 2"], Float[Tensor, " b"]]:
+    def assign(
+        self, chosen: Int[Tensor, " b"]
+    ) -> tuple[Float[Tensor, "b m 3 3"], Float[Tensor, "b m 2"], Float[Tensor, " b"]]:
         """The ``config.modes`` most probable poses of the particles ``chosen``: rotations, shifts in angstrom, effective number of poses."""
         shifts = self.shifts()
         result = self._expect(chosen, self.radius(), self.config.modes)
@@ -249,7 +253,7 @@ class Marginal:
     def state(self) -> State:
         """Tensors that continue the run exactly."""
         statistics = self.statistics
-        assert statistics is not None  # noqa: S101 - saved after a step only
+        assert statistics is not None
         return {
             "volume": self.volume,
             "noise": self.noise,
@@ -265,8 +269,14 @@ class Marginal:
     def load_state(self, state: State) -> None:
         """Inverse of :meth:`state`."""
         device = self.stack.device
-        self.volume, self.noise, self.initial_noise = (state[k].to(device) for k in ("volume", "noise", "initial_noise"))
+        self.volume, self.noise, self.initial_noise = (
+            state[k].to(device) for k in ("volume", "noise", "initial_noise")
+        )
         self.march, self.settled, self.shift_sigma = state["march"], state["settled"], state["shift_sigma"]
         self.statistics = Accumulator(
-            state["numerator"].to(device), state["weight"].to(device), self.stack.box, 2, float(state["statistics_radius"])
+            state["numerator"].to(device),
+            state["weight"].to(device),
+            self.stack.box,
+            2,
+            float(state["statistics_radius"]),
         )

@@ -124,7 +124,9 @@ class Refinement:
 
     def load_state(self, state: State) -> None:
         """Inverse of :meth:`state`."""
-        self.tensors = {k: v.to(self.stack.device) if k.startswith(("reference", "half", "map")) else v for k, v in state.items()}
+        self.tensors = {
+            k: v.to(self.stack.device) if k.startswith(("reference", "half", "map")) else v for k, v in state.items()
+        }
 
     def total_steps(self) -> int:
         """Most sweeps."""
@@ -155,7 +157,7 @@ class Refinement:
                 accumulator, residual = self._insert(grid, chosen, accumulator)
                 power += residual
                 count += len(chosen)
-            assert accumulator is not None  # noqa: S101 - the pipeline gives every half particles
+            assert accumulator is not None
             accumulators.append(accumulator)
         self._rebuild(accumulators)
         inside = torch.arange(len(t["noise"])) <= self.limit
@@ -221,7 +223,7 @@ class Refinement:
                     torch.where(win[:, None], s, best[1]),
                     torch.where(win, loss, best[2]),
                 )
-        assert best is not None  # noqa: S101 - at least one start
+        assert best is not None
         t["rotations"][chosen], t["shifts"][chosen] = best[0].cpu(), best[1].cpu()
         t["log_likelihood"][chosen] = -best[2].to(torch.float32).cpu()
 
@@ -237,7 +239,7 @@ class Refinement:
         values = images * ctf * phase_ramp(shifts, disk).conj()
         for element in self.symmetry:
             out = insert_slices(values, ctf.square(), rotations @ element, disk, out=out)
-        assert out is not None  # noqa: S101 - the group holds at least the identity
+        assert out is not None
         return out, self._shell_mean(residual.abs().square().sum(dim=0))
 
     def _rebuild(self, accumulators: list[Accumulator]) -> None:

@@ -46,7 +46,12 @@ def ctf(params: CTFParams, frequencies: Float[Tensor, "p 2"]) -> Float[Tensor, "
     angle = column["defocus_angle"]
     defocus_s2 = mean * s2 + half * (torch.cos(2 * angle) * (sx**2 - sy**2) + torch.sin(2 * angle) * (2 * sx * sy))
     cs = column["spherical_aberration"] * _ANGSTROM_PER_MM
-    gamma = -math.pi * lam * defocus_s2 + 0.5 * math.pi * cs * lam**3 * s2**2 - column["phase_shift"] - torch.asin(column["amplitude_contrast"])
+    gamma = (
+        -math.pi * lam * defocus_s2
+        + 0.5 * math.pi * cs * lam**3 * s2**2
+        - column["phase_shift"]
+        - torch.asin(column["amplitude_contrast"])
+    )
     return -torch.sin(gamma) * torch.exp(-0.25 * column["bfactor"] * s2) * column["scale"]
 
 

@@ -17,7 +17,13 @@ T = TypeVar("T")
 PRESETS: dict[str, tuple[str, ...]] = {
     "fast": ("abinitio.march_steps=16", "abinitio.settle_steps=4", "refine.sweeps=5", "refine.iterations=4"),
     "default": (),
-    "thorough": ("abinitio.batch=1000", "abinitio.march_steps=48", "abinitio.settle_steps=16", "refine.sweeps=14", "refine.iterations=8"),
+    "thorough": (
+        "abinitio.batch=1000",
+        "abinitio.march_steps=48",
+        "abinitio.settle_steps=16",
+        "refine.sweeps=14",
+        "refine.iterations=8",
+    ),
 }
 
 
@@ -104,12 +110,20 @@ def override(config: RunConfig, assignments: list[str] | tuple[str, ...]) -> Run
     for text in assignments:
         name, equals, value = text.partition("=")
         if not equals:
-            raise ConfigError("CONF013", f"--set {text!r} has no value", "write --set section.key=value, for example --set refine.sweeps=12")
+            raise ConfigError(
+                "CONF013",
+                f"--set {text!r} has no value",
+                "write --set section.key=value, for example --set refine.sweeps=12",
+            )
         target = values
         *sections, key = name.strip().split(".")
         for section in sections:
             if not isinstance(target.get(section), dict):
-                raise ConfigError("CONF010", f"unknown section {section}", _nearest(section, [k for k, v in values.items() if isinstance(v, dict)]))
+                raise ConfigError(
+                    "CONF010",
+                    f"unknown section {section}",
+                    _nearest(section, [k for k, v in values.items() if isinstance(v, dict)]),
+                )
             target = target[section]
         if key not in target:
             raise ConfigError("CONF010", f"unknown setting {name.strip()}", _nearest(key, list(target)))
@@ -160,4 +174,6 @@ def check(config: RunConfig) -> None:
     }
     for name, fine in positive.items():
         if not fine:
-            raise ConfigError("CONF016", f"{name} is out of range", "see docs/configuration.md for what each setting may be")
+            raise ConfigError(
+                "CONF016", f"{name} is out of range", "see docs/configuration.md for what each setting may be"
+            )

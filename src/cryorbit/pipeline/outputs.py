@@ -40,7 +40,9 @@ def write_fsc(path: Path, curves: dict[str, Float[Tensor, " shells"]], box: int,
         for shell in range(box // 2 + 1):
             frequency = shell / (box * pixel_size)
             resolution = f"{1 / frequency:.4f}" if shell else ""
-            writer.writerow([shell, f"{frequency:.6f}", resolution, *(f"{float(c[shell]):.5f}" for c in curves.values())])
+            writer.writerow(
+                [shell, f"{frequency:.6f}", resolution, *(f"{float(c[shell]):.5f}" for c in curves.values())]
+            )
 
 
 def write_maps(run: Path, result: Reconstruction) -> None:
@@ -74,7 +76,9 @@ def write_report_data(
 def _commit() -> str:
     folder = Path(cryorbit.__file__).parent
     try:
-        out = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        out = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        )
     except FileNotFoundError:
         return ""
     return out.stdout.strip() if out.returncode == 0 else ""

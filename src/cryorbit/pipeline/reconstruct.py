@@ -52,7 +52,11 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise ConfigError("CONF020", f"--device {name} is not a device", "use auto, cpu, cuda or cuda:0") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("CONF021", f"--device {name}: this torch sees no CUDA device", "use --device cpu, or install torch with CUDA")
+        raise ConfigError(
+            "CONF021",
+            f"--device {name}: this torch sees no CUDA device",
+            "use --device cpu, or install torch with CUDA",
+        )
     return device
 
 
@@ -61,7 +65,10 @@ def split_halves(particles: ParticleSet, seed: int) -> Int[Tensor, " n"]:
     count = len(particles)
     if particles.half_set is not None:
         given = torch.as_tensor(particles.half_set, dtype=torch.int64)
-        if bool(((given == 1) | (given == 2)).all()) and min(int((given == h).sum()) for h in (1, 2)) >= FEWEST_PARTICLES // 2:
+        if (
+            bool(((given == 1) | (given == 2)).all())
+            and min(int((given == h).sum()) for h in (1, 2)) >= FEWEST_PARTICLES // 2
+        ):
             return given
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     half = torch.ones(count, dtype=torch.int64)
@@ -81,7 +88,9 @@ def prepare(config: RunConfig) -> Inputs:
         invert_contrast=config.invert_contrast,
     )
     if len(particles) < FEWEST_PARTICLES:
-        raise DataError("DATA020", f"{config.particles} holds {len(particles)} particles, at least {FEWEST_PARTICLES} are needed")
+        raise DataError(
+            "DATA020", f"{config.particles} holds {len(particles)} particles, at least {FEWEST_PARTICLES} are needed"
+        )
     extent = particles.box * particles.pixel_size
     diameter = config.mask_diameter or 0.85 * extent
     if not 4 * particles.pixel_size < diameter <= extent:
@@ -98,7 +107,9 @@ def prepare(config: RunConfig) -> Inputs:
     return Inputs(particles, diameter, symmetry, split_halves(particles, config.seed), device, tuple(warnings))
 
 
-def reconstruct(config: RunConfig, output: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Reconstruction:
+def reconstruct(
+    config: RunConfig, output: Path, *, overwrite: bool = False, progress: Progress | None = None
+) -> Reconstruction:
     """Recover the map and every particle's pose, and write the run folder.
 
     Parameters
@@ -199,7 +210,13 @@ def _refine(
         candidates=(candidates["rotations"], candidates["shifts"] / stack.pixel_size),
         half_set=inputs.half_set,
     )
-    run(refinement, checkpoint=folder / "refine.safetensors", history=history, progress=progress, fingerprint=fingerprint)
+    run(
+        refinement,
+        checkpoint=folder / "refine.safetensors",
+        history=history,
+        progress=progress,
+        fingerprint=fingerprint,
+    )
     return refinement
 
 
@@ -221,7 +238,9 @@ def _summarise(
     masked = resolution(curves.corrected, 0.143, box, apix)
     inside = full[sphere > 0.5]
     if float(((inside - inside.mean()) ** 3).mean()) < 0:
-        warnings.append("the map is darker than its surroundings: if the particles are dark on light, use --invert-contrast")
+        warnings.append(
+            "the map is darker than its surroundings: if the particles are dark on light, use --invert-contrast"
+        )
     median_effective = float(effective.median())
     status = (
         f"The half maps of {len(t['rotations'])} particles agree to {masked:.1f} A inside the molecule's mask and {unmasked:.1f} A without it "
@@ -248,13 +267,26 @@ def _summarise(
     }
     poses = Poses(t["rotations"], t["shifts"] * apix)
     result = Reconstruction(
-        Volume(full, apix), (Volume(half_1, apix), Volume(half_2, apix)), poses, inputs.half_set, curves.unmasked, masked, status, metrics
+        Volume(full, apix),
+        (Volume(half_1, apix), Volume(half_2, apix)),
+        poses,
+        inputs.half_set,
+        curves.unmasked,
+        masked,
+        status,
+        tuple(warnings),
+        metrics,
     )
     return result, curves
 
 
 def _write(
-    output: Path, inputs: Inputs, refinement: Refinement, result: Reconstruction, curves: MaskedFSC, effective: Float[Tensor, " n"]
+    output: Path,
+    inputs: Inputs,
+    refinement: Refinement,
+    result: Reconstruction,
+    curves: MaskedFSC,
+    effective: Float[Tensor, " n"],
 ) -> None:
     outputs.write_maps(output, result)
     columns = {
@@ -264,16 +296,26 @@ def _write(
     outputs.write_poses(output, inputs.particles, result, columns)
     outputs.write_fsc(
         output / "fsc.csv",
-        {"fsc": curves.unmasked, "fsc_masked": curves.corrected, "fsc_masked_raw": curves.masked, "fsc_randomised": curves.randomised},
+        {
+            "fsc": curves.unmasked,
+            "fsc_masked": curves.corrected,
+            "fsc_masked_raw": curves.masked,
+            "fsc_randomised": curves.randomised,
+        },
         result.map.box,
         result.map.pixel_size,
     )
     chosen = torch.linspace(0, len(result.poses) - 1, _EXAMPLES).round().to(torch.int64)
     stack = refinement.stack
-    grid = slicing_grid((result.map.data * soft_sphere(stack.box, 0.5 * inputs.mask_diameter / stack.pixel_size)).to(stack.device), stack.disk.radius)
+    sphere = soft_sphere(stack.box, 0.5 * inputs.mask_diameter / stack.pixel_size)
+    grid = slicing_grid((result.map.data * sphere).to(stack.device), stack.disk.radius)
     shifts = result.poses.shifts[chosen] / stack.pixel_size
     predicted = forward(
-        grid, result.poses.rotations[chosen].to(stack.device), shifts.to(stack.device), stack.disk.to(stack.device), stack.ctf(chosen)
+        grid,
+        result.poses.rotations[chosen].to(stack.device),
+        shifts.to(stack.device),
+        stack.disk.to(stack.device),
+        stack.ctf(chosen),
     )
     disk = stack.disk.to(stack.device)
     outputs.write_report_data(

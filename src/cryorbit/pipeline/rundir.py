@@ -45,6 +45,8 @@ def open_run(folder: Path, config: RunConfig, *, overwrite: bool) -> bool:
         (folder / "checkpoint").mkdir()
     except OSError as error:
         raise RunError(
-            "RUN003", f"{folder} cannot be written ({error.strerror or error})", "choose a writable --output folder with free space"
+            "RUN003",
+            f"{folder} cannot be written ({error.strerror or error})",
+            "choose a writable --output folder with free space",
         ) from error
     return False

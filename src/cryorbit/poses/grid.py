@@ -103,7 +103,9 @@ def expectation(
         y, c = images[rows], ctf[rows]
         shifted = (y * c)[:, None, :] * unshift
         shifted_real = torch.view_as_real(shifted).reshape(-1, 2 * pixels)
-        score = (torch.view_as_real(shifted * precision).reshape(-1, 2 * pixels) @ slice_real.T).view(len(rows), n_shift, rotations)
+        score = (torch.view_as_real(shifted * precision).reshape(-1, 2 * pixels) @ slice_real.T).view(
+            len(rows), n_shift, rotations
+        )
         score -= (0.5 * c.square() * precision @ slice_power.T)[:, None, :]
         score += log_prior[None, :, None]
         flat = score.view(len(rows), -1)

@@ -13,7 +13,10 @@ _MAX_SHIFT_PX = 2.0
 
 
 def _solve(
-    hessian: Float[Tensor, "b 5 5"], gradient: Float[Tensor, "b 5"], damping: Float[Tensor, " b"], free: Bool[Tensor, " 5"]
+    hessian: Float[Tensor, "b 5 5"],
+    gradient: Float[Tensor, "b 5"],
+    damping: Float[Tensor, " b"],
+    free: Bool[Tensor, " 5"],
 ) -> Float[Tensor, "b 5"]:
     """Damped Gauss-Newton step in the ``free`` coordinates, clipped to a trust region."""
     diagonal = hessian.diagonal(dim1=1, dim2=2)
@@ -77,7 +80,9 @@ def refine_poses(
         step = _solve(hessian, gradient, damping.to(hessian.dtype), free).to(best_r.dtype)
         trial_r = so3.exp(step[:, :3]) @ best_r
         trial_s = best_s + step[:, 3:]
-        new_loss, new_gradient, new_hessian = pose_normal_equations(grid, images, ctf, precision, trial_r, trial_s, disk)
+        new_loss, new_gradient, new_hessian = pose_normal_equations(
+            grid, images, ctf, precision, trial_r, trial_s, disk
+        )
         better = new_loss < loss
         best_r = torch.where(better[:, None, None], trial_r, best_r)
         best_s = torch.where(better[:, None], trial_s, best_s)

@@ -31,7 +31,7 @@ def load_checkpoint(path: Path) -> tuple[State, dict[str, object]]:
         with safe_open(str(path), framework="pt") as stream:
             header = stream.metadata()
             complex_names = set(json.loads(header["complex"]))
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - not a dict
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}
             meta = json.loads(header["meta"])
     except (SafetensorError, KeyError, TypeError, OSError) as error:
         raise RunError(

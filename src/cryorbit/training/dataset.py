@@ -122,7 +122,9 @@ class FourierStack:
         self._mask = soft_disk(particles.box, soft, edge) if soft + edge < particles.box / 2 else None
         self._ctf = None
         if particles.ctf is not None:
-            self._ctf = CTFParams(**{k: torch.as_tensor(v, dtype=torch.float32) for k, v in particles.ctf.items()}).to(self.device)
+            self._ctf = CTFParams(**{k: torch.as_tensor(v, dtype=torch.float32) for k, v in particles.ctf.items()}).to(
+                self.device
+            )
         self._cached = len(particles) * len(self.disk) * 8 <= memory_gib * 2**30
 
     def __len__(self) -> int:

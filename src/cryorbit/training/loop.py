@@ -118,7 +118,9 @@ def run(
 
     def save(next_step: int) -> None:
         if checkpoint is not None:
-            save_checkpoint(checkpoint, method.state(), {"fingerprint": fingerprint, "stage": method.name, "next_step": next_step})
+            save_checkpoint(
+                checkpoint, method.state(), {"fingerprint": fingerprint, "stage": method.name, "next_step": next_step}
+            )
 
     last_saved = time.monotonic()
     with _graceful() as caught:
@@ -128,7 +130,11 @@ def run(
             values = method.step(index)
             bad = [k for k, v in values.items() if isinstance(v, float) and math.isnan(v)]
             if bad:
-                raise RunError("RUN012", f"{method.name} step {index}: {bad[0]} is not a number", "run `cryorbit inspect` on the input")
+                raise RunError(
+                    "RUN012",
+                    f"{method.name} step {index}: {bad[0]} is not a number",
+                    "run `cryorbit inspect` on the input",
+                )
             if history is not None:
                 history.append(method.name, index, values)
             if progress is not None:
