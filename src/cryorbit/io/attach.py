@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from cryorbit.errors import DataError
 from cryorbit.io import relion
 from cryorbit.io.cryodrgn import read_cryodrgn_ctf, read_cryodrgn_poses
-from cryorbit.io.particles import ParticleSet, from_tables
+from cryorbit.io.particle_set import ParticleSet, from_tables
 from cryorbit.io.star import StarFile
 
 

@@ -13,7 +13,8 @@ from cryorbit.io import relion
 from cryorbit.io.cryodrgn import read_arrays
 from cryorbit.io.image_checks import ImageChecks, check_images
 from cryorbit.io.mrc import read_header, read_volume
-from cryorbit.io.particles import ParticleSet, open_particles
+from cryorbit.io.particle_set import ParticleSet
+from cryorbit.io.particles import open_particles
 
 Level = Literal["error", "warning", "note"]
 _FEW = 8

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float32
 from numpy.typing import NDArray
 
-from cryorbit.io.particles import ParticleSet
+from cryorbit.io.particle_set import ParticleSet
 
 SAMPLE = 500
 _SAMPLE_BYTES = 2**28
