@@ -60,3 +60,29 @@ def test_unknown_preset_and_bad_ranges():
     ):
         with pytest.raises(ConfigError, match="CONF016"):
             check(override(RunConfig(particles="x"), [text]))
+
+
+def test_documented_settings_are_the_settings():
+    import re
+    from dataclasses import fields
+    from pathlib import Path
+
+    from cryorbit.methods.registry import METHODS, method
+
+    table = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
+    documented: set[str] = set()
+    defaults: dict[str, float] = {}
+    for line in table.splitlines():
+        if not line.startswith("| `"):
+            continue
+        names, values = (cell.strip() for cell in line.split("|")[1:3])
+        found = re.findall(r"`([^`]+)`", names)
+        section = found[0].split(".")[0] + "." if "." in found[0] else ""
+        full = [found[0]] + [section + name for name in found[1:]]
+        documented |= set(full)
+        for name, value in zip(full, values.split(","), strict=True):
+            defaults[name] = {"true": 1.0}.get(value.strip()) or float(value)
+    actual = {f"{name}.{f.name}": f.default for name in METHODS for f in fields(method(name)[1])}
+    assert set(actual) <= documented
+    for name, value in actual.items():
+        assert defaults[name] == float(value), name

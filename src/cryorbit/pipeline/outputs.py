@@ -51,7 +51,7 @@ def write_maps(run: Path, result: Reconstruction) -> None:
         write_volume(run / f"{name}.mrc", volume.data.cpu().numpy(), volume.pixel_size)
 
 
-def write_poses(run: Path, particles: ParticleSet, result: Reconstruction, columns: dict[str, list[float]]) -> None:
+def write_poses(run: Path, particles: ParticleSet, result: Reconstruction, columns: dict[str, list[str]]) -> None:
     """``particles.star``: every input row and column, with our poses and half sets in RELION's convention."""
     write_particles(
         run / "particles.star",
@@ -59,7 +59,7 @@ def write_poses(run: Path, particles: ParticleSet, result: Reconstruction, colum
         rotations=result.poses.rotations.to(torch.float64).cpu().numpy(),
         shifts=result.poses.shifts.to(torch.float64).cpu().numpy(),
         half_set=result.half_set.cpu().numpy(),
-        extra={PARTICLE_COLUMNS[name]: [f"{value:.6g}" for value in values] for name, values in columns.items()},
+        extra={PARTICLE_COLUMNS[name]: values for name, values in columns.items()},
     )
 
 

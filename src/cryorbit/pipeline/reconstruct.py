@@ -1,5 +1,6 @@
 """From a particle stack to a map and poses: ab initio -> assignment -> refinement -> files. Orchestration only."""
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -290,8 +291,8 @@ def _write(
 ) -> None:
     outputs.write_maps(output, result)
     columns = {
-        "log_likelihood": refinement.tensors["log_likelihood"].tolist(),
-        "effective_poses": effective.tolist(),
+        "log_likelihood": [f"{x:.3f}" for x in refinement.tensors["log_likelihood"].tolist()],
+        "effective_poses": [f"{math.ceil(x - 1e-3)}" for x in effective.tolist()],  # RELION reads an integer
     }
     outputs.write_poses(output, inputs.particles, result, columns)
     outputs.write_fsc(
