@@ -317,14 +317,14 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["p.star"]
 
 
-def test_a_read_only_folder_is_told(tmp_path: Path) -> None:
-    folder = tmp_path / "ro"
-    folder.mkdir()
-    folder.chmod(0o555)
-    if os.access(folder, os.W_OK):
-        pytest.skip("this user may write anywhere")
-    with pytest.raises(CryorbitError, match="FILE002"):
-        write_particles(folder / "p.star", new_particles(names(1), 1.0, 8))
+def test_a_read_only_file_system_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(CryorbitError, match=r"FILE002.*Read-only file system"):
+        write_particles(tmp_path / "p.star", new_particles(names(1), 1.0, 8))
+    assert not os.listdir(tmp_path)
 
 
 def test_unread_images_say_so() -> None:

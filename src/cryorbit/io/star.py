@@ -85,8 +85,10 @@ def _unquoted(value: str, mark: str) -> str:
 
 
 def _column(values: list[str], mark: str) -> list[str]:
-    pool: dict[str, str] = {}  # equal texts share one object: most columns of a large table repeat themselves
-    return [pool.setdefault(value, value) for value in (_unquoted(value, mark) for value in values)]
+    if len(set(values[:1000])) < 500:  # a column that repeats itself: equal texts share one object
+        plain = {value: _unquoted(value, mark) for value in dict.fromkeys(values)}
+        return list(map(plain.__getitem__, values))
+    return [_unquoted(value, mark) if mark or value[0] in "'\";" else value for value in values]
 
 
 def _table(block: gemmi.cif.Block, path: Path, version: str | None, mark: str) -> StarTable:
