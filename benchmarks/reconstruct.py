@@ -58,7 +58,7 @@ def against_truth(volume: Volume, truth: Volume, mask: torch.Tensor) -> dict[str
 
 def ceiling(particles: ParticleSet, poses: Poses) -> Volume:
     """The same images inserted at their true poses by the same code."""
-    stack = FourierStack(particles, 0.5 * particles.box, mask_diameter=DIAMETER, margin=0.1 * DIAMETER)
+    stack = FourierStack(particles, 0.5 * particles.box, mask_diameter=DIAMETER)
     known = Refinement(
         stack,
         RefinementConfig(sweeps=1, iterations=0),

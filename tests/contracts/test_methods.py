@@ -25,7 +25,7 @@ def truth() -> SimulatedParticles:
 def build(name: str, truth: SimulatedParticles, seed: int = 0) -> Method:
     cls, config = method(name)
     particles = ArrayParticles(truth.images.numpy(), APIX)
-    stack = FourierStack(particles, 7.0, mask_diameter=DIAMETER, margin=7.0)
+    stack = FourierStack(particles, 7.0, mask_diameter=DIAMETER)
     common = {"mask_diameter": DIAMETER, "symmetry": torch.eye(3)[None]}
     if name == "abinitio":
         return cls(stack, config(batch=40, order=1, march_steps=2, settle_steps=2), seed=seed, **common)

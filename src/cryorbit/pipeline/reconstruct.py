@@ -156,12 +156,10 @@ def _abinitio(
     settings = config.abinitio
     extent = inputs.particles.box * inputs.particles.pixel_size
     radius = min(settings.radius_end * extent / inputs.mask_diameter, 0.5 * inputs.particles.box - 1)
-    margin = settings.shift_range * inputs.mask_diameter
     stack = FourierStack(
         inputs.particles,
         float(round(radius)),
         mask_diameter=inputs.mask_diameter,
-        margin=margin,
         memory_gib=config.memory_gib,
         device=inputs.device,
     )
@@ -197,7 +195,6 @@ def _refine(
         inputs.particles,
         0.5 * inputs.particles.box,
         mask_diameter=inputs.mask_diameter,
-        margin=config.abinitio.shift_range * inputs.mask_diameter,
         memory_gib=config.memory_gib,
         device=inputs.device,
     )

@@ -1,4 +1,6 @@
-"""Particle images as the Fourier pixels a method needs: read lazily, background-subtracted, masked, cropped, cached when they fit.
+"""Particle images as the Fourier pixels a method needs: read lazily, background-subtracted, cropped, cached when they fit.
+
+Images are not masked: a masked map's projections are blind to what lies outside, and the CTF moves signal beyond any tight circle.
 
 One image's way from disk to loss: ``io.particles`` reads it, :class:`FourierStack` transforms it, the method scores it.
 """
@@ -73,13 +75,6 @@ def working_box(box: int, radius: float) -> int:
     return small if small < box else box
 
 
-def soft_disk(box: int, radius_px: float, edge_px: float, device: torch.device | str = "cpu") -> Float[Tensor, "d d"]:
-    """Round 2-D mask: 1 inside ``radius_px``, raised-cosine edge of ``edge_px`` pixels, 0 outside."""
-    axis = torch.arange(box, device=device, dtype=torch.float32) - box // 2
-    distance = torch.hypot(axis[:, None], axis[None, :])
-    return 0.5 * (1 + torch.cos(torch.pi * ((distance - radius_px) / edge_px).clamp(0, 1)))
-
-
 class FourierStack:
     """The particles of a set as Fourier pixels of one disk.
 
@@ -91,8 +86,6 @@ class FourierStack:
         Largest ``|k|`` in Fourier pixels to keep.
     mask_diameter
         Particle diameter in angstrom: pixels outside it are background, whose mean is subtracted from every image.
-    margin
-        Angstrom added to the particle radius before images are masked (the particle may sit off centre); no mask when that leaves the box.
     memory_gib
         Budget for the cache of Fourier pixels. A stack that does not fit is read again, chunk by chunk, at every pass.
     device
@@ -105,7 +98,6 @@ class FourierStack:
         radius: float,
         *,
         mask_diameter: float,
-        margin: float,
         memory_gib: float = 4.0,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -116,10 +108,8 @@ class FourierStack:
         self.device = torch.device(device)
         self._full_disk = fourier_disk(particles.box, float(radius))
         half = 0.5 * mask_diameter / particles.pixel_size
-        soft = half + margin / particles.pixel_size
-        edge = max(3.0, 0.05 * particles.box)
-        self._background = soft_disk(particles.box, min(half, 0.5 * particles.box - 1), 1.0) < 0.5
-        self._mask = soft_disk(particles.box, soft, edge) if soft + edge < particles.box / 2 else None
+        axis = torch.arange(particles.box, dtype=torch.float32) - particles.box // 2
+        self._background = torch.hypot(axis[:, None], axis) > min(half, 0.5 * particles.box - 1)
         self._ctf = None
         if particles.ctf is not None:
             self._ctf = CTFParams(**{k: torch.as_tensor(v, dtype=torch.float32) for k, v in particles.ctf.items()}).to(
@@ -130,19 +120,12 @@ class FourierStack:
     def __len__(self) -> int:
         return len(self.particles)
 
-    @property
-    def has_ctf(self) -> bool:
-        """Whether the particles carry CTF parameters."""
-        return self._ctf is not None
-
     def _transform(self, indices: Int[Tensor, " b"]) -> Complex[Tensor, "b p"]:
         out = []
         for part in indices.split(_CHUNK):
             images = torch.from_numpy(self.particles.read(part.numpy())).to(self.device)
             background = self._background.to(self.device)
             images = images - images[:, background].mean(dim=1)[:, None, None]
-            if self._mask is not None:
-                images = images * self._mask.to(self.device)
             rows, columns = self._full_disk.ky % self.particles.box, self._full_disk.kx
             out.append(image_to_fourier(images)[:, rows, columns] * self._scale)
         return torch.cat(out)
