@@ -14,18 +14,18 @@ from cryorbit.training.checkpoint import load_checkpoint, save_checkpoint
 from cryorbit.training.dataset import ArrayParticles, FourierStack
 from cryorbit.training.loop import Method, run
 
-BOX, APIX, DIAMETER = 16, 5.0, 70.0
+APIX, DIAMETER = 5.0, 70.0
 
 
-@pytest.fixture(scope="module")
-def truth() -> SimulatedParticles:
-    return simulate_particles(phantom(), count=60, box=BOX, pixel_size=APIX, snr_db=3.0, seed=1)
+@pytest.fixture(scope="module", params=[16, 17], ids=["even", "odd"])
+def truth(request: pytest.FixtureRequest) -> SimulatedParticles:
+    return simulate_particles(phantom(), count=60, box=request.param, pixel_size=APIX, snr_db=3.0, seed=1)
 
 
 def build(name: str, truth: SimulatedParticles, seed: int = 0) -> Method:
     cls, config = method(name)
     particles = ArrayParticles(truth.images.numpy(), APIX)
-    stack = FourierStack(particles, 7.0, mask_diameter=DIAMETER)
+    stack = FourierStack(particles, truth.volume.box / 2, mask_diameter=DIAMETER)
     common = {"mask_diameter": DIAMETER, "symmetry": torch.eye(3)[None]}
     if name == "abinitio":
         return cls(stack, config(batch=40, order=1, march_steps=2, settle_steps=2), seed=seed, **common)

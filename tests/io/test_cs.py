@@ -95,7 +95,7 @@ def test_passthrough_fields_join_by_uid_in_any_order(tmp_path: Path) -> None:
     np.testing.assert_allclose(joined.ctf["defocus_u"], whole["ctf/df1_A"], rtol=1e-6)
     with pytest.raises(CryorbitError, match="1 of 6 particles are not in it"):
         join(read_cs(a), read_cs(b)[1:], "a.cs")
-    with pytest.raises(CryorbitError, match="CONF011"):
+    with pytest.raises(CryorbitError, match="CONF051"):
         open_particles(tmp_path / "x.star" if (tmp_path / "x.star").write_text("data_") else a, passthrough=b)
 
 

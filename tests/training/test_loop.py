@@ -73,7 +73,7 @@ def test_nan_stops_the_run_and_names_the_value():
 
 def test_broken_checkpoint_is_one_clear_error(tmp_path):
     (tmp_path / "c").write_bytes(b"not a checkpoint")
-    with pytest.raises(RunError, match="RUN010"):
+    with pytest.raises(RunError, match="RUN013"):
         run(Counter(2), checkpoint=tmp_path / "c")
 
 

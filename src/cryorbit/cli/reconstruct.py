@@ -22,6 +22,7 @@ def reconstruct(
     invert_contrast: bool = typer.Option(
         False, "--invert-contrast", help="The particles are dark on a light background."
     ),
+    no_ctf: bool = typer.Option(False, "--no-ctf", help="Take the images as unmodulated, whatever the file says."),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
     seed: int = typer.Option(0, "--seed", help="Random start; another seed is another independent attempt."),
     set_: list[str] = typer.Option(
@@ -43,6 +44,7 @@ def reconstruct(
         device=device,
         pixel_size=pixel_size,
         invert_contrast=invert_contrast,
+        no_ctf=no_ctf,
     )
     run_and_report(override(apply_preset(config), set_), output, overwrite)
 

@@ -168,7 +168,13 @@ def from_tables(
     rotations, shifts = relion.poses(table, chosen)
     stored = relion.numbers(table, relion.SIGN)
     if stored is not None and (stored < 0).all():
-        sign = -sign
+        if sign == -1:
+            raise DataError(
+                "DATA029",
+                f"{path.name} marks its images as dark already",
+                "leave --invert-contrast out: they would be inverted twice",
+            )
+        sign = -1
     half_set = relion.half_sets(table)
     if half_set is None and relion.SUBSET in table:
         notes.append(f"{relion.SUBSET} holds values other than 1 and 2: it is not used")

@@ -43,7 +43,7 @@ def _load(path: Path, datadir: Path | None, passthrough: Path | str | None) -> t
     if not path.is_file():
         raise FileError("FILE001", f"{path} does not exist")
     if passthrough is not None and suffix != ".cs":
-        raise ConfigError("CONF011", f"a passthrough file belongs to a .cs file, not to {path.name}")
+        raise ConfigError("CONF051", f"a passthrough file belongs to a .cs file, not to {path.name}")
     if suffix == ".star":
         return read_star(path), ()
     if suffix == ".cs":
@@ -92,7 +92,7 @@ def open_particles(
     """
     unknown = sorted(set(ctf_given or {}) - set(relion.CTF_LABELS))
     if unknown:
-        raise ConfigError("CONF010", f"unknown CTF field {unknown[0]}; expected one of {', '.join(relion.CTF_LABELS)}")
+        raise ConfigError("CONF050", f"unknown CTF field {unknown[0]}; expected one of {', '.join(relion.CTF_LABELS)}")
     path = Path(path)
     folder = Path(datadir) if datadir else None
     star, warnings = _load(path, folder, passthrough)
@@ -150,7 +150,9 @@ def _image_names(particles: ParticleSet, folder: Path) -> list[str]:
     images = particles.images
     if images is None:
         return particles.table.columns[relion.IMAGE]
-    names = [os.path.relpath(stack.path.resolve(), folder.resolve()) for stack in images.stacks]
+    places = [os.path.abspath(stack.path) for stack in images.stacks]
+    base = os.path.abspath(folder)
+    names = places if base == Path(base).anchor else [os.path.relpath(place, base) for place in places]
     return [
         f"{i + 1:06d}@{names[s]}" for s, i in zip(images.stack_index.tolist(), images.image_index.tolist(), strict=True)
     ]
@@ -179,8 +181,8 @@ def write_particles(
     extra
         More columns by label; they replace columns of the same label.
     relative_to
-        Folder that image paths are relative to: the STAR's own by default, the project folder for RELION jobs run
-        from there.
+        Folder that image paths are relative to: the STAR's own by default; for RELION its project folder, where its
+        programs run; the root of the file system for absolute paths.
     """
     path = Path(path)
     table, optics = particles.table, particles.optics

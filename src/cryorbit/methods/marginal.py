@@ -67,7 +67,7 @@ class MarginalConfig:
     settle_decay: float = 0.8
     sharp: float = 50.0
     shift_range: float = 0.1
-    tau_fudge: float = 4.0
+    tau_fudge: float = 0.5
     modes: int = 12
 
 
@@ -199,7 +199,7 @@ class Marginal:
         self.noise = torch.where(inside, 0.7 * self.noise + 0.3 * fresh, self.noise)
 
     def _update_shift_prior(self, result: Expectation) -> None:
-        floor = 0.1 * self.stack.box / self.radius()
+        floor = 0.19 * self.stack.box / self.radius()  # half a step of the lattice
         self.shift_sigma = (0.7 * self.shift_sigma**2 + 0.3 * result.shift_variance).sqrt().clamp_min(floor)
 
     def _accumulate(self, result: Expectation, radius: int) -> None:
@@ -230,7 +230,8 @@ class Marginal:
         else:
             signal = power_spectrum(slicing_grid(self.volume, float(radius)), shells)
             noise = torch.cat([self.noise, self.noise[-1:].expand(2)])[:shells]
-            prior = torch.minimum(noise / (self.config.tau_fudge * signal).clamp_min(1e-12), weight.max())
+            spread = statistics.oversampling**3  # one Fourier pixel's weight is spread over this many grid points
+            prior = torch.minimum(noise / (self.config.tau_fudge * signal).clamp_min(1e-12) / spread, weight.max())
         self.volume = volume_from_accumulator(statistics, prior) * self.mask
 
     def _advance(self, effective: float) -> None:

@@ -99,7 +99,7 @@ class Refinement:
         self.candidates = candidates
         self.half_set = half_set
         self.mask = soft_sphere(stack.box, 0.5 * mask_diameter / stack.pixel_size, 3.0).to(device)
-        self.limit = int(stack.disk.radius)
+        self.limit = int(stack.disk.shell.max())
         shells = self.limit + 2
         reference = resize_volume(start.to(device), stack.box) * self.mask
         self.tensors: State = {
@@ -150,7 +150,7 @@ class Refinement:
         accumulators, power, count = [], torch.zeros_like(t["noise"]), 0
         for half in (1, 2):
             members = torch.nonzero(self.half_set == half)[:, 0]
-            grid = slicing_grid(t[f"reference_{half}"], float(self.limit))
+            grid = slicing_grid(t[f"reference_{half}"], self.stack.disk.radius)
             accumulator: Accumulator | None = None
             for chosen in members.split(self.config.batch):
                 self._refine(grid, chosen, radius, self.candidates if index == 0 else None)
@@ -250,7 +250,9 @@ class Refinement:
         for name, accumulator in (("half_1", first), ("half_2", second)):
             t[name] = volume_from_accumulator(accumulator, 1e-3 * mean_weight(accumulator, shells))
         t["fsc"] = fsc(t["half_1"] * self.mask, t["half_2"] * self.mask).cpu()
-        correlation = torch.cat([t["fsc"], t["fsc"][-1:]]).clamp(1e-3, 0.999)
+        beyond = torch.arange(len(t["fsc"])) > self._agreement(0.143)
+        trusted = torch.where(beyond, 0.0, t["fsc"])  # chance correlations past the crossing are noise
+        correlation = torch.cat([trusted, trusted[-1:]]).clamp(1e-3, 0.999)
         correlation[0] = 0.999
         ssnr = correlation / (1 - correlation)
         for name, accumulator in (("reference_1", first), ("reference_2", second)):

@@ -51,6 +51,10 @@ class RunConfig:
         Angstrom per pixel, where the file does not say or says it wrong; 0 believes the file.
     invert_contrast
         The particles are dark.
+    no_ctf
+        Take the images as unmodulated whatever the file says.
+    voltage, spherical_aberration, amplitude_contrast
+        kV, mm, fraction: used where the file has a defocus but not these; 0 leaves them to the file.
     """
 
     particles: str
@@ -63,6 +67,10 @@ class RunConfig:
     memory_gib: float = 4.0
     pixel_size: float = 0.0
     invert_contrast: bool = False
+    no_ctf: bool = False
+    voltage: float = 0.0
+    spherical_aberration: float = 0.0
+    amplitude_contrast: float = 0.0
     abinitio: MarginalConfig = field(default_factory=MarginalConfig)
     refine: RefinementConfig = field(default_factory=RefinementConfig)
 
@@ -158,6 +166,10 @@ def check(config: RunConfig) -> None:
         "mask_diameter": config.mask_diameter >= 0,
         "memory_gib": config.memory_gib > 0,
         "pixel_size": config.pixel_size >= 0,
+        "voltage": config.voltage >= 0,
+        "spherical_aberration": config.spherical_aberration >= 0,
+        "amplitude_contrast": 0 <= config.amplitude_contrast < 1,
+        "seed": 0 <= config.seed < 2**31,
         "abinitio.batch": config.abinitio.batch > 0,
         "abinitio.march_steps": config.abinitio.march_steps > 0,
         "abinitio.settle_steps": config.abinitio.settle_steps > 0,

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -51,6 +52,12 @@ def write_maps(run: Path, result: Reconstruction) -> None:
         write_volume(run / f"{name}.mrc", volume.data.cpu().numpy(), volume.pixel_size)
 
 
+def project_folder(run: Path) -> Path:
+    """What image paths in ``particles.star`` are relative to: the working directory (RELION's project) when the run is below it, else root."""
+    here = Path.cwd()
+    return here if Path(os.path.abspath(run)).is_relative_to(here) else Path(here.anchor)
+
+
 def write_poses(run: Path, particles: ParticleSet, result: Reconstruction, columns: dict[str, list[str]]) -> None:
     """``particles.star``: every input row and column, with our poses and half sets in RELION's convention."""
     write_particles(
@@ -60,6 +67,7 @@ def write_poses(run: Path, particles: ParticleSet, result: Reconstruction, colum
         shifts=result.poses.shifts.to(torch.float64).cpu().numpy(),
         half_set=result.half_set.cpu().numpy(),
         extra={PARTICLE_COLUMNS[name]: values for name, values in columns.items()},
+        relative_to=project_folder(run),
     )
 
 

@@ -2,8 +2,9 @@
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from cryorbit.errors import ConfigError, DataError
 from cryorbit.groups.point import point_group
+from cryorbit.io.examine import examine_particles
 from cryorbit.io.particles import ParticleSet, open_particles
 from cryorbit.methods.marginal import Marginal
 from cryorbit.methods.refinement import Refinement
@@ -29,6 +31,7 @@ from cryorbit.training.loop import Progress, run
 from cryorbit.types import Poses, Reconstruction, Volume
 
 FEWEST_PARTICLES = 20
+HOPELESS_POSES = 1000.0
 _EXAMPLES = 10
 
 
@@ -82,15 +85,22 @@ def prepare(config: RunConfig) -> Inputs:
     check(config)
     device = choose_device(config.device)
     symmetry = point_group(config.symmetry).to(torch.float32)
-    particles = open_particles(
-        Path(config.particles),
-        datadir=Path(config.datadir) if config.datadir else None,
-        pixel_size=config.pixel_size or None,
-        invert_contrast=config.invert_contrast,
-    )
+    path = Path(config.particles)
+    stated = {name: getattr(config, name) for name in ("voltage", "spherical_aberration", "amplitude_contrast")}
+    options: dict[str, Any] = {
+        "datadir": Path(config.datadir) if config.datadir else None,
+        "pixel_size": config.pixel_size or None,
+        "invert_contrast": config.invert_contrast,
+        "ctf_given": {name: value for name, value in stated.items() if value},
+    }
+    examination = examine_particles(path, **options)
+    for finding in examination.findings:
+        if finding.level == "error":
+            raise DataError(finding.code or "DATA042", finding.message, finding.hint)
+    particles = open_particles(path, **options)
     if len(particles) < FEWEST_PARTICLES:
         raise DataError(
-            "DATA020", f"{config.particles} holds {len(particles)} particles, at least {FEWEST_PARTICLES} are needed"
+            "DATA040", f"{config.particles} holds {len(particles)} particles, at least {FEWEST_PARTICLES} are needed"
         )
     extent = particles.box * particles.pixel_size
     diameter = config.mask_diameter or 0.85 * extent
@@ -100,11 +110,21 @@ def prepare(config: RunConfig) -> Inputs:
             f"mask diameter {diameter:g} A does not fit a box of {extent:.1f} A ({particles.box} px of {particles.pixel_size:.3f} A)",
             "give --mask-diameter in angstrom, a little more than the longest side of the particle",
         )
-    warnings = []
+    warnings = [f.message + (f" ({f.hint})" if f.hint else "") for f in examination.findings if f.level == "warning"]
+    if config.no_ctf:
+        particles = replace(particles, ctf=None)
+    elif particles.ctf is None and len(particles.ctf_missing) < 6:
+        raise DataError(
+            "DATA041",
+            f"the CTF of {path.name} is incomplete: {', '.join(particles.ctf_missing)} missing",
+            "say it with --set (voltage=300, spherical_aberration=2.7, amplitude_contrast=0.1), or pass --no-ctf",
+        )
     if not config.mask_diameter:
         warnings.append(f"no --mask-diameter given: {diameter:.0f} A (85 % of the box) is used")
-    if particles.ctf is None:
-        warnings.append("the particles carry no CTF: images are taken as unmodulated")
+    if config.invert_contrast:
+        warnings.append(
+            "particles.star points to the dark images as they are on disk: invert them before RELION refines from it"
+        )
     return Inputs(particles, diameter, symmetry, split_halves(particles, config.seed), device, tuple(warnings))
 
 
@@ -130,7 +150,8 @@ def reconstruct(
     """
     inputs = prepare(config)
     open_run(output, config, overwrite=overwrite)
-    outputs.write_json(output / "provenance.json", outputs.provenance(Path(config.particles), str(inputs.device)))
+    if not (output / "provenance.json").exists():  # a continued run keeps how it began
+        outputs.write_json(output / "provenance.json", outputs.provenance(Path(config.particles), str(inputs.device)))
     fingerprint = f"{to_toml(config)}{outputs.checksum(Path(config.particles))}{len(inputs.particles)}"
     history = History(output / "history.jsonl")
     seconds: dict[str, float] = {}
@@ -145,7 +166,7 @@ def reconstruct(
     refinement = _refine(config, inputs, engine, candidates, output / "checkpoint", history, progress, fingerprint)
     seconds["refine"] = time.monotonic() - begun
 
-    result, curves = _summarise(config, inputs, refinement, candidates["effective"], seconds)
+    result, curves = _summarise(config, inputs, refinement, engine.radius(), candidates["effective"], seconds)
     _write(output, inputs, refinement, result, curves, candidates["effective"])
     return result
 
@@ -219,11 +240,17 @@ def _refine(
 
 
 def _summarise(
-    config: RunConfig, inputs: Inputs, refinement: Refinement, effective: Float[Tensor, " n"], seconds: dict[str, float]
+    config: RunConfig,
+    inputs: Inputs,
+    refinement: Refinement,
+    start_radius: int,
+    effective: Float[Tensor, " n"],
+    seconds: dict[str, float],
 ) -> tuple[Reconstruction, MaskedFSC]:
     t = refinement.tensors
     box, apix = refinement.stack.box, refinement.stack.pixel_size
-    half_1, half_2, full = t["half_1"].cpu(), t["half_2"].cpu(), t["map"].cpu()
+    scale = refinement.stack.scale  # back to the images' own grey values, which RELION expects of a reference
+    half_1, half_2, full = (t[name].cpu() / scale for name in ("half_1", "half_2", "map"))
     sphere = soft_sphere(box, 0.5 * inputs.mask_diameter / apix)
     warnings = list(inputs.warnings)
     try:
@@ -240,11 +267,8 @@ def _summarise(
             "the map is darker than its surroundings: if the particles are dark on light, use --invert-contrast"
         )
     median_effective = float(effective.median())
-    status = (
-        f"The half maps of {len(t['rotations'])} particles agree to {masked:.1f} A inside the molecule's mask and {unmasked:.1f} A without it "
-        f"(FSC 0.143); ab initio left a median of {median_effective:.1f} poses per particle. One random start was made: "
-        "repeat with another --seed and compare the maps before you build on it."
-    )
+    shared = box * apix / start_radius
+    status = _verdict(len(t["rotations"]), masked, unmasked, 2 * apix, shared, median_effective)
     metrics: dict[str, object] = {
         "status": status,
         "resolution_A": unmasked,
@@ -257,10 +281,11 @@ def _summarise(
         "preset": config.preset,
         "seed": config.seed,
         "pose_effective_median": median_effective,
+        "shared_start_A": shared,
         "pose_change_deg": float(torch.rad2deg(t["pose_change"])),
         "seconds": sum(seconds.values()),
         "stage_seconds": seconds,
-        "noise_variance": [float(x) for x in t["noise"]],
+        "noise_variance": [float(x) / scale**2 for x in t["noise"]],
         "warnings": warnings,
     }
     poses = Poses(t["rotations"], t["shifts"] * apix)
@@ -276,6 +301,26 @@ def _summarise(
         metrics,
     )
     return result, curves
+
+
+def _verdict(count: int, masked: float, unmasked: float, nyquist: float, shared: float, effective: float) -> str:
+    """One sentence or two a biologist can act on. Agreement no finer than the start both halves share proves nothing."""
+    if effective > HOPELESS_POSES:
+        return (
+            f"Do not trust this map: after ab initio an image still fits {effective:,.0f} poses, so no structure was found. "
+            "Check contrast, CTF and mask diameter with `cryorbit inspect`, or use more particles."
+        )
+    if masked > 0.95 * shared:
+        return (
+            f"Do not trust this map: the half maps agree to {masked:.1f} A, no finer than the {shared:.1f} A map that both started from. "
+            "Try another --seed, --preset thorough, or more particles."
+        )
+    limit = ", the limit of the pixel size," if masked < 1.01 * nyquist else ""
+    return (
+        f"The half maps of {count} particles agree to {masked:.1f} A{limit} inside the molecule's mask and {unmasked:.1f} A without it "
+        f"(FSC 0.143; both halves started from one map at {shared:.1f} A). Ab initio left a median of {effective:.1f} poses per particle. "
+        "One random start was made: repeat with another --seed and compare the maps before you build on it."
+    )
 
 
 def _write(
@@ -317,6 +362,9 @@ def _write(
     )
     disk = stack.disk.to(stack.device)
     outputs.write_report_data(
-        output / "report_data.npz", disk_to_images(stack.images(chosen), disk), disk_to_images(predicted, disk), chosen
+        output / "report_data.npz",
+        disk_to_images(stack.images(chosen) / stack.scale, disk),
+        disk_to_images(predicted, disk),
+        chosen,
     )
     outputs.write_json(output / "metrics.json", result.metrics)

@@ -35,6 +35,6 @@ def load_checkpoint(path: Path) -> tuple[State, dict[str, object]]:
             meta = json.loads(header["meta"])
     except (SafetensorError, KeyError, TypeError, OSError) as error:
         raise RunError(
-            "RUN010", f"checkpoint {path} cannot be read ({error})", "delete the checkpoint folder to start over"
+            "RUN013", f"checkpoint {path} cannot be read ({error})", "delete the checkpoint folder to start over"
         ) from error
     return {k: torch.view_as_complex(v) if k in complex_names else v for k, v in tensors.items()}, meta

@@ -127,12 +127,12 @@ class FourierStack:
             background = self._background.to(self.device)
             images = images - images[:, background].mean(dim=1)[:, None, None]
             rows, columns = self._full_disk.ky % self.particles.box, self._full_disk.kx
-            out.append(image_to_fourier(images)[:, rows, columns] * self._scale)
+            out.append(image_to_fourier(images)[:, rows, columns] * self.scale)
         return torch.cat(out)
 
     @cached_property
-    def _scale(self) -> float:
-        """One factor for the whole stack: a sample of images has unit mean power per Fourier pixel, whatever the working box."""
+    def scale(self) -> float:
+        """The factor between the images on disk and what methods see: a sample of images has unit mean power per Fourier pixel."""
         step = max(1, len(self.particles) // 200)
         sample = torch.from_numpy(self.particles.read(torch.arange(0, len(self.particles), step)[:200].numpy()))
         spread = float((sample - sample.mean(dim=(1, 2), keepdim=True)).square().mean().sqrt())

@@ -1,0 +1,105 @@
+"""The pipeline in process: verdicts, refusals, grey values, and noise that must not become a structure."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cryorbit.errors import DataError
+from cryorbit.io.mrc import StackWriter
+from cryorbit.io.particles import open_particles
+from cryorbit.io.star import StarFile, read_star, write_star
+from cryorbit.metrics.evaluation import compare_poses
+from cryorbit.physics.fourier import disk_to_images, fourier_disk
+from cryorbit.physics.slicing import slice_grid, slicing_grid
+from cryorbit.pipeline.config import RunConfig, override
+from cryorbit.pipeline.reconstruct import _verdict, prepare, reconstruct
+from cryorbit.simulate.particles import make_projector
+from cryorbit.simulate.phantom import phantom
+from cryorbit.simulate.settings import CTFSettings, SimulationSettings
+from cryorbit.simulate.write import write_simulation
+from cryorbit.types import Poses
+
+QUICK = ["mask_diameter=70", "abinitio.march_steps=8", "abinitio.settle_steps=4", "refine.sweeps=3"]
+
+
+def simulate(folder: Path, box: int, **settings: object) -> Path:
+    write_simulation(folder, make_projector(phantom(), box, 96.0 / box), SimulationSettings(seed=4, **settings))
+    return folder / "particles.star"
+
+
+def truth_poses(folder: Path) -> Poses:
+    truth = open_particles(folder / "truth.star", require_images=False)
+    return Poses(torch.from_numpy(truth.rotations), torch.from_numpy(truth.shifts))
+
+
+def test_odd_box_with_ctf_and_shifts_is_recovered_on_the_images_own_grey_scale(tmp_path):
+    star = simulate(tmp_path / "in", 25, count=500, snr_db=0.0, ctf=CTFSettings(), shift_sigma_px=0.7)
+    result = reconstruct(override(RunConfig(particles=str(star)), QUICK), tmp_path / "run")
+    _, values = compare_poses(result.poses, truth_poses(tmp_path / "in"), 96.0 / 25, torch.eye(3, dtype=torch.float64)[None])
+    assert values["median_deg"] < 6.0
+    particles = open_particles(star)
+    disk = fourier_disk(25)
+    grid = slicing_grid(result.map.data, disk.radius)
+    from cryorbit.physics.ctf import ctf_on_disk
+    from cryorbit.physics.shift import phase_ramp
+    from cryorbit.types import CTFParams
+
+    ctf = CTFParams(**{k: torch.from_numpy(v).float() for k, v in particles.ctf.items()})
+    ramp = phase_ramp(result.poses.shifts.float() / result.map.pixel_size, disk)
+    model = slice_grid(grid, result.poses.rotations.float(), disk) * ramp * ctf_on_disk(ctf, disk, result.map.pixel_size)
+    model = disk_to_images(model, disk).flatten()
+    slope = float((model * torch.from_numpy(particles.read(np.arange(500))).flatten()).sum() / model.square().sum())
+    assert slope == pytest.approx(1.0, abs=0.15)
+
+
+def test_pure_noise_is_not_trusted(tmp_path, generator):
+    noise = torch.randn(400, 24, 24, generator=generator).numpy()
+    with StackWriter(tmp_path / "noise.mrcs", 400, 24, 4.0) as writer:
+        writer.write(noise)
+    result = reconstruct(override(RunConfig(particles=str(tmp_path / "noise.mrcs")), QUICK), tmp_path / "run")
+    assert result.status.startswith("Do not trust this map")
+
+
+def test_verdict_follows_the_numbers():
+    assert "no structure was found" in _verdict(1000, 5.0, 6.0, 3.0, 9.0, effective=5000.0)
+    assert "no finer than the 9.0 A map" in _verdict(1000, 9.5, 10.0, 3.0, 9.0, effective=2.0)
+    good = _verdict(1000, 3.0, 3.4, 3.0, 9.0, effective=1.0)
+    assert "agree to 3.0 A, the limit of the pixel size," in good
+    assert "another --seed" in good
+    assert "limit" not in _verdict(1000, 4.0, 4.4, 3.0, 9.0, effective=1.0)
+
+
+def test_incomplete_ctf_is_refused_until_it_is_said_or_waived(tmp_path):
+    star = simulate(tmp_path / "in", 24, count=40, snr_db=0.0, ctf=CTFSettings())
+    file = read_star(star)
+    optics = file.blocks["optics"].with_columns({}, drop=("rlnAmplitudeContrast",))
+    write_star(star, StarFile({**file.blocks, "optics": optics}))
+    with pytest.raises(DataError, match=r"DATA041.*rlnAmplitudeContrast"):
+        prepare(RunConfig(particles=str(star)))
+    assert prepare(RunConfig(particles=str(star), no_ctf=True)).particles.ctf is None
+    said = prepare(RunConfig(particles=str(star), amplitude_contrast=0.1)).particles
+    assert float(said.ctf["amplitude_contrast"][0]) == pytest.approx(0.1)
+
+
+def test_dark_particles_are_pointed_out(tmp_path):
+    star = simulate(tmp_path / "in", 24, count=100, snr_db=5.0)
+    images = open_particles(star).read(np.arange(100))
+    with StackWriter(tmp_path / "dark.mrcs", 100, 24, 4.0) as writer:
+        writer.write(-images)
+    assert any("dark" in w for w in prepare(RunConfig(particles=str(tmp_path / "dark.mrcs"))).warnings)
+    assert not any("expected bright" in w for w in prepare(RunConfig(particles=str(star))).warnings)
+
+
+def test_image_names_suit_relion_run_from_the_project_folder(tmp_path, monkeypatch):
+    star = simulate(tmp_path / "project" / "Extract" / "job001", 24, count=40, snr_db=10.0)
+    monkeypatch.chdir(tmp_path / "project")
+    config = override(RunConfig(particles=str(star)), [*QUICK, "refine.sweeps=1", "abinitio.march_steps=1", "abinitio.settle_steps=1"])
+    reconstruct(config, Path("cryorbit") / "run1")
+    ours = read_star(Path("cryorbit/run1/particles.star")).blocks["particles"].columns["rlnImageName"]
+    assert ours[0] == "000001@Extract/job001/particles.mrcs"
+    reconstruct(config, tmp_path / "elsewhere")
+    absolute = read_star(tmp_path / "elsewhere" / "particles.star").blocks["particles"].columns["rlnImageName"]
+    assert absolute[0] == f"000001@{tmp_path / 'project' / 'Extract' / 'job001' / 'particles.mrcs'}"
+    assert len(open_particles(tmp_path / "elsewhere" / "particles.star")) == 40
