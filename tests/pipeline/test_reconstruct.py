@@ -37,7 +37,9 @@ def truth_poses(folder: Path) -> Poses:
 def test_odd_box_with_ctf_and_shifts_is_recovered_on_the_images_own_grey_scale(tmp_path):
     star = simulate(tmp_path / "in", 25, count=500, snr_db=0.0, ctf=CTFSettings(), shift_sigma_px=0.7)
     result = reconstruct(override(RunConfig(particles=str(star)), QUICK), tmp_path / "run")
-    _, values = compare_poses(result.poses, truth_poses(tmp_path / "in"), 96.0 / 25, torch.eye(3, dtype=torch.float64)[None])
+    _, values = compare_poses(
+        result.poses, truth_poses(tmp_path / "in"), 96.0 / 25, torch.eye(3, dtype=torch.float64)[None]
+    )
     assert values["median_deg"] < 6.0
     particles = open_particles(star)
     disk = fourier_disk(25)
@@ -48,7 +50,9 @@ def test_odd_box_with_ctf_and_shifts_is_recovered_on_the_images_own_grey_scale(t
 
     ctf = CTFParams(**{k: torch.from_numpy(v).float() for k, v in particles.ctf.items()})
     ramp = phase_ramp(result.poses.shifts.float() / result.map.pixel_size, disk)
-    model = slice_grid(grid, result.poses.rotations.float(), disk) * ramp * ctf_on_disk(ctf, disk, result.map.pixel_size)
+    model = (
+        slice_grid(grid, result.poses.rotations.float(), disk) * ramp * ctf_on_disk(ctf, disk, result.map.pixel_size)
+    )
     model = disk_to_images(model, disk).flatten()
     slope = float((model * torch.from_numpy(particles.read(np.arange(500))).flatten()).sum() / model.square().sum())
     assert slope == pytest.approx(1.0, abs=0.15)
@@ -95,7 +99,9 @@ def test_dark_particles_are_pointed_out(tmp_path):
 def test_image_names_suit_relion_run_from_the_project_folder(tmp_path, monkeypatch):
     star = simulate(tmp_path / "project" / "Extract" / "job001", 24, count=40, snr_db=10.0)
     monkeypatch.chdir(tmp_path / "project")
-    config = override(RunConfig(particles=str(star)), [*QUICK, "refine.sweeps=1", "abinitio.march_steps=1", "abinitio.settle_steps=1"])
+    config = override(
+        RunConfig(particles=str(star)), [*QUICK, "refine.sweeps=1", "abinitio.march_steps=1", "abinitio.settle_steps=1"]
+    )
     reconstruct(config, Path("cryorbit") / "run1")
     ours = read_star(Path("cryorbit/run1/particles.star")).blocks["particles"].columns["rlnImageName"]
     assert ours[0] == "000001@Extract/job001/particles.mrcs"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import tomllib
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -109,6 +110,9 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
             made[key] = from_dict(type(f.default_factory()), value, f"{where}{key}.")
         else:
             made[key] = _coerce(value, "" if f.default is dataclasses.MISSING else f.default, f"{where}{key}")
+    absent = [n for n, f in fields.items() if n not in made and f.default is f.default_factory is dataclasses.MISSING]
+    if absent:
+        raise ConfigError("CONF017", f"the setting {where}{absent[0]} is missing", "restore the run's own config.toml")
     return cls(**made)
 
 
@@ -162,9 +166,9 @@ def from_toml(text: str) -> RunConfig:
 
 def check(config: RunConfig) -> None:
     """Refuse values no run can use."""
-    positive = {
+    fine = {
         "mask_diameter": config.mask_diameter >= 0,
-        "memory_gib": config.memory_gib > 0,
+        "memory_gib": config.memory_gib >= 0,
         "pixel_size": config.pixel_size >= 0,
         "voltage": config.voltage >= 0,
         "spherical_aberration": config.spherical_aberration >= 0,
@@ -176,16 +180,30 @@ def check(config: RunConfig) -> None:
         "abinitio.order": 0 <= config.abinitio.order <= 4,
         "abinitio.radius_start": 0 < config.abinitio.radius_start <= config.abinitio.radius_end,
         "abinitio.shift_range": 0 <= config.abinitio.shift_range <= 0.5,
-        "abinitio.decay": 0 <= config.abinitio.decay < 1 and 0 <= config.abinitio.settle_decay < 1,
-        "abinitio.modes": config.abinitio.modes > 0,
+        "abinitio.decay": 0 <= config.abinitio.decay < 1,
+        "abinitio.settle_decay": 0 <= config.abinitio.settle_decay < 1,
+        "abinitio.sharp": config.abinitio.sharp >= 0,
+        "abinitio.modes": 0 < config.abinitio.modes <= 100,
         "abinitio.tau_fudge": config.abinitio.tau_fudge > 0,
         "refine.sweeps": config.refine.sweeps > 0,
         "refine.batch": config.refine.batch > 0,
         "refine.iterations": config.refine.iterations > 0,
         "refine.radius_growth": config.refine.radius_growth > 1,
+        "refine.fsc_radius": 0 < config.refine.fsc_radius < 1,
     }
-    for name, fine in positive.items():
-        if not fine:
+    values = _flat(dataclasses.asdict(config))
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError("CONF016", f"{name} = {value} is not a finite number")
+    for name, good in fine.items():
+        if not good:
             raise ConfigError(
-                "CONF016", f"{name} is out of range", "see docs/configuration.md for what each setting may be"
+                "CONF016", f"{name} = {values[name]} is out of range", "docs/configuration.md lists what each may be"
             )
+
+
+def _flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out |= _flat(value, f"{where}{key}.") if isinstance(value, dict) else {where + key: value}
+    return out

@@ -16,16 +16,10 @@ from torch import Tensor
 
 import cryorbit
 from cryorbit.conventions import PARTICLE_COLUMNS
-from cryorbit.io.atomic import atomic_path
+from cryorbit.io.atomic import atomic_path, write_text
 from cryorbit.io.mrc import write_volume
 from cryorbit.io.particles import ParticleSet, write_particles
 from cryorbit.types import Reconstruction
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` under its final name only when complete."""
-    with atomic_path(path) as temporary:
-        Path(temporary).write_text(text)
 
 
 def write_json(path: Path, values: dict[str, object]) -> None:

@@ -1,6 +1,7 @@
 """From a particle stack to a map and poses: ab initio -> assignment -> refinement -> files. Orchestration only."""
 
 import math
+import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from cryorbit.physics.fourier import disk_to_images
 from cryorbit.physics.slicing import slicing_grid
 from cryorbit.pipeline import outputs
 from cryorbit.pipeline.config import RunConfig, check, to_toml
-from cryorbit.pipeline.rundir import open_run
+from cryorbit.pipeline.rundir import locked, open_run
 from cryorbit.training.checkpoint import load_checkpoint, save_checkpoint
 from cryorbit.training.dataset import FourierStack
 from cryorbit.training.history import History
@@ -51,14 +52,14 @@ def choose_device(name: str) -> torch.device:
     """``auto`` is CUDA when present; a device that is asked for and absent is an error, not a fallback."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError("CONF020", f"--device {name} is not a device", "use auto, cpu, cuda or cuda:0") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ConfigError("CONF020", f"--device {name} is not a device", "use auto, cpu, cuda or cuda:0")
+    device = torch.device(name)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
         raise ConfigError(
             "CONF021",
-            f"--device {name}: this torch sees no CUDA device",
+            f"--device {name}: this torch sees {count} CUDA devices",
             "use --device cpu, or install torch with CUDA",
         )
     return device
@@ -152,7 +153,15 @@ def reconstruct(
     open_run(output, config, overwrite=overwrite)
     if not (output / "provenance.json").exists():  # a continued run keeps how it began
         outputs.write_json(output / "provenance.json", outputs.provenance(Path(config.particles), str(inputs.device)))
-    fingerprint = f"{to_toml(config)}{outputs.checksum(Path(config.particles))}{len(inputs.particles)}"
+    with locked(output):
+        return _run(config, inputs, output, progress)
+
+
+def _run(config: RunConfig, inputs: Inputs, output: Path, progress: Progress | None) -> Reconstruction:
+    stacks = inputs.particles.images.stacks if inputs.particles.images else ()
+    fingerprint = " ".join(
+        [to_toml(config), *(outputs.checksum(path) for path in (Path(config.particles), *(s.path for s in stacks)))]
+    )
     history = History(output / "history.jsonl")
     seconds: dict[str, float] = {}
 
@@ -193,7 +202,7 @@ def _assign(engine: Marginal, path: Path, fingerprint: str) -> dict[str, Tensor]
     """Every particle's most probable grid poses under the ab initio map; kept, so that a resumed run does not repeat it."""
     if path.exists():
         tensors, meta = load_checkpoint(path)
-        if meta["fingerprint"] == fingerprint:
+        if meta.get("fingerprint") == fingerprint:
             return tensors
     parts = [engine.assign(chosen) for chosen in torch.arange(len(engine.stack)).split(engine.config.batch)]
     rotations, shifts, effective = (torch.cat([p[i].cpu() for p in parts]) for i in range(3))

@@ -1,24 +1,66 @@
-"""The run folder: created, resumed or refused before any work is done."""
+"""The run folder: created, resumed, locked or refused before any work is done."""
 
+import fcntl
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from cryorbit.errors import RunError
+from cryorbit.errors import ConfigError, RunError
+from cryorbit.io.atomic import write_text
 from cryorbit.pipeline.config import RunConfig, from_toml, to_toml
-from cryorbit.pipeline.outputs import write_text
+
+OURS = (
+    "map.mrc",
+    "half_map_1.mrc",
+    "half_map_2.mrc",
+    "particles.star",
+    "fsc.csv",
+    "metrics.json",
+    "history.jsonl",
+    "config.toml",
+    "provenance.json",
+    "report.html",
+    "report_data.npz",
+    "evaluation.json",
+    "map_aligned.mrc",
+    "checkpoint",
+    "figures",
+)
+"""Everything this program writes into a run folder, and so all that --overwrite removes."""
 
 
-def is_run(folder: Path) -> bool:
-    """Whether ``folder`` holds a run of ours."""
-    return (folder / "config.toml").is_file()
+def _config_of(folder: Path) -> RunConfig:
+    try:
+        return from_toml((folder / "config.toml").read_text(encoding="utf-8"))
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise RunError(
+            "RUN004",
+            f"{folder / 'config.toml'} is not the configuration of a cryorbit run ({error})",
+            "choose a new --output folder; if it is a run whose config.toml was damaged, remove that folder yourself",
+        ) from error
 
 
-def open_run(folder: Path, config: RunConfig, *, overwrite: bool) -> bool:
-    """Make ``folder`` ready for ``config``.
+def _clear(folder: Path, config: RunConfig) -> None:
+    """Remove what a previous run wrote, and nothing else."""
+    _config_of(folder)
+    kept = Path(config.particles).resolve()
+    for name in OURS:
+        path = folder / name
+        if path.resolve() == kept:
+            raise RunError(
+                "RUN006", f"{kept} is the input: --overwrite would delete it", "choose another --output folder"
+            )
+    for name in OURS:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
-    Returns
-    -------
-    True when an interrupted run of the same config is there to be continued, False for a fresh folder.
+
+def open_run(folder: Path, config: RunConfig, *, overwrite: bool) -> None:
+    """Make ``folder`` ready for ``config``: fresh, or an interrupted run of the same config to be continued.
 
     Raises
     ------
@@ -26,27 +68,38 @@ def open_run(folder: Path, config: RunConfig, *, overwrite: bool) -> bool:
         The folder cannot be written, holds other files, or a run with other settings.
     """
     try:
-        if overwrite and is_run(folder):
-            shutil.rmtree(folder)
+        cleared = overwrite and (folder / "config.toml").is_file()
+        if cleared:
+            _clear(folder, config)
         folder.mkdir(parents=True, exist_ok=True)
-        occupied = any(folder.iterdir())
-        if occupied and not is_run(folder):
-            raise RunError("RUN001", f"{folder} is not empty and holds no cryorbit run", "choose a new --output folder")
-        if occupied:
-            before = from_toml((folder / "config.toml").read_text())
-            if before != config:
+        if (folder / "config.toml").is_file():
+            if _config_of(folder) != config:
                 raise RunError(
                     "RUN002",
                     f"{folder} holds a run with other settings",
                     "choose a new --output folder, pass --overwrite to delete that run, or give the settings in its config.toml",
                 )
-            return True
-        write_text(folder / "config.toml", to_toml(config))
-        (folder / "checkpoint").mkdir()
+        elif not cleared and any(folder.iterdir()):
+            raise RunError("RUN001", f"{folder} is not empty and holds no cryorbit run", "choose a new --output folder")
+        else:
+            write_text(folder / "config.toml", to_toml(config))
+        (folder / "checkpoint").mkdir(exist_ok=True)
     except OSError as error:
         raise RunError(
             "RUN003",
             f"{folder} cannot be written ({error.strerror or error})",
             "choose a writable --output folder with free space",
         ) from error
-    return False
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a second process out of the run folder; the lock goes with the process, however it ends."""
+    with (folder / "checkpoint" / "lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(
+                "RUN005", f"another process is writing {folder}", "wait for it, or choose another --output folder"
+            ) from error
+        yield

@@ -22,7 +22,12 @@ def save_checkpoint(path: Path, tensors: State, meta: dict[str, object]) -> None
         packed[name] = (torch.view_as_real(value) if value.is_complex() else value).contiguous().clone()
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
-        save_file(packed, str(temporary), metadata={"meta": json.dumps(meta), "complex": json.dumps(complex_names)})
+        try:
+            save_file(packed, str(temporary), metadata={"meta": json.dumps(meta), "complex": json.dumps(complex_names)})
+        except SafetensorError as error:
+            raise RunError(
+                "RUN014", f"checkpoint {path} cannot be written ({error})", "check space and permissions"
+            ) from error
 
 
 def load_checkpoint(path: Path) -> tuple[State, dict[str, object]]:
@@ -33,7 +38,7 @@ def load_checkpoint(path: Path) -> tuple[State, dict[str, object]]:
             complex_names = set(json.loads(header["complex"]))
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}
             meta = json.loads(header["meta"])
-    except (SafetensorError, KeyError, TypeError, OSError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise RunError(
             "RUN013", f"checkpoint {path} cannot be read ({error})", "delete the checkpoint folder to start over"
         ) from error

@@ -4,6 +4,8 @@ import json
 import math
 from pathlib import Path
 
+from cryorbit.io.atomic import write_text
+
 
 class History:
     """Appends one JSON object per line to ``path``; values are numbers or strings, NaN becomes null."""
@@ -12,16 +14,24 @@ class History:
         self.path = path
 
     def truncate(self, stage: str, step: int) -> None:
-        """Forget lines of ``stage`` at ``step`` or later, so that a resumed run does not write a step twice."""
+        """Forget lines of ``stage`` at ``step`` or later, so that a resumed run does not write a step twice.
+
+        A line cut short (the machine went down while it was written) is dropped too.
+        """
         if not self.path.exists():
             return
-        lines = [line for line in self.path.read_text().splitlines() if line.strip()]
-        records = [json.loads(line) for line in lines]
-        kept = [line for line, r in zip(lines, records, strict=True) if not (r["stage"] == stage and r["step"] >= step)]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        kept = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+                if not (record["stage"] == stage and record["step"] >= step):
+                    kept.append(line)
+            except (json.JSONDecodeError, TypeError, KeyError):
+                continue
+        write_text(self.path, "".join(line + "\n" for line in kept))
 
     def append(self, stage: str, step: int, values: dict[str, float | str]) -> None:
         """Write one step."""
         clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in values.items()}
-        with self.path.open("a") as stream:
+        with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"stage": stage, "step": step, **clean}) + "\n")

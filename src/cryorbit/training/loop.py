@@ -105,13 +105,18 @@ def run(
     first = 0
     if checkpoint is not None and checkpoint.exists():
         tensors, meta = load_checkpoint(checkpoint)
-        if meta["fingerprint"] != fingerprint or meta["stage"] != method.name:
+        if meta.get("fingerprint") != fingerprint or meta.get("stage") != method.name:
             raise RunError(
                 "RUN011",
                 f"{checkpoint} was written with other settings or data",
                 "use a new --output folder, or --overwrite to start over",
             )
-        method.load_state(tensors)
+        try:
+            method.load_state(tensors)
+        except (KeyError, RuntimeError) as error:
+            raise RunError(
+                "RUN013", f"checkpoint {checkpoint} does not fit this run ({error})", "pass --overwrite to start over"
+            ) from error
         first = int(str(meta["next_step"]))
     if history is not None:
         history.truncate(method.name, first)

@@ -1,0 +1,124 @@
+"""Nothing of the user's is ever deleted; damaged run folders say so; two processes do not share one."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cryorbit.errors import ConfigError, CryorbitError, RunError
+from cryorbit.pipeline.config import RunConfig, from_toml, override, to_toml
+from cryorbit.pipeline.reconstruct import choose_device, reconstruct
+from cryorbit.pipeline.rundir import locked, open_run
+from cryorbit.simulate.particles import make_projector
+from cryorbit.simulate.phantom import phantom
+from cryorbit.simulate.settings import SimulationSettings
+from cryorbit.simulate.write import write_simulation
+from cryorbit.training.history import History
+
+SMALL = ["mask_diameter=70", "abinitio.march_steps=2", "abinitio.settle_steps=1", "abinitio.order=1", "refine.sweeps=1"]
+
+
+@pytest.fixture(scope="module")
+def star(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sim") / "in"
+    write_simulation(folder, make_projector(phantom(), 20, 5.0), SimulationSettings(count=60, snr_db=3.0, seed=2))
+    return folder / "particles.star"
+
+
+def config(star: Path, *more: str) -> RunConfig:
+    return override(RunConfig(particles=str(star)), [*SMALL, *more])
+
+
+def test_overwrite_removes_our_files_only(tmp_path):
+    run = tmp_path / "run"
+    open_run(run, RunConfig(particles="x"), overwrite=False)
+    (run / "map.mrc").write_text("old")
+    (run / "notes.txt").write_text("mine")
+    open_run(run, RunConfig(particles="y"), overwrite=True)
+    assert not (run / "map.mrc").exists()
+    assert (run / "notes.txt").read_text() == "mine"
+    assert from_toml((run / "config.toml").read_text()).particles == "y"
+
+
+@pytest.mark.parametrize("text", ["[tool]\nx = 1\n", "", "seed = 0\n", "not toml ["])
+def test_foreign_or_damaged_config_is_never_overwritten(tmp_path, text):
+    (tmp_path / "config.toml").write_text(text)
+    (tmp_path / "particles.star").write_text("precious")
+    for overwrite in (True, False):
+        with pytest.raises(RunError, match="RUN004"):
+            open_run(tmp_path, RunConfig(particles="x"), overwrite=overwrite)
+    assert (tmp_path / "particles.star").read_text() == "precious"
+
+
+def test_input_inside_the_output_survives(tmp_path):
+    (tmp_path / "config.toml").write_text(to_toml(RunConfig(particles="x")))
+    (tmp_path / "particles.star").write_text("precious")
+    with pytest.raises(RunError, match="RUN006"):
+        open_run(tmp_path, RunConfig(particles=str(tmp_path / "particles.star")), overwrite=True)
+    assert (tmp_path / "particles.star").read_text() == "precious"
+
+
+def test_config_that_is_not_text(tmp_path):
+    (tmp_path / "config.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RunError, match="RUN004"):
+        open_run(tmp_path, RunConfig(particles="x"), overwrite=False)
+
+
+def test_second_process_is_kept_out(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    with locked(tmp_path), pytest.raises(RunError, match="RUN005"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("damage", ['{"stage": "abinitio", "st', "[1]", "\x00\x01", ""])
+def test_history_cut_short_does_not_stop_a_resume(tmp_path, damage):
+    history = History(tmp_path / "h.jsonl")
+    history.append("abinitio", 0, {"radius": 3.0})
+    history.append("abinitio", 1, {"radius": 4.0})
+    with history.path.open("a") as stream:
+        stream.write(damage)
+    history.truncate("abinitio", 1)
+    assert history.path.read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize("meta", [b"{}", b'{"__metadata__":{"meta":"nonsense","complex":"[]"}}'])
+def test_damaged_checkpoint_is_one_message(star, tmp_path, meta):
+    reconstruct(config(star), tmp_path / "run")
+    (tmp_path / "run" / "checkpoint" / "abinitio.safetensors").write_bytes(len(meta).to_bytes(8, "little") + meta)
+    with pytest.raises(RunError, match=r"RUN01[13]"):
+        reconstruct(config(star), tmp_path / "run")
+
+
+def test_exchanged_images_are_noticed(star, tmp_path):
+    reconstruct(config(star), tmp_path / "run")
+    stack = star.with_name("particles.mrcs")
+    original = stack.read_bytes()
+    values = np.frombuffer(original[1024:], dtype=np.float32).copy()
+    values[:100] += 1
+    stack.write_bytes(original[:1024] + values.tobytes())
+    with pytest.raises(RunError, match="RUN011"):
+        reconstruct(config(star), tmp_path / "run")
+    stack.write_bytes(original)
+
+
+def test_streamed_stack_gives_the_same_map(star, tmp_path):
+    cached = reconstruct(config(star), tmp_path / "cached")
+    streamed = reconstruct(config(star, "memory_gib=0"), tmp_path / "streamed")
+    assert torch.equal(cached.map.data, streamed.map.data)
+
+
+def test_devices_that_cannot_work_are_refused():
+    for name in ("meta", "mps", "cuda:99", "gpu"):
+        with pytest.raises(ConfigError, match="CONF02"):
+            choose_device(name)
+    assert choose_device("cpu").type == "cpu"
+
+
+def test_unusable_settings_leave_no_folder(star, tmp_path):
+    for text in ("abinitio.radius_end=inf", "seed=99999999999999999999999", "mask_diameter=nan"):
+        with pytest.raises(CryorbitError):
+            reconstruct(config(star, text), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
