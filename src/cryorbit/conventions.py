@@ -17,7 +17,12 @@ This module is numpy only, so that file readers need not load torch.
 import numpy as np
 from numpy.typing import NDArray
 
+from cryorbit.errors import ConfigError
+
 Array = NDArray[np.float64]
+
+MAX_SNR_DB = 100.0
+"""Largest SNR, and least with a minus sign, in dB."""
 
 PARTICLE_COLUMNS = {
     "log_likelihood": "rlnLogLikeliContribution",
@@ -130,5 +135,17 @@ def shift_from_cryodrgn(shift_fraction: Array, box: int, pixel_size: float) -> A
 
 
 def snr_from_db(db: float) -> float:
-    """Signal variance over noise variance from decibels: ``10 ** (db / 10)``."""
+    """Signal variance over noise variance from decibels: ``10 ** (db / 10)``.
+
+    Raises
+    ------
+    ConfigError
+        ``CONF331``: not a number from -100 to 100 dB; beyond that signal or noise is lost in float32.
+    """
+    if not -MAX_SNR_DB <= db <= MAX_SNR_DB:
+        raise ConfigError(
+            "CONF331",
+            f"the SNR must be from -{MAX_SNR_DB:g} to {MAX_SNR_DB:g} dB, found {db:g}",
+            "for images without noise: --noise none (snr_db=None in Python)",
+        )
     return float(10.0 ** (db / 10.0))

@@ -1,9 +1,11 @@
 """``cryorbit simulate`` as a user runs it: a process of its own, files read back."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +17,10 @@ from cryorbit.cli.simulate import simulate
 from cryorbit.errors import CryorbitError
 from cryorbit.io.mrc import read_volume, write_volume
 from cryorbit.io.particles import open_particles
-from cryorbit.simulate.particles import CTFSettings, simulate_particles
+from cryorbit.simulate.particles import CTFSettings, make_projector, simulate_particles
 from cryorbit.simulate.phantom import phantom
+from cryorbit.simulate.settings import SimulationSettings
+from cryorbit.simulate.write import FILES, _swap, write_simulation
 
 SMALL = ["--model", "phantom", "--count", "70", "--box", "32", "--pixel-size", "3"]
 COMMAND = [sys.executable, "-c", "import typer; from cryorbit.cli.simulate import simulate; typer.run(simulate)"]
@@ -138,3 +142,100 @@ def test_a_bad_model_leaves_no_folder(tmp_path: Path) -> None:
         run("--model", tmp_path / "none.pdb", "--output", tmp_path / "d")
     assert caught.value.code == "FILE301"
     assert not (tmp_path / "d").exists()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "named"),
+    [
+        ("--pixel-size inf", "CONF336", "pixel size"),
+        ("--pixel-size 0", "CONF336", "pixel size"),
+        ("--pixel-size 1e30", "CONF336", "pixel size"),
+        ("--box 0", "CONF336", "box"),
+        ("--box 100000", "CONF336", "box"),
+        ("--count 99999999999999999999", "CONF330", "number of particles"),
+        ("--snr-db 1e5", "CONF331", "SNR"),
+        ("--snr-db=-1e5", "CONF331", "SNR"),
+        ("--snr-db 400", "CONF331", "SNR"),
+        ("--shift-sigma 1e9", "CONF332", "standard deviation"),
+        ("--shift-sigma 9", "CONF332", "standard deviation"),
+        ("--bfactor nan", "CONF338", "B-factor"),
+        ("--bfactor inf", "CONF338", "B-factor"),
+        ("--bfactor=-inf", "CONF338", "B-factor"),
+        ("--bfactor 1e30", "CONF338", "B-factor"),
+        ("--ctf --voltage inf", "CONF321", "voltage"),
+        ("--ctf --voltage 0", "CONF321", "voltage"),
+        ("--ctf --astigmatism nan", "CONF321", "astigmatism"),
+        ("--ctf --phase-shift inf", "CONF321", "phase shift"),
+        ("--ctf --defocus 0 1e30", "CONF320", "defocus"),
+        ("--ctf --defocus nan 1e4", "CONF320", "defocus"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_and_nothing_is_lost(
+    folder: Path, tmp_path: Path, options: str, code: str, named: str
+) -> None:
+    before = contents(folder)
+    for output, more in ((folder, ["--overwrite"]), (tmp_path / "new", [])):
+        with pytest.raises(CryorbitError) as caught:
+            run(*SMALL, *options.split(), "--output", output, *more)
+        assert caught.value.code == code
+        assert named in caught.value.message
+    assert contents(folder) == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_hint_for_no_noise_is_the_option(tmp_path: Path) -> None:
+    with pytest.raises(CryorbitError, match="--noise none"):
+        run(*SMALL, "--snr-db", "inf", "--output", tmp_path / "x")
+
+
+@pytest.mark.parametrize("stage", ["write_volume", "write_text", "write_particles"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk full")])
+def test_an_interrupted_overwrite_leaves_the_old_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, error: BaseException
+) -> None:
+    projector, old = make_projector(phantom(), 16, 5.0), tmp_path / "old"
+    write_simulation(old, projector, SimulationSettings(3, seed=1))
+    before = contents(old)
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(f"cryorbit.simulate.write.{stage}", fail)
+    for output in (old, tmp_path / "new"):
+        with pytest.raises((KeyboardInterrupt, OSError)):
+            write_simulation(output, projector, SimulationSettings(3, seed=2), overwrite=True)
+    assert contents(old) == before
+    assert sorted(p.name for p in old.iterdir()) == sorted(before)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("last", range(1, 11))
+def test_a_failing_move_brings_the_old_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int) -> None:
+    for number, place in enumerate(("old", "made")):
+        (tmp_path / place).mkdir()
+        for name in FILES:
+            (tmp_path / place / name).write_text(f"{number} {name}")
+    (tmp_path / "kept").mkdir()
+    before, replace, calls = contents(tmp_path / "old"), os.replace, []
+
+    def fail(source: Path, target: Path) -> None:
+        calls.append(source)
+        if len(calls) == last:
+            raise OSError("read-only")
+        replace(source, target)
+
+    monkeypatch.setattr("cryorbit.simulate.write.os.replace", fail)
+    with pytest.raises(OSError, match="read-only"):
+        _swap(tmp_path / "made", tmp_path / "old", tmp_path / "kept")
+    assert contents(tmp_path / "old") == before
+
+
+def test_a_full_disk_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cryorbit.simulate.write.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(CryorbitError, match=r"RUN303: 70 images of 32 px take 0.0 GB"):
+        run(*SMALL, "--output", tmp_path / "x")
+    assert not (tmp_path / "x").exists()

@@ -128,8 +128,13 @@ def test_defocus_and_astigmatism_are_in_range(generator: torch.Generator) -> Non
     ("change", "code"),
     [
         ({"count": 0}, "CONF330"),
+        ({"count": 10**20}, "CONF330"),
         ({"snr_db": math.inf}, "CONF331"),
+        ({"snr_db": math.nan}, "CONF331"),
+        ({"snr_db": 1e5}, "CONF331"),
+        ({"snr_db": -1e5}, "CONF331"),
         ({"shift_sigma_px": -1.0}, "CONF332"),
+        ({"shift_sigma_px": math.nan}, "CONF332"),
         ({"seed": -1}, "CONF334"),
     ],
 )
@@ -146,13 +151,60 @@ def test_ctf_settings_that_cannot_be_used() -> None:
         CTFSettings(astigmatism=-1.0)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])
+@pytest.mark.parametrize(
+    "field", ["astigmatism", "phase_shift", "voltage", "spherical_aberration", "amplitude_contrast", "bfactor"]
+)
+def test_ctf_settings_beyond_their_limits_are_named(field: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"CONF321: the (CTF )?{field.replace('_', ' ').replace('bf', 'B-f')} must"):
+        CTFSettings(**{field: value})
+    for defocus in ((0.0, value), (value, 0.0)):
+        with pytest.raises(ConfigError, match="CONF320: the defocus must be from -200,000 to 200,000 A"):
+            CTFSettings(defocus=defocus)
+
+
+@pytest.mark.parametrize("snr_db", [-100.0, 100.0])
+def test_the_least_and_the_largest_snr_are_met(snr_db: float) -> None:
+    data = simulate_particles(phantom(), count=3, snr_db=snr_db, **SMALL)
+    assert 10 * math.log10(data.snr) == pytest.approx(snr_db, abs=1e-3)
+    assert bool(torch.isfinite(data.images).all())
+
+
+def test_limits_that_need_the_box() -> None:
+    with pytest.raises(ConfigError, match=r"CONF332: .* box of 32 px must be from 0 to 8 px"):
+        simulate_particles(phantom(), count=1, shift_sigma_px=8.1, **SMALL)
+    with pytest.raises(ConfigError, match="CONF335: the images overflow"):
+        simulate_particles(Volume(1e30 * torch.rand(16, 16, 16), 2.0), count=2, box=16, pixel_size=2.0)
+
+
+def test_a_map_that_memory_cannot_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cryorbit.simulate.particles._memory", lambda: 1e6)
+    with pytest.raises(ConfigError, match="CONF336: a map of 32 px takes about 0 GB"):
+        make_projector(phantom(), 32, 3.0)
+
+
+def test_broad_atoms_do_not_divide_zero_by_zero() -> None:
+    """At 0.2 A per pixel the form factor of wide blobs underflows float64: the images must stay finite."""
+    data = simulate_particles(phantom(radius=4.0, width=5.0), count=1, box=64, pixel_size=0.2, snr_db=None)
+    assert bool(torch.isfinite(data.images).all())
+
+
 def test_a_map_must_match_the_images() -> None:
     with pytest.raises(ConfigError, match="16 px"):
         make_projector(Volume(torch.ones(16, 16, 16), 2.0), 32, 2.0)
     with pytest.raises(ConfigError, match="no signal"):
         simulate_particles(Volume(torch.zeros(16, 16, 16), 2.0), count=2, box=16, pixel_size=2.0)
-    with pytest.raises(ConfigError, match="positive pixel size"):
-        make_projector(phantom(), 32, -1.0)
+    for box, pixel_size in (
+        (32, -1.0),
+        (32, 0.0),
+        (32, math.nan),
+        (32, math.inf),
+        (32, 1e30),
+        (0, 3.0),
+        (100_000, 3.0),
+    ):
+        with pytest.raises(ConfigError, match=r"CONF336: the (box|pixel size) must be from"):
+            make_projector(phantom(), box, pixel_size)
 
 
 class TestOrientations:
@@ -200,7 +252,15 @@ class TestOrientations:
         assert float(inside.double().mean()) == pytest.approx(0.8 + 0.2 * 0.02, abs=0.03)
 
     @pytest.mark.parametrize(
-        "change", [{"concentration": 0.0}, {"components": 0}, {"half_angle": 4.0}, {"fraction": 1.5}]
+        "change",
+        [
+            {"concentration": 0.0},
+            {"concentration": math.inf},
+            {"components": 0},
+            {"components": 10**9},
+            {"half_angle": 4.0},
+            {"fraction": 1.5},
+        ],
     )
     def test_bad_values(self, change: dict[str, float]) -> None:
         with pytest.raises(ConfigError):

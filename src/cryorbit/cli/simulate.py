@@ -59,9 +59,11 @@ def simulate(
         noise="coloured" if noise == "coloured" else "white",
         seed=seed,
     )
-    source = open_source(model, bfactor=None if bfactor < 0 else bfactor, chains=chains)
+    source = open_source(model, bfactor=None if -math.inf < bfactor < 0 else bfactor, chains=chains)
     native = (source.box, source.pixel_size) if isinstance(source, Volume) else (64, 1.6)
-    projector = make_projector(source, box or native[0], pixel_size or native[1], fast)
+    projector = make_projector(
+        source, native[0] if box is None else box, native[1] if pixel_size is None else pixel_size, fast
+    )
     described = model if isinstance(source, Volume) else f"{model}, {len(source)} Gaussian atoms"
     if not isinstance(source, Volume) and source.name != "phantom":
         described += f", chains {chains or 'all'}, B-factors {'of the file' if bfactor < 0 else f'{bfactor:g}'}"

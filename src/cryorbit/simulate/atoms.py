@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cryorbit.errors import ConfigError, DataError, FileError
 
-DEFAULT_BFACTOR = 30.0
+DEFAULT_BFACTOR, MAX_BFACTOR = 30.0, 1000.0
 SHIPPED = {"4ake": "4ake_A.cif.gz"}
 
 

@@ -17,6 +17,7 @@ from cryorbit.errors import ConfigError
 from cryorbit.groups.so3 import random_rotations
 
 Kind = Literal["uniform", "vmf", "cone", "preferred"]
+_MAX_COMPONENTS = 1000
 KINDS: tuple[Kind, ...] = ("uniform", "vmf", "cone", "preferred")
 
 
@@ -50,10 +51,14 @@ class Orientations:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError("CONF310", f"orientations are one of {', '.join(KINDS)}, found {self.kind!r}")
-        if not self.concentration > 0:
-            raise ConfigError("CONF311", f"the concentration must be positive, found {self.concentration:g}")
-        if self.components < 1:
-            raise ConfigError("CONF312", f"at least one component is needed, found {self.components}")
+        if not 0 < self.concentration <= 1e6:
+            raise ConfigError(
+                "CONF311", f"the concentration must be positive and at most 1e6, found {self.concentration:g}"
+            )
+        if not 1 <= self.components <= _MAX_COMPONENTS:
+            raise ConfigError(
+                "CONF312", f"from 1 to {_MAX_COMPONENTS} components can be drawn, found {self.components}"
+            )
         if not 0 < self.half_angle <= math.pi:
             raise ConfigError(
                 "CONF313", f"the cone's half angle must be in (0, 180] degrees, found {math.degrees(self.half_angle):g}"

@@ -7,6 +7,7 @@ mean clean variance is 1.
 """
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
@@ -26,11 +27,14 @@ from cryorbit.simulate.atoms import AtomicModel
 from cryorbit.simulate.orientations import Orientations
 from cryorbit.simulate.project_atoms import AtomProjector
 from cryorbit.simulate.project_map import MapProjector
-from cryorbit.simulate.settings import CTFSettings, SimulationSettings
+from cryorbit.simulate.settings import CTFSettings, SimulationSettings, in_range
 from cryorbit.types import CTFParams, Poses, Volume
 
 CHUNK = 64
+MIN_BOX, MAX_BOX = 8, 2048
+MIN_PIXEL_SIZE, MAX_PIXEL_SIZE = 0.05, 100.0
 _PILOT = 512
+_BYTES_PER_VOXEL = 60
 
 
 @runtime_checkable
@@ -102,6 +106,15 @@ class Simulation:
 
     def __init__(self, projector: Projector, settings: SimulationSettings) -> None:
         self.projector, self.settings = projector, settings
+        in_range(
+            "CONF332",
+            f"shifts' standard deviation in a box of {projector.box} px",
+            settings.shift_sigma_px,
+            0,
+            projector.box / 4,
+            " px (a quarter of the box)",
+            "--shift-sigma",
+        )
         states = np.random.SeedSequence(settings.seed).generate_state(2)
         generator = torch.Generator().manual_seed(int(states[0]))
         self._noise_seed = int(states[1])
@@ -114,8 +127,14 @@ class Simulation:
             [self._variance(self._clean(start)) for start in range(0, min(settings.count, _PILOT), CHUNK)]
         )
         power = float(pilot.mean())
-        if not power > 0:
-            raise ConfigError("CONF335", "the images have no signal", "the model or map is constant")
+        if not math.isfinite(power):
+            raise ConfigError(
+                "CONF335", "the images overflow float32", "the values of the model or map are too large: scale them"
+            )
+        if power == 0:
+            raise ConfigError(
+                "CONF335", "the images have no signal", "the model or map is constant, or wider than the box"
+            )
         wanted = 1.0 if settings.snr_db is None else snr_from_db(settings.snr_db)
         self.gain = math.sqrt(wanted / power)
 
@@ -165,20 +184,36 @@ class Simulation:
         return ((values.real**2 + values.imag**2) * weight).sum(-1) / disk.box**4
 
 
+def _memory() -> float:
+    """Bytes of memory of this machine; infinite where the system does not say."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, OSError, ValueError):
+        return math.inf
+
+
 def make_projector(source: AtomicModel | Volume, box: int, pixel_size: float, fast: bool = False) -> Projector:
     """The projector of a model (exact; ``fast``: slices of its map) or of a map, which must already have this box and
     pixel size.
+
+    A box is 8 to 2048 px, a pixel 0.05 to 100 A.
 
     Raises
     ------
     ConfigError
         CONF336 bad box or pixel size; CONF337 a map of another box or pixel size.
     """
-    if box < 8 or not pixel_size > 0:
-        raise ConfigError(
-            "CONF336", f"expected a box of at least 8 px and a positive pixel size, found {box} px and {pixel_size:g} A"
-        )
+    in_range("CONF336", "box", box, MIN_BOX, MAX_BOX, " px", "--box")
+    in_range("CONF336", "pixel size", pixel_size, MIN_PIXEL_SIZE, MAX_PIXEL_SIZE, " A", "--pixel-size")
     if isinstance(source, AtomicModel):
+        needed, held = _BYTES_PER_VOXEL * box**3, _memory()
+        if needed > held:
+            raise ConfigError(
+                "CONF336",
+                f"a map of {box} px takes about {needed / 1e9:,.0f} GB of memory to make, this machine has "
+                f"{held / 1e9:,.0f}",
+                "use a smaller --box",
+            )
         exact = AtomProjector(source, box, pixel_size)
         if not fast:
             return exact

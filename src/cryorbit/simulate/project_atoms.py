@@ -109,7 +109,7 @@ def _radial_profiles(model: AtomicModel, box: int, pixel_size: float) -> tuple[T
 
     def relative(s2: Tensor) -> tuple[Tensor, Tensor]:
         factors = kinds.form_factors(s2)
-        size = (root * factors).norm(dim=0)
+        size = (root * factors).norm(dim=0).clamp(min=1e-300)  # broad atoms underflow at high frequency
         return root * factors / size, size
 
     nodes, _ = relative(torch.linspace(0.0, 0.5 * box * unit, 256, dtype=torch.float64) ** 2)

@@ -7,9 +7,32 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cryorbit.conventions import snr_from_db
 from cryorbit.errors import ConfigError
 from cryorbit.simulate.orientations import Orientations
 from cryorbit.types import CTFParams
+
+MAX_COUNT = 10_000_000
+MAX_DEFOCUS = 200_000.0
+"""Angstrom."""
+
+
+def in_range(
+    code: str,
+    name: str,
+    value: int | float,
+    low: int | float,
+    high: int | float,
+    unit: str = "",
+    option: str = "",
+) -> None:
+    """Raise :class:`ConfigError` unless ``low <= value <= high`` (NaN is refused); ``option`` is named in the hint."""
+    if not low <= value <= high:
+        raise ConfigError(
+            code,
+            f"the {name} must be from {low:,.10g} to {high:,.10g}{unit}, found {value}",
+            f"change {option}" if option else "",
+        )
 
 
 @dataclass(frozen=True)
@@ -37,14 +60,20 @@ class CTFSettings:
     bfactor: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.defocus[0] <= self.defocus[1]:
+        for value in self.defocus:
+            in_range("CONF320", "defocus", value, -MAX_DEFOCUS, MAX_DEFOCUS, " A", "--defocus")
+        if self.defocus[0] > self.defocus[1]:
             raise ConfigError(
                 "CONF320",
                 f"the defocus range {self.defocus[0]:g} .. {self.defocus[1]:g} A is empty",
                 "give the lower first",
             )
-        if self.astigmatism < 0 or self.voltage <= 0 or not 0 <= self.amplitude_contrast < 1:
-            raise ConfigError("CONF321", "the CTF needs astigmatism >= 0, voltage > 0 and amplitude contrast in [0, 1)")
+        in_range("CONF321", "astigmatism", self.astigmatism, 0, MAX_DEFOCUS, " A", "--astigmatism")
+        in_range("CONF321", "phase shift", math.degrees(self.phase_shift), -360, 360, " degrees", "--phase-shift")
+        in_range("CONF321", "voltage", self.voltage, 10, 2000, " kV", "--voltage")
+        in_range("CONF321", "spherical aberration", self.spherical_aberration, -20, 20, " mm")
+        in_range("CONF321", "amplitude contrast", self.amplitude_contrast, 0, 0.999)
+        in_range("CONF321", "CTF B-factor", self.bfactor, -1000, 10_000, " A^2")
 
     def sample(self, count: int, generator: torch.Generator) -> CTFParams:
         """Parameters of ``count`` particles, float32."""
@@ -85,16 +114,10 @@ class SimulationSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise ConfigError("CONF330", f"at least one particle is needed, found a count of {self.count}")
-        if self.snr_db is not None and not math.isfinite(self.snr_db):
-            raise ConfigError(
-                "CONF331", f"the SNR must be a finite number of dB, found {self.snr_db}", "no noise is snr_db=None"
-            )
-        if not (self.shift_sigma_px >= 0 and math.isfinite(self.shift_sigma_px)):
-            raise ConfigError(
-                "CONF332", f"the shifts' standard deviation must be zero or more, found {self.shift_sigma_px}"
-            )
+        in_range("CONF330", "number of particles", self.count, 1, MAX_COUNT, "", "--count")
+        if self.snr_db is not None:
+            snr_from_db(self.snr_db)
+        in_range("CONF332", "shifts' standard deviation", self.shift_sigma_px, 0, 1000, " px", "--shift-sigma")
         if self.noise not in ("white", "coloured"):
             raise ConfigError("CONF333", f"noise is white or coloured, found {self.noise!r}")
         if self.seed < 0:

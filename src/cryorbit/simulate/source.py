@@ -2,8 +2,9 @@
 
 import torch
 
+from cryorbit.errors import ConfigError
 from cryorbit.io.mrc import read_volume
-from cryorbit.simulate.atoms import DEFAULT_BFACTOR, AtomicModel, model_path, read_model
+from cryorbit.simulate.atoms import DEFAULT_BFACTOR, MAX_BFACTOR, AtomicModel, model_path, read_model
 from cryorbit.simulate.phantom import phantom
 from cryorbit.types import Volume
 
@@ -25,9 +26,17 @@ def open_source(
 
     Raises
     ------
+    ConfigError
+        CONF338 a B-factor that cannot be used.
     FileError, DataError
         The file is missing or cannot be used.
     """
+    if bfactor is not None and not 0 <= bfactor <= MAX_BFACTOR:
+        raise ConfigError(
+            "CONF338",
+            f"the B-factor must be from 0 to {MAX_BFACTOR:g} A^2, found {bfactor:g}",
+            "change --bfactor; a negative one takes the file's own",
+        )
     if name.lower() == "phantom":
         return phantom()
     path = model_path(name)
