@@ -6,6 +6,7 @@ the column ``cryorbitImageSign``.
 """
 
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,7 +55,7 @@ def read_cs(path: Path | str) -> NDArray:
         raise FileError("FILE001", f"cannot read {path}: {error.strerror or error}") from error
     except FileError:
         raise
-    except (ValueError, EOFError, SyntaxError) as error:
+    except (ValueError, EOFError, SyntaxError, MemoryError, OverflowError, BadZipFile) as error:
         raise FileError("CS001", f"{path.name} is no .cs file: {error}") from error
     if not isinstance(array, np.ndarray) or array.dtype.names is None or array.ndim != 1:
         raise FileError("CS001", f"{path.name} holds no structured array, so it is no .cs file")
@@ -98,7 +99,7 @@ def _texts(values: NDArray) -> list[str]:
 
 
 def _strings(values: NDArray) -> list[str]:
-    return [value.decode("utf-8") if isinstance(value, bytes) else str(value) for value in values.tolist()]
+    return [value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value) for value in values.tolist()]
 
 
 def _alignment(fields: dict[str, NDArray]) -> str | None:

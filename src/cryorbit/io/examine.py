@@ -8,16 +8,19 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cryorbit.errors import CryorbitError
+from cryorbit.errors import CryorbitError, DataError
 from cryorbit.io import relion
 from cryorbit.io.cryodrgn import read_arrays
 from cryorbit.io.image_checks import ImageChecks, check_images
+from cryorbit.io.implausible import implausible
 from cryorbit.io.mrc import read_header, read_volume
-from cryorbit.io.particle_set import ParticleSet
+from cryorbit.io.particle_set import ParticleSet, duplicate_groups
 from cryorbit.io.particles import open_particles
 
 Level = Literal["error", "warning", "note"]
 _FEW = 8
+_LARGEST = 1e12
+_UNREADABLE = "unreadable"
 _USUAL = (
     ("voltage", 60, 400, " kV"),
     ("spherical_aberration", 0, 8, " mm"),
@@ -59,7 +62,8 @@ class Examination:
 
 
 def _range(values: NDArray, factor: float = 1.0) -> dict[str, float]:
-    low, middle, high = (float(f"{x * factor:.6g}") for x in (values.min(), np.median(values), values.max()))
+    numbers = np.nan_to_num(np.array([values.min(), np.median(values), values.max()]) * factor)
+    low, middle, high = (float(f"{x:.6g}") for x in numbers)
     return {"min": low, "median": middle, "max": high}
 
 
@@ -149,7 +153,23 @@ def _images(found: Examination, checks: ImageChecks, box: int) -> None:
             "drop these rows from the metadata",
             "DATA012",
         )
-    if checks.constant:
+    flat = len(checks.constant) + len(checks.not_finite) == checks.sampled
+    if checks.constant and flat:
+        found.add(
+            "error",
+            f"all images are constant ({checks.sampled} of {checks.sampled} looked at): there is nothing in them",
+            "extract the particles again",
+            "DATA013",
+        )
+    elif not flat and (checks.largest > _LARGEST or checks.deviation < 1 / _LARGEST):
+        found.add(
+            "error",
+            f"pixels go up to {checks.largest:.3g} with a standard deviation of {checks.deviation:.3g}; float32 "
+            f"statistics need values below {_LARGEST:g} and deviations above {1 / _LARGEST:g}",
+            "normalise the images, for example with relion_preprocess --norm",
+            "DATA014",
+        )
+    if checks.constant and not flat:
         found.add(
             "warning",
             f"{len(checks.constant)} {sampled} are constant: {_few(checks.constant)}",
@@ -173,11 +193,10 @@ def _images(found: Examination, checks: ImageChecks, box: int) -> None:
 
 
 def _duplicates(found: Examination, particles: ParticleSet) -> None:
-    names = particles.table.columns[relion.IMAGE]
-    copies = len(names) - len(set(names))
-    if particles.images is not None:
-        pairs = np.stack([particles.images.stack_index, particles.images.image_index])
-        copies = len(particles) - np.unique(pairs, axis=1).shape[1]
+    try:
+        copies = len(particles) - len(np.unique(duplicate_groups(particles)))
+    except DataError:  # a malformed image name, which is among the findings already
+        return
     found.facts["duplicates"] = copies
     if copies:
         found.add(
@@ -199,12 +218,13 @@ def _optics(particles: ParticleSet) -> list[dict[str, float | int]]:
     return groups
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def examine_particles(path: Path, **options: Any) -> Examination:
     """Facts and findings about a particle file; ``options`` as ``open_particles``.
 
     Where the images cannot be used, that is an error, and the metadata alone is described.
     """
-    found = Examination(path, "particles")
+    found = Examination(path, _UNREADABLE)
     try:
         particles = open_particles(path, **options)
     except CryorbitError as error:
@@ -215,6 +235,7 @@ def examine_particles(path: Path, **options: Any) -> Examination:
             if error.code not in ("FILE010", second.code):  # without the images nothing else may say the pixel size
                 found.add_error(second)
             return found
+    found.kind = "particles"
     images = particles.images
     found.facts |= {
         "particles": len(particles),
@@ -227,6 +248,8 @@ def examine_particles(path: Path, **options: Any) -> Examination:
     }
     for warning in particles.warnings:
         found.add("warning", warning)
+    for error in implausible(particles):
+        found.add_error(error)
     _ctf(found, particles)
     _poses(found, particles)
     _duplicates(found, particles)
@@ -238,12 +261,13 @@ def examine_particles(path: Path, **options: Any) -> Examination:
 
 def examine_map(path: Path) -> Examination:
     """Facts and findings about a map."""
-    found = Examination(path, "map")
+    found = Examination(path, _UNREADABLE)
     try:
         volume, pixel_size = read_volume(path)
     except CryorbitError as error:
         found.add_error(error)
         return found
+    found.kind = "map"
     found.facts |= {
         "box_px": volume.shape[0],
         "pixel_size_A": pixel_size or None,
@@ -263,12 +287,13 @@ def examine_map(path: Path) -> Examination:
 
 def examine_pickle(path: Path) -> Examination:
     """Facts and findings about cryoDRGN's pickles."""
-    found = Examination(path, "pickle")
+    found = Examination(path, _UNREADABLE)
     try:
         arrays = read_arrays(path)
     except CryorbitError as error:
         found.add_error(error)
         return found
+    found.kind = "pickle"
     shapes = [array.shape for array in arrays]
     found.facts |= {"arrays": [list(shape) for shape in shapes], "rows": shapes[0][0] if shapes[0] else 0}
     if shapes[0][1:] == (3, 3):
@@ -307,7 +332,7 @@ def examine(path: Path | str, **options: Any) -> Examination:
         if path.suffix in (".mrc", ".gz", ".bz2") and _is_map(path):
             return examine_map(path)
     except CryorbitError as error:
-        found = Examination(path, "unreadable")
+        found = Examination(path, _UNREADABLE)
         found.add_error(error)
         return found
     return examine_particles(path, **options)

@@ -20,7 +20,8 @@ class ImageChecks:
     """Numbers over ``sampled`` images; lists hold particle numbers counted from 1.
 
     ``background_mean`` and ``background_sd``: medians, outside the inscribed circle. ``contrast``: centre minus rim
-    over the background's standard deviation, mean over images; ``contrast_score``: the same over its standard error.
+    over the background's standard deviation, mean over images; ``contrast_score``: the same over its standard error;
+    ``largest``: absolute value of a pixel; ``deviation``: of all pixels of an image, median over images.
     """
 
     sampled: int
@@ -31,6 +32,8 @@ class ImageChecks:
     background_sd_spread: float
     contrast: float
     contrast_score: float
+    largest: float
+    deviation: float
 
     @property
     def protein(self) -> str:
@@ -52,7 +55,8 @@ def _rows(images: Float32[np.ndarray, "m d d"], radius: Float32[np.ndarray, "d d
     centre = images[:, radius < _CENTRE * box].mean(axis=1, dtype=np.float64)
     rim = images[:, (radius > _RIM * box) & (radius <= box / 2)].mean(axis=1, dtype=np.float64)
     whole = images.std(axis=(1, 2), dtype=np.float64)
-    return np.stack([corners.mean(axis=1), corners.std(axis=1), centre - rim, whole], axis=1)
+    largest, spread = np.abs(images).max(axis=(1, 2)), np.ptp(images, axis=(1, 2))
+    return np.stack([corners.mean(axis=1), corners.std(axis=1), centre - rim, whole, largest, spread], axis=1)
 
 
 def check_images(particles: ParticleSet) -> ImageChecks | None:
@@ -69,11 +73,11 @@ def check_images(particles: ParticleSet) -> ImageChecks | None:
             [_rows(images.read(chosen[i : i + step], check=False), radius) for i in range(0, len(chosen), step)]
         )
     finite = np.isfinite(rows).all(axis=1)
-    constant = finite & (rows[:, 3] == 0)
+    constant = finite & (rows[:, 5] == 0)
     good = rows[finite & ~constant]
     bad, flat = (tuple((chosen[mask] + 1).tolist()) for mask in (~finite, constant))
     if not len(good):
-        return ImageChecks(len(chosen), bad, flat, 0.0, 0.0, 1.0, 0.0, 0.0)
+        return ImageChecks(len(chosen), bad, flat, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0)
     deviation = float(np.median(good[:, 1]))
     low, high = np.percentile(good[:, 1], (5, 95))
     contrast = good[:, 2] * particles.sign
@@ -88,4 +92,6 @@ def check_images(particles: ParticleSet) -> ImageChecks | None:
         background_sd_spread=float(high / low) if low > 0 else 1.0,
         contrast=float(contrast.mean() / scale),
         contrast_score=float(contrast.mean() / error) if error > 0 else 0.0,
+        largest=float(good[:, 4].max()),
+        deviation=float(np.median(good[:, 3])),
     )

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from cryorbit.errors import DataError, FileError
 from cryorbit.io import relion
-from cryorbit.io.stacks import StackImages
+from cryorbit.io.stacks import StackImages, split_image_name
 from cryorbit.io.star import StarFile, StarTable
 
 _SAME_PIXEL = 1e-3
@@ -81,6 +81,23 @@ class ParticleSet:
             half_set=pick(self.half_set),
             images=None if self.images is None else self.images.subset(index),
         )
+
+
+def duplicate_groups(particles: ParticleSet) -> NDArray[np.int64]:
+    """(N,) numbers from 0, the same for rows that are the same image: the same number in the same stack file.
+
+    Stacks are the same where their paths lead to one file; in a set opened without images, where their names are equal.
+    """
+    images = particles.images
+    if images is None:
+        number: dict[tuple[int, str], int] = {}
+        names = particles.table.columns[relion.IMAGE]
+        return np.array([number.setdefault(split_image_name(name), len(number)) for name in names], dtype=np.int64)
+    files: dict[Path, int] = {}
+    stack = np.array([files.setdefault(stack.path.resolve(), len(files)) for stack in images.stacks], dtype=np.int64)
+    longest = max(each.count for each in images.stacks)
+    _, group = np.unique(stack[images.stack_index] * longest + images.image_index, return_inverse=True)
+    return group.astype(np.int64)
 
 
 def _stated_pixel_size(sizes: NDArray[np.float64] | None, name: str, strict: bool) -> float | None:

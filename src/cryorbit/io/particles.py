@@ -26,7 +26,12 @@ def _bare_stacks(path: Path, datadir: Path | None) -> StarFile:
     """RELION's table for one stack, or for a text file that lists stacks, one path a line."""
     places = {path.name: path}
     if path.suffix.lower() == ".txt":
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise FileError(
+                "FILE012", f"{path.name} is no list of stacks: byte {error.start} is not UTF-8 text"
+            ) from error
         wide = next((i for i, name in enumerate(names, 1) if "\t" in name), None)
         if wide or not names:
             found = f"line {wide} has columns" if wide else "it is empty"

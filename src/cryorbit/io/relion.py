@@ -22,6 +22,7 @@ ORIGIN_ANGST = ("rlnOriginXAngst", "rlnOriginYAngst")
 ORIGIN_PX = ("rlnOriginX", "rlnOriginY")
 SIGN = "cryorbitImageSign"
 _DEGREE = np.pi / 180
+_LARGEST_GROUP = 2**53
 # field of CTFParams: (label, factor from the file's unit to ours, RELION's default or None where the file must say)
 CTF_LABELS: dict[str, tuple[str, float, float | None]] = {
     "defocus_u": ("rlnDefocusU", 1.0, None),
@@ -82,19 +83,34 @@ def _is_number(text: str) -> bool:
         return False
 
 
+def _group_numbers(table: StarTable) -> NDArray[np.int64] | None:
+    group = numbers(table, GROUP)
+    if group is None:
+        return None
+    bad = np.flatnonzero((group != np.round(group)) | (np.abs(group) > _LARGEST_GROUP))
+    if bad.size:
+        raise DataError(
+            "STAR012",
+            f'row {bad[0] + 1} of column {GROUP} holds "{table.columns[GROUP][bad[0]]}", expected a whole number',
+        )
+    return group.astype(np.int64)
+
+
 def optics_groups(optics: StarTable | None, table: StarTable, name: str) -> NDArray[np.int64]:
     """Optics group of each particle; all 1 in a file without groups.
 
     Raises
     ------
     FileError
-        ``STAR013``: the optics table is missing, lacks a group that particles use, or has several and the particles
-        name none.
+        ``STAR013``: the optics table is missing, lacks a group that particles use, lists one twice with different
+        values, or has several and the particles name none.
+    DataError
+        ``STAR012``: a group is no whole number.
     """
-    group = numbers(table, GROUP)
+    group = _group_numbers(table)
     if optics is None:
-        return np.ones(len(table), np.int64) if group is None else group.astype(np.int64)
-    known = numbers(optics, GROUP)
+        return np.ones(len(table), np.int64) if group is None else group
+    known = _group_numbers(optics)
     if known is None:
         raise FileError("STAR013", f"the optics table of {name} lacks the column {GROUP}")
     if group is None:
@@ -102,13 +118,20 @@ def optics_groups(optics: StarTable | None, table: StarTable, name: str) -> NDAr
             raise FileError(
                 "STAR013", f"{name} has {len(optics)} optics groups, but its particles lack the column {GROUP}"
             )
-        return np.full(len(table), int(known[0]), np.int64)
-    lost = sorted(set(group.astype(int).tolist()) - set(known.astype(int).tolist()))
+        return np.full(len(table), known[0], np.int64)
+    seen: dict[int, tuple[str, ...]] = {}
+    rows = zip(*(values for label, values in optics.columns.items() if label != GROUP), strict=True)
+    for number, row in zip(known.tolist(), rows, strict=False):
+        if seen.setdefault(number, row) != row:
+            raise FileError(
+                "STAR013", f"the optics table of {name} lists group {number} twice, with different values; expected one"
+            )
+    lost = sorted(set(group.tolist()) - set(known.tolist()))
     if lost:
         raise FileError(
             "STAR013", f"particles of {name} are in optics group(s) {lost}, which its optics table does not have"
         )
-    return group.astype(np.int64)
+    return group
 
 
 def per_particle(table: StarTable, optics: StarTable | None, group: NDArray[np.int64], label: str) -> Column | None:

@@ -12,6 +12,7 @@ from cryorbit.errors import DataError, FileError
 from cryorbit.io.mrc import MrcStack
 
 _NAMED = 8
+_MOST_DIGITS = 18
 
 
 def split_image_name(name: str) -> tuple[int, str]:
@@ -25,7 +26,8 @@ def split_image_name(name: str) -> tuple[int, str]:
     number, at, path = name.partition("@")
     if not at:
         return 0, name
-    if not number.isdigit() or int(number) < 1 or not path:
+    whole = number.isascii() and number.isdecimal() and len(number) <= _MOST_DIGITS
+    if not whole or int(number) < 1 or not path:
         raise DataError("DATA020", f'image name "{name}" is not of the form 000001@stack.mrcs, counted from 1')
     return int(number) - 1, path
 

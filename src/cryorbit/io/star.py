@@ -20,6 +20,7 @@ NEW_VERSION = "50001"
 _VERSION_OR_BLOCK = re.compile(r"^(?:# version (\d+)|[dD][aA][tT][aA]_(\S*))", re.MULTILINE)
 _RESERVED = re.compile(r"^(?:data_|save_|loop_$|stop_$|global_$)", re.IGNORECASE)
 _TOKEN = re.compile(r"""'.*?'(?=\s|$)|".*?"(?=\s|$)|\S+""")
+_DATA_LINE = re.compile(r"^[ \t]*(?!loop_\s|data_)[^_#\s]", re.MULTILINE | re.IGNORECASE)
 _PLAIN = re.compile(r"[^\s_#$'\";][^\s#]*\Z")
 
 
@@ -142,6 +143,9 @@ def read_star(path: Path | str) -> StarFile:
         raise FileError(
             "STAR003", f"{path.name} is no valid STAR file, line {found}", "a row may be cut off or a quote left open"
         ) from error
+    rows = sum(item.loop.length() for block in document for item in block if item.loop is not None)
+    if rows > len(_DATA_LINE.findall(plain)) and (found := _ragged_row(text)):
+        raise FileError("STAR003", f"{path.name} is no valid STAR file, line {found}", "give each row its own line")
     if not len(document):
         raise FileError("STAR002", f"{path.name} holds no data_ block")
     versions: list[str | None] = []
