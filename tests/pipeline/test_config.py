@@ -56,7 +56,9 @@ def test_unknown_preset_and_bad_ranges():
         "abinitio.decay=1.0",
         "refine.sweeps=0",
         "abinitio.shift_range=0.9",
-        "memory_gib=0",
+        "memory_gib=-1",
+        "abinitio.sharp=nan",
+        "seed=-1",
     ):
         with pytest.raises(ConfigError, match="CONF016"):
             check(override(RunConfig(particles="x"), [text]))

@@ -313,21 +313,19 @@ def _summarise(
 
 
 def _verdict(count: int, masked: float, unmasked: float, nyquist: float, shared: float, effective: float) -> str:
-    """One sentence or two a biologist can act on. Agreement no finer than the start both halves share proves nothing."""
+    """What a biologist can act on, in three sentences. Agreement no finer than the start both halves share proves little."""
     if effective > HOPELESS_POSES:
         return (
             f"Do not trust this map: after ab initio an image still fits {effective:,.0f} poses, so no structure was found. "
             "Check contrast, CTF and mask diameter with `cryorbit inspect`, or use more particles."
         )
-    if masked > 0.95 * shared:
-        return (
-            f"Do not trust this map: the half maps agree to {masked:.1f} A, no finer than the {shared:.1f} A map that both started from. "
-            "Try another --seed, --preset thorough, or more particles."
-        )
     limit = ", the limit of the pixel size," if masked < 1.01 * nyquist else ""
+    evidence = f"both halves started from one map at {shared:.1f} A"
+    if masked > 0.95 * shared:
+        evidence += ", so agreement no finer than that is not independent evidence"
     return (
         f"The half maps of {count} particles agree to {masked:.1f} A{limit} inside the molecule's mask and {unmasked:.1f} A without it "
-        f"(FSC 0.143; both halves started from one map at {shared:.1f} A). Ab initio left a median of {effective:.1f} poses per particle. "
+        f"(FSC 0.143; {evidence}). Ab initio left a median of {effective:.1f} poses per particle. "
         "One random start was made: repeat with another --seed and compare the maps before you build on it."
     )
 

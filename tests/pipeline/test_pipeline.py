@@ -68,7 +68,8 @@ def test_pure_noise_is_not_trusted(tmp_path, generator):
 
 def test_verdict_follows_the_numbers():
     assert "no structure was found" in _verdict(1000, 5.0, 6.0, 3.0, 9.0, effective=5000.0)
-    assert "no finer than the 9.0 A map" in _verdict(1000, 9.5, 10.0, 3.0, 9.0, effective=2.0)
+    assert "not independent evidence" in _verdict(1000, 9.5, 10.0, 3.0, 9.0, effective=2.0)
+    assert "not independent" not in _verdict(1000, 3.0, 3.4, 3.0, 9.0, effective=1.0)
     good = _verdict(1000, 3.0, 3.4, 3.0, 9.0, effective=1.0)
     assert "agree to 3.0 A, the limit of the pixel size," in good
     assert "another --seed" in good
