@@ -27,7 +27,7 @@ demo: setup
 	$(VENV)/bin/cryorbit demo --output $(DEMO_OUTPUT)
 
 test: setup-dev
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist loadfile
 
 lint: setup-dev
 	$(PY) -m ruff check .

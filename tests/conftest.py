@@ -1,10 +1,15 @@
 """Fixtures every test may use."""
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small problems; the cores are for the test workers
+
 from pathlib import Path
 
 import pytest
 import torch
+
+torch.set_num_threads(1)
 
 
 def _shared_data() -> Path | None:

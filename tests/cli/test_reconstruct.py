@@ -33,6 +33,8 @@ QUICK = [
     "--mask-diameter",
     "70",
     "--set",
+    "abinitio.order=1",
+    "--set",
     "abinitio.march_steps=8",
     "--set",
     "refine.sweeps=2",
