@@ -111,3 +111,31 @@ def test_images_are_matched_by_name() -> None:
         match_images(["1@a.mrcs"], ["1@b.mrcs"])
     with pytest.raises(DataError, match="DATA221"):
         match_images(["1@a.mrcs", "1@a.mrcs"], ["1@a.mrcs"])
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe\x00", b"3", b'{"symmetry": 5}', b"[" * 100_000])
+def test_broken_metrics_are_one_message(scene: Path, content: bytes) -> None:
+    (scene / "run" / "metrics.json").write_bytes(content)
+    options = dict(truth=None, truth_poses=scene / "truth.star", aligned=False, as_json=False)
+    with pytest.raises(RunError, match="RUN032") as caught:
+        evaluate(scene / "run", symmetry="", **options)
+    assert "metrics.json" in caught.value.message
+    assert "--symmetry" in caught.value.hint
+    assert not (scene / "run" / "evaluation.json").exists()
+
+
+def test_true_poses_must_be_poses(scene: Path) -> None:
+    options = dict(truth=None, symmetry="", aligned=False, as_json=False)
+    with pytest.raises(RunError, match=r"RUN033: .*holds no poses") as caught:
+        evaluate(scene / "run", truth_poses=scene / "truth.mrc", **options)
+    assert "--pixel-size" not in str(caught.value)
+    (scene / "bare.star").write_text("data_\nloop_\n_rlnImageName #1\n1@s.mrcs\n")
+    with pytest.raises(DataError, match="DATA027") as missing:
+        evaluate(scene / "run", truth_poses=scene / "bare.star", **options)
+    assert "--pixel-size" not in str(missing.value)
+
+
+def test_a_constant_map_is_refused(scene: Path) -> None:
+    write_volume(scene / "flat.mrc", np.ones((BOX, BOX, BOX), np.float32), PIXEL_SIZE)
+    with pytest.raises(RunError, match="RUN034"):
+        evaluate(scene / "run", truth=scene / "flat.mrc", truth_poses=None, symmetry="", aligned=False, as_json=False)

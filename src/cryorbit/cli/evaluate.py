@@ -80,12 +80,44 @@ def _volume(path: Path) -> Any:
     from cryorbit.types import Volume
 
     data, pixel_size = read_volume(path)
+    if np.ptp(data) == 0:
+        raise RunError("RUN034", f"the map {path} is constant: there is nothing to compare")
     return Volume(torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32)), pixel_size)
 
 
 def _symmetry(run: Path) -> str:
     path = run / "metrics.json"
-    return str(json.loads(path.read_text(encoding="utf-8")).get("symmetry", "C1")) if path.exists() else "C1"
+    if not path.exists():
+        return "C1"
+    try:
+        symmetry = json.loads(path.read_text(encoding="utf-8")).get("symmetry", "C1")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        reason = "it holds no object" if isinstance(error, AttributeError) else f"{error}"
+        raise RunError(
+            "RUN032",
+            f"{path} cannot be read: {reason}; expected the metrics of a reconstruction",
+            "say the run's symmetry with --symmetry, for example --symmetry C1",
+        ) from error
+    if not isinstance(symmetry, str):
+        raise RunError("RUN032", f"{path} holds the symmetry {symmetry}, expected text", "say it with --symmetry")
+    return symmetry
+
+
+def _true_particles(path: Path) -> ParticleSet:
+    if path.suffix.lower() not in (".star", ".cs"):
+        raise RunError(
+            "RUN033",
+            f"{path} holds no poses; expected a .star or .cs file with the true angles",
+            "a true map is given with --truth",
+        )
+    try:
+        return open_particles(path, require_images=False)
+    except DataError as error:
+        if error.code != "DATA027":  # its hint is an option of other commands
+            raise
+        raise DataError(
+            error.code, f"{path.name} does not say the pixel size", "add rlnImagePixelSize to it"
+        ) from error
 
 
 def _table(result: dict[str, Any]) -> Any:
@@ -146,7 +178,8 @@ def evaluate(
     result: dict[str, Any] = {"truth": str(truth or ""), "truth_poses": str(truth_poses or "")}
     poses = None
     if truth_poses is not None:
-        ours, theirs = (open_particles(path, require_images=False) for path in (run / "particles.star", truth_poses))
+        theirs = _true_particles(truth_poses)
+        ours = open_particles(run / "particles.star", require_images=False)
         rows = match_images(ours.table.columns[relion.IMAGE], theirs.table.columns[relion.IMAGE])
         estimated, true = (_poses(p, r, str(p.path)) for p, r in zip((ours, theirs), rows, strict=True))
         poses, values = compare_poses(estimated, true, ours.pixel_size, point_group(symmetry or _symmetry(run)))

@@ -99,7 +99,10 @@ def _texts(values: NDArray) -> list[str]:
 
 
 def _strings(values: NDArray) -> list[str]:
-    return [value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value) for value in values.tolist()]
+    return [
+        value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
+        for value in values.tolist()
+    ]
 
 
 def _alignment(fields: dict[str, NDArray]) -> str | None:

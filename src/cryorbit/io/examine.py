@@ -248,8 +248,8 @@ def examine_particles(path: Path, **options: Any) -> Examination:
     }
     for warning in particles.warnings:
         found.add("warning", warning)
-    for error in implausible(particles):
-        found.add_error(error)
+    for problem in implausible(particles):
+        found.add_error(problem)
     _ctf(found, particles)
     _poses(found, particles)
     _duplicates(found, particles)

@@ -36,7 +36,18 @@ def draw_fsc(
         axes.plot(*truth, color=GREEN, lw=1.8, ls=(0, (5, 1.5)), label="against the truth, masked")
         axes.axhline(0.5, color=GREY, lw=1, ls=(0, (1, 2)))
         axes.annotate("0.5", (s[-1], 0.5), ha="right", va="bottom", fontsize=8, color="#5d636b")
-    if resolution and np.isfinite(resolution) and 1 / resolution <= s[-1] * 1.001:
+    shown = curves.get("fsc_masked", curves["fsc"])
+    if resolution and not (shown[1:] < 0.143).any():  # no crossing to mark: the images end before the curve falls
+        axes.annotate(
+            f"Nyquist, {resolution:.1f} Å",
+            (s[-1], float(np.nan_to_num(shown[-1]))),
+            xytext=(-4, 6),
+            textcoords="offset points",
+            ha="right",
+            fontsize=9,
+            color=INK,
+        )
+    elif resolution and np.isfinite(resolution) and 1 / resolution <= s[-1] * 1.001:
         axes.plot([1 / resolution], [0.143], "o", color=INK, ms=5, zorder=5)
         axes.annotate(
             f"{resolution:.1f} Å",

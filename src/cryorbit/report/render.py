@@ -3,6 +3,7 @@ torch.
 """
 
 import base64
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,34 +54,55 @@ def _truth_curve(run: RunData) -> tuple[np.ndarray, np.ndarray] | None:
     return (s, np.array(curve, dtype=np.float64)) if isinstance(curve, list) and len(curve) == len(s) else None
 
 
-def _draw(run: RunData) -> dict[str, Figure]:
-    """Every figure the run has data for, by name."""
-    made: dict[str, Figure] = {}
-    truth, best = _truth_curve(run), run.metrics.get("resolution_masked_A")
+def _draw(run: RunData) -> tuple[dict[str, bytes], dict[str, str]]:
+    """PNG of every figure the run has data for, by name, and why a figure could not be drawn from the data it has."""
+    made: dict[str, bytes] = {}
+    failed: dict[str, str] = {}
+    metrics, truth = run.metrics, None
+
+    def draw(name: str, source: str, drawing: Callable[[], Figure | None]) -> None:
+        try:
+            figure = drawing()
+            if figure is not None:
+                made[name] = png(figure)
+        except Exception as error:  # readable files can still hold numbers no figure can be made of
+            failed[name] = f"{source} holds values that cannot be drawn: {error}"
+
+    try:
+        truth = _truth_curve(run)
+    except (TypeError, ValueError) as error:
+        failed["evaluation"] = f"evaluation.json holds values that cannot be drawn: {error}"
+    best = metrics.get("resolution_masked_A")
     resolution = float(best) if isinstance(best, int | float) else None
-    if run.fsc is not None:
-        made["fsc"] = figures.fsc_figure(run.fsc, truth, resolution)
-    if run.volume is not None and run.pixel_size is not None:
-        made["slices"] = figures.slices_figure(run.volume, run.pixel_size)
-    if run.directions is not None and len(run.directions):
-        made["orientations"] = figures.orientations_figure(run.directions)
-    if run.examples is not None and len(run.examples["images"]):
-        made["examples"] = figures.examples_figure(**run.examples)
-    history = figures.history_figure(run.history) if run.history else None
-    if history is not None:
-        made["history"] = history
-    noise, box, pixel_size = (run.metrics.get(k) for k in ("noise_variance", "box", "pixel_size_A"))
+    fsc, volume, size, views, examples = run.fsc, run.volume, run.pixel_size, run.directions, run.examples
+    if fsc is not None:
+        draw("fsc", "fsc.csv", lambda: figures.fsc_figure(fsc, truth, resolution))
+    if volume is not None and size is not None:
+        draw("slices", "map.mrc", lambda: figures.slices_figure(volume, size))
+    if views is not None and len(views):
+        draw("orientations", "particles.star", lambda: figures.orientations_figure(views))
+    if examples is not None and len(examples["images"]):
+        draw("examples", "report_data.npz", lambda: figures.examples_figure(**examples))
+    if run.history:
+        draw("history", "history.jsonl", lambda: figures.history_figure(run.history))
+    noise, box, pixel_size = (metrics.get(k) for k in ("noise_variance", "box", "pixel_size_A"))
     if isinstance(noise, list) and len(noise) > 2 and box and pixel_size:
-        made["noise"] = figures.noise_figure(np.array(noise, dtype=np.float64), int(box), float(pixel_size))
-    if run.volume is not None or run.fsc is not None:
-        made["overview"] = figures.overview_figure(
-            run.volume, run.pixel_size, run.fsc, truth, resolution, run.directions, run.examples
+        draw(
+            "noise",
+            "metrics.json",
+            lambda: figures.noise_figure(np.array(noise, dtype=np.float64), int(box), float(pixel_size)),
         )
-    return made
+    if volume is not None or fsc is not None:
+        draw(
+            "overview",
+            "the run",
+            lambda: figures.overview_figure(volume, size, fsc, truth, resolution, views, examples),
+        )
+    return made, failed
 
 
-def _pieces_missing(run: RunData) -> dict[str, str]:
-    """Figure or section name to the sentence shown in its place."""
+def _pieces_missing(run: RunData, failed: dict[str, str]) -> dict[str, str]:
+    """Figure or section name to the sentence shown in its place; ``failed`` as from :func:`_draw`."""
     at = run.missing
     return {
         "fsc": at.get("fsc.csv", ""),
@@ -95,7 +117,7 @@ def _pieces_missing(run: RunData) -> dict[str, str]:
         else at.get("evaluation.json", ""),
         "provenance": at.get("provenance.json", ""),
         "config": at.get("config.toml", ""),
-    }
+    } | failed
 
 
 def write_report(run: Path) -> Path:
@@ -118,7 +140,7 @@ def write_report(run: Path) -> Path:
         The folder is not a run, or cannot be written.
     """
     data = load_run(run)
-    images = {name: png(made) for name, made in _draw(data).items()}
+    images, failed = _draw(data)
     (run / "figures").mkdir(exist_ok=True)
     for name, image in images.items():
         write_bytes(run / "figures" / f"{name}.png", image)
@@ -136,7 +158,7 @@ def write_report(run: Path) -> Path:
         metrics=data.metrics,
         evaluation=data.evaluation,
         images={name: base64.b64encode(image).decode() for name, image in images.items()},
-        missing=_pieces_missing(data),
+        missing=_pieces_missing(data, failed),
         papers=PAPERS,
     )
     target = run / "report.html"

@@ -64,8 +64,26 @@ def _json(path: Path) -> dict[str, Any]:
     return values
 
 
+def _typed(path: Path, kinds: dict[str, type]) -> dict[str, Any]:
+    """An object whose values under these keys, where they are there, have these types."""
+    values = _json(path)
+    for key, kind in kinds.items():
+        if values.get(key) is not None and not isinstance(values[key], kind):
+            raise RunError("RUN021", f"{key} in {path.name} is {values[key]!r:.40}, expected a {kind.__name__}")
+    return values
+
+
+def _metrics(path: Path) -> dict[str, Any]:
+    return _typed(path, {"warnings": list, "stage_seconds": dict, "status": str})
+
+
 def _evaluation(path: Path) -> dict[str, Any] | None:
-    return _json(path)
+    values = _typed(path, {"poses": dict})
+    for key in ("fraction_below_5_deg", "fraction_below_10_deg"):
+        fraction = (values.get("poses") or {}).get(key, 0.0)
+        if not isinstance(fraction, int | float):
+            raise RunError("RUN021", f"{key} in {path.name} is {fraction!r:.40}, expected a number")
+    return values
 
 
 def _fsc(path: Path) -> dict[str, Array] | None:
@@ -136,14 +154,14 @@ def load_run(folder: Path) -> RunData:
             return reader(path)
         except CryorbitError as error:
             missing[name] = error.message
-        except (OSError, ValueError, KeyError) as error:
-            missing[name] = f"{name} cannot be read: {error}"
+        except Exception as error:  # a damaged file can raise anything: BadZipFile, zlib.error, EOFError, TypeError
+            missing[name] = f"{name} cannot be read: {str(error) or type(error).__name__}"
         return otherwise
 
     stored = piece("map.mrc", _map, None)
     return RunData(
         folder=folder,
-        metrics=piece("metrics.json", _json, {}),
+        metrics=piece("metrics.json", _metrics, {}),
         fsc=piece("fsc.csv", _fsc, None),
         volume=None if stored is None else stored[0],
         pixel_size=None if stored is None else stored[1],
