@@ -110,3 +110,14 @@ def test_image_names_suit_relion_run_from_the_project_folder(tmp_path, monkeypat
     absolute = read_star(tmp_path / "elsewhere" / "particles.star").blocks["particles"].columns["rlnImageName"]
     assert absolute[0] == f"000001@{tmp_path / 'project' / 'Extract' / 'job001' / 'particles.mrcs'}"
     assert len(open_particles(tmp_path / "elsewhere" / "particles.star")) == 40
+
+
+def test_copies_of_an_image_share_a_half(tmp_path):
+    star = simulate(tmp_path / "in", 24, count=40, snr_db=10.0)
+    file = read_star(star)
+    table = file.blocks["particles"]
+    twice = table.rows([*range(40), *range(40)])
+    write_star(star, StarFile({**file.blocks, "particles": twice}))
+    half = prepare(RunConfig(particles=str(star))).half_set
+    assert torch.equal(half[:40], half[40:])
+    assert sorted(torch.bincount(half)[1:].tolist()) == [40, 40]

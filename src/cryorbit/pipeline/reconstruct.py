@@ -14,6 +14,7 @@ from torch import Tensor
 from cryorbit.errors import ConfigError, DataError
 from cryorbit.groups.point import point_group
 from cryorbit.io.examine import examine_particles
+from cryorbit.io.particle_set import duplicate_groups
 from cryorbit.io.particles import ParticleSet, open_particles
 from cryorbit.methods.marginal import Marginal
 from cryorbit.methods.refinement import Refinement
@@ -66,8 +67,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def split_halves(particles: ParticleSet, seed: int) -> Int[Tensor, " n"]:
-    """Half sets from the file, where it has both, else a balanced random split."""
-    count = len(particles)
+    """Half sets from the file, where it has both, else a balanced random split; rows that show the same image share a half."""
     if particles.half_set is not None:
         given = torch.as_tensor(particles.half_set, dtype=torch.int64)
         if (
@@ -75,10 +75,13 @@ def split_halves(particles: ParticleSet, seed: int) -> Int[Tensor, " n"]:
             and min(int((given == h).sum()) for h in (1, 2)) >= FEWEST_PARTICLES // 2
         ):
             return given
+    image = torch.from_numpy(duplicate_groups(particles))
+    _, image = torch.unique(image, return_inverse=True)
+    count = int(image.max()) + 1
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     half = torch.ones(count, dtype=torch.int64)
     half[order[: count // 2]] = 2
-    return half
+    return half[image]
 
 
 def prepare(config: RunConfig) -> Inputs:
