@@ -43,7 +43,7 @@ def _error(found: torch.Tensor, expected: torch.Tensor, disk: FourierDisk) -> fl
 
 
 @BOXES
-@pytest.mark.parametrize(("oversampling", "limit"), [(1, 9e-2), (2, 2e-2), (3, 9e-3)])
+@pytest.mark.parametrize(("oversampling", "limit"), [(1, 1.3e-2), (2, 1e-3), (3, 3e-4)])  # 0.94, 0.074, 0.021 %
 def test_slices_against_gaussian_atoms(box: int, oversampling: int, limit: float, generator: torch.Generator) -> None:
     atoms, disk = _atoms(box, generator), fourier_disk(box)
     rotations = so3.random_rotations(8, generator).double()
@@ -69,7 +69,7 @@ def test_slices_against_nufft_off_the_molecule(box: int, generator: torch.Genera
     volume = torch.randn(box, box, box, generator=generator, dtype=torch.float64) * ball
     disk, rotations = fourier_disk(box), so3.random_rotations(4, generator).double()
     expected = slice_nufft(volume, rotations, disk, tolerance=1e-9)
-    for oversampling, limit in ((2, 2.5e-2), (3, 1.2e-2)):
+    for oversampling, limit in ((2, 3e-3), (3, 9e-4)):  # measured 0.23, 0.062 %
         found = slice_grid(slicing_grid(volume, box / 2, oversampling), rotations, disk)
         assert _error(found, expected, disk) < limit
 
@@ -93,7 +93,7 @@ def test_rotation_gradient_against_nufft(box: int, generator: torch.Generator) -
         return gradient
 
     exact, ours = slope("nufft"), slope("slices")
-    assert float((ours - exact).norm() / exact.norm()) < 0.05
+    assert float((ours - exact).norm() / exact.norm()) < 2e-3  # measured 1.4e-3
 
 
 @BOXES

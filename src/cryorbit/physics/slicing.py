@@ -1,9 +1,9 @@
 """Fourier-slice projection, its adjoint, and pose derivatives (papers/002 eq. 9-13; the projector of papers/001).
 
 A map is divided by the transform of the interpolation kernel, zero-padded by the oversampling factor and transformed
-once (:func:`slicing_grid`); each projection is then a trilinear read of the central plane ``R^T (kx, ky, 0)``
-(:func:`slice_grid`). :func:`insert_slices` is the exact adjoint of that read. Everything is differentiable where a
-gradient makes sense.
+once (:func:`slicing_grid`); each projection is then a read of the central plane ``R^T (kx, ky, 0)`` by quadratic
+B-splines, 27 points for each pixel (:func:`slice_grid`). :func:`insert_slices` is the exact adjoint of that read.
+Everything is differentiable where a gradient makes sense, and the gradients are continuous.
 """
 
 import math
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Complex, Float, Shaped
 from torch import Tensor
 
 from cryorbit.errors import ConfigError, DataError
@@ -26,7 +26,9 @@ class SlicingGrid:
     Attributes
     ----------
     data
-        (2c+1, 2c+1, c+1) transform at ``z, y = -c .. c``, ``x = 0 .. c`` in steps of 1 / oversampling Fourier pixels.
+        (2c+1, 2c+1, c+2) transform at ``z, y = -c .. c``, ``x = -1 .. c`` in steps of 1 / oversampling Fourier pixels
+        (:func:`half_width` gives c). The column at ``x = -1``, the Hermitian mate of ``x = 1``, is there because reads
+        next to ``x = 0`` reach it.
     box
         Side D of the map in pixels.
     oversampling
@@ -47,7 +49,11 @@ class SlicingGrid:
 
 @dataclass(frozen=True)
 class Accumulator:
-    """Sums of inserted slices on a grid laid out as :class:`SlicingGrid`: complex ``numerator`` and real ``weight``."""
+    """Sums of inserted slices on a grid laid out as :class:`SlicingGrid`: complex ``numerator`` and real ``weight``.
+
+    A slice and its Hermitian mate are one entry, put where ``x >= 0`` was read: near ``x = 0`` the sums are complete only
+    after :func:`completed`.
+    """
 
     numerator: Complex[Tensor, "z y x"]
     weight: Float[Tensor, "z y x"]
@@ -72,7 +78,8 @@ def _describe(x: SlicingGrid | Accumulator | FourierDisk) -> str:
     return f"box {x.box}, radius {x.radius:g}{oversampling}"
 
 
-def _half_width(radius: float, oversampling: int) -> int:
+def half_width(radius: float, oversampling: int) -> int:
+    """Half width c of the grid for slices up to ``radius``: reads reach one point beyond the one nearest to ``q``."""
     return math.ceil(radius * oversampling) + 1
 
 
@@ -85,9 +92,9 @@ def _checked(box: int, radius: float, oversampling: int) -> float:
 
 
 def _interpolation_window(box: int, oversampling: int, like: Tensor) -> Float[Tensor, " d"]:
-    """Transform of the linear interpolation kernel along one axis of the map: ``sinc^2(x / (oversampling * D))``."""
+    """Transform of the quadratic B-spline along one axis of the map: ``sinc^3(x / (oversampling * D))``."""
     x = torch.arange(box, device=like.device, dtype=like.dtype) - box // 2
-    return torch.sinc(x / (oversampling * box)) ** 2
+    return torch.sinc(x / (oversampling * box)) ** 3
 
 
 def _over_window(volume: Tensor, oversampling: int) -> Tensor:
@@ -114,19 +121,18 @@ def slicing_grid(volume: Float[Tensor, "d d d"], radius: float, oversampling: in
     before = side // 2 - box // 2
     after = side - box - before
     transform = volume_to_fourier(torch.nn.functional.pad(_over_window(volume, oversampling), [before, after] * 3))
-    return SlicingGrid(_crop(transform, side, _half_width(radius, oversampling)), box, oversampling, radius)
+    return SlicingGrid(_crop(transform, side, half_width(radius, oversampling)), box, oversampling, radius)
 
 
 def _crop(transform: Tensor, side: int, c: int) -> Tensor:
-    """Centred half grid of half-width c from a 3-D rfft; frequencies beyond Nyquist wrap."""
+    """Centred half grid of half-width c, with its column at ``x = -1``, from a 3-D rfft; beyond Nyquist it wraps."""
     axis = torch.arange(-c, c + 1, device=transform.device)
     stored = min(c, side // 2)
     near = transform[..., : stored + 1].index_select(0, axis % side).index_select(1, axis % side)
-    if stored == c:
-        return near.contiguous()
     beyond = (side - torch.arange(stored + 1, c + 1, device=transform.device)) % side
     far = transform.index_select(2, beyond).index_select(0, (-axis) % side).index_select(1, (-axis) % side)
-    return torch.cat([near, far.conj()], dim=-1)
+    mate = near[..., 1:2].flip(0, 1)
+    return torch.cat([mate.conj(), near, far.conj()], dim=-1)
 
 
 class _Slice(torch.autograd.Function):
@@ -157,7 +163,7 @@ def _checked_rotations(rotations: Tensor, radius: float, oversampling: int, like
         a, b, d = (x * x).sum(1), (x * y).sum(1), (y * y).sum(1)
         largest = 0.5 * (a + d) + torch.hypot(0.5 * (a - d), b)  # eigenvalue of the Gram matrix of the two rows
         stretch = math.sqrt(float(largest.max()))
-        if not stretch * radius * oversampling < _half_width(radius, oversampling):
+        if not stretch * radius * oversampling < half_width(radius, oversampling) - 0.6:  # 0.5, and 0.1 for rounding
             raise DataError(
                 "DATA101",
                 f"a rotation stretches vectors by {stretch:.4g}, expected 1",
@@ -182,8 +188,8 @@ def slice_grid(
     grid
         From :func:`slicing_grid`; its radius must cover the disk's.
     rotations
-        (B, 3, 3) rotation matrices R. The gradient is the exact derivative of the trilinear interpolant, in the ambient
-        3 x 3 matrix.
+        (B, 3, 3) rotation matrices R. The gradient is the exact derivative of the B-spline interpolant, in the
+        ambient 3 x 3 matrix.
     disk
         Fourier pixels to read.
     backend
@@ -241,7 +247,7 @@ def insert_slices(
         Kernel to use instead of the device's own (tests).
     """
     radius = _checked(disk.box, disk.radius, oversampling)
-    c = _half_width(radius, oversampling)
+    c = half_width(radius, oversampling)
     rotations = _checked_rotations(rotations.detach(), radius, oversampling, values)
     disk = disk.to(values.device)
     run = kernels.select(values.device, backend).insert
@@ -253,16 +259,20 @@ def insert_slices(
         disk.kx,
         disk.ky,
         oversampling,
-        (2 * c + 1, 2 * c + 1, c + 1),
+        (2 * c + 1, 2 * c + 1, c + 2),
     )
     new = Accumulator(numerator, weight, disk.box, oversampling, radius)
     return new if out is None else out + new
 
 
-def _complete(plane: Tensor) -> Tensor:
-    """Add to the ``x = 0`` plane of a half grid what the other half's slices put there."""
-    mate = plane[..., 0].flip(0, 1)
-    return torch.cat([(plane[..., 0] + mate.conj())[..., None], plane[..., 1:]], dim=-1)
+def completed(sums: Shaped[Tensor, "z y x"]) -> Shaped[Tensor, "z y x-1"]:
+    """Sums of an accumulator at ``x = 0 .. c``, with what the mates of its slices put there.
+
+    Every entry at k stands for its conjugate at -k: that matters for the plane ``x = 0``, whose halves are each other's
+    mates, and for ``x = 1``, whose mate is stored at ``x = -1``.
+    """
+    mate = sums[..., :2].flip(0, 1, 2).conj()
+    return torch.cat([sums[..., 1:3] + mate, sums[..., 3:]], dim=-1)
 
 
 def volume_from_accumulator(
@@ -282,7 +292,7 @@ def volume_from_accumulator(
     -------
     (D, D, D) real map, band-limited to the accumulator's radius.
     """
-    numerator, weight = _complete(acc.numerator), _complete(acc.weight)
+    numerator, weight = completed(acc.numerator), completed(acc.weight)
     device, real = weight.device, weight.dtype
     c = weight.shape[-1] - 1
     full = torch.arange(-c, c + 1, device=device, dtype=real)

@@ -1,16 +1,14 @@
 """Radial means over slicing grids, and growing an accumulator to a larger radius."""
 
-import math
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cryorbit.physics.slicing import Accumulator, SlicingGrid
+from cryorbit.physics.slicing import Accumulator, SlicingGrid, completed, half_width
 
 
 def _shells(grid: Float[Tensor, "z y x"], oversampling: int) -> Int[Tensor, "z y x"]:
-    """Shell index (``|k|`` in Fourier pixels, rounded) of every stored point, -1 on ``x = 0`` (half of it is stored elsewhere)."""
+    """Shell index (``|k|`` in Fourier pixels, rounded) at ``x = 0 .. c``, -1 on ``x = 0`` (each point is there twice)."""
     c = grid.shape[-1] - 1
     full = torch.arange(-c, c + 1, device=grid.device, dtype=torch.float32)
     norm = (full[:, None, None].square() + full[None, :, None].square() + full[c:].square()).sqrt()
@@ -29,21 +27,20 @@ def _radial_mean(values: Float[Tensor, "z y x"], oversampling: int, shells: int)
 
 def mean_weight(accumulator: Accumulator, shells: int) -> Float[Tensor, " shells"]:
     """Mean inserted weight per shell 0 .. shells - 1; the last covered shell's value beyond the radius."""
-    mean = _radial_mean(accumulator.weight, accumulator.oversampling, shells)
+    mean = _radial_mean(completed(accumulator.weight), accumulator.oversampling, shells)
     last = min(int(accumulator.radius), shells - 1)
     return torch.cat([mean[: last + 1], mean[last].expand(shells - last - 1)])
 
 
 def power_spectrum(grid: SlicingGrid, shells: int) -> Float[Tensor, " shells"]:
     """Mean ``|V|^2`` per shell 0 .. shells - 1 of a map's transform."""
-    return _radial_mean(grid.data.abs().square(), grid.oversampling, shells)
+    return _radial_mean(grid.data[..., 1:].abs().square(), grid.oversampling, shells)
 
 
 def resized(accumulator: Accumulator, radius: float) -> Accumulator:
     """The same sums on a grid for ``radius``: zero padded where larger, cropped where smaller."""
-    c_old = accumulator.weight.shape[-1] - 1
-    c_new = math.ceil(radius * accumulator.oversampling) + 1
-    grow = c_new - c_old
+    old = half_width(accumulator.radius, accumulator.oversampling)
+    grow = half_width(radius, accumulator.oversampling) - old
     if grow == 0:
         return accumulator
     pad = [0, grow, grow, grow, grow, grow]

@@ -11,6 +11,8 @@ from typing import no_type_check
 import numpy as np
 from numba import njit, prange
 
+from cryorbit.physics.kernels.cpu_spline import over_x, over_y, over_z, slopes, weights
+
 _SUMS = {"reassoc", "nsz", "contract"}
 
 
@@ -20,8 +22,9 @@ def normal_equations(data, images, ctf, precision, rotations, shifts, rows, scal
     """Fill ``loss`` (B,), ``gradient`` (B, 5), ``hessian`` (B, 5, 5); ``step`` is 2 pi / D; ``precision`` (B, P)."""
     kind = data.dtype.type
     one = kind(1)
-    c = data.shape[2] - 1
-    offset = kind(c)
+    near, low = kind(0.5), kind(data.shape[0] // 2) - kind(0.5)
+    sy, sz = 2 * data.shape[2], 2 * data.shape[1] * data.shape[2]
+    flat = data.reshape(-1)
     slope_step = kind(step)
     for b in prange(len(rotations)):
         a, d = scale * rotations[b, 0], scale * rotations[b, 1]
@@ -41,28 +44,21 @@ def normal_equations(data, images, ctf, precision, rotations, shifts, rows, scal
                 fx = kind(k)
                 x, y, z = a[0] * fx + x0, a[1] * fx + y0, a[2] * fx + z0
                 s = -one if x < 0 else one
-                x, y, z = s * x, s * y + offset, s * z + offset
+                x, y, z = s * x + near, s * y + low, s * z + low
                 i, j, h = np.int64(x), np.int64(y), np.int64(z)
                 tx, ty, tz = x - kind(i), y - kind(j), z - kind(h)
-                uy, uz = one - ty, one - tz
-                # along x first: value and difference of the four edges, real and imaginary
-                e0r, e0i = data[h, j, i, 0], data[h, j, i, 1]
-                e1r, e1i = data[h, j + 1, i, 0], data[h, j + 1, i, 1]
-                e2r, e2i = data[h + 1, j, i, 0], data[h + 1, j, i, 1]
-                e3r, e3i = data[h + 1, j + 1, i, 0], data[h + 1, j + 1, i, 1]
-                d0r, d0i = data[h, j, i + 1, 0] - e0r, data[h, j, i + 1, 1] - e0i
-                d1r, d1i = data[h, j + 1, i + 1, 0] - e1r, data[h, j + 1, i + 1, 1] - e1i
-                d2r, d2i = data[h + 1, j, i + 1, 0] - e2r, data[h + 1, j, i + 1, 1] - e2i
-                d3r, d3i = data[h + 1, j + 1, i + 1, 0] - e3r, data[h + 1, j + 1, i + 1, 1] - e3i
-                e0r, e0i, e1r, e1i = e0r + tx * d0r, e0i + tx * d0i, e1r + tx * d1r, e1i + tx * d1i
-                e2r, e2i, e3r, e3i = e2r + tx * d2r, e2i + tx * d2i, e3r + tx * d3r, e3i + tx * d3i
-                lr, li, mr, mi = uy * e0r + ty * e1r, uy * e0i + ty * e1i, uy * e2r + ty * e3r, uy * e2i + ty * e3i
-                vr, vi = uz * lr + tz * mr, s * (uz * li + tz * mi)
+                wx, wy, wz, dy = weights(tx), weights(ty), weights(tz), slopes(ty)
+                o = h * sz + j * sy + 2 * i
+                p0, p1, p2 = over_y(flat, o, sy, wy), over_y(flat, o + sz, sy, wy), over_y(flat, o + 2 * sz, sy, wy)
+                q0, q1, q2 = over_y(flat, o, sy, dy), over_y(flat, o + sz, sy, dy), over_y(flat, o + 2 * sz, sy, dy)
+                line = over_z(wz, p0, p1, p2)
+                vr, vi = over_x(wx, line)
+                vi *= s
                 # slope in the grid frame; a mate's slope is minus the conjugate
-                qxr = s * (uz * (uy * d0r + ty * d1r) + tz * (uy * d2r + ty * d3r))
-                qxi = uz * (uy * d0i + ty * d1i) + tz * (uy * d2i + ty * d3i)
-                qyr, qyi = s * (uz * (e1r - e0r) + tz * (e3r - e2r)), uz * (e1i - e0i) + tz * (e3i - e2i)
-                qzr, qzi = s * (mr - lr), mi - li
+                qxr, qxi = over_x(slopes(tx), line)
+                qyr, qyi = over_x(wx, over_z(wz, q0, q1, q2))
+                qzr, qzi = over_x(wx, over_z(slopes(tz), p0, p1, p2))
+                qxr, qyr, qzr = s * qxr, s * qyr, s * qzr
                 gzr, gzi = (
                     rot[2, 0] * qxr + rot[2, 1] * qyr + rot[2, 2] * qzr,
                     rot[2, 0] * qxi + rot[2, 1] * qyi + rot[2, 2] * qzi,

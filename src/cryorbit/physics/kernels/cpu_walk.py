@@ -75,15 +75,15 @@ def span(a, b, k0, k1, lo, hi):
 
 @njit(cache=True, nogil=True)
 @no_type_check
-def windows(ax, x0, az, z0, c, k0, k1, lo, hi):
+def windows(ax, x0, az, z0, low, k0, k1, lo, hi):
     """Pixels of a row in the slab ``lo <= z < hi``: [p0, p1) read as they are, [m0, m1) read at their Friedel mate (``x
     < 0``).
 
-    Grid coordinates along the row are ``x = ax k + x0``, ``z = az k + (z0 + c)``, and for the mates ``z = -az k + (c -
-    z0)``.
+    Grid coordinates along the row are ``x = ax k + x0``, ``z = az k + (z0 + low)``, and for the mates ``z = -az k +
+    (low - z0)``; with ``low = c - 1/2`` the integer part of z is the lowest of the three planes read.
     """
     kind = type(ax)
-    up, down = z0 + c, c - z0
+    up, down = z0 + low, low - z0
     e, f = az * kind(k0), az * kind(k1 - 1)
     low, high = min(e, f), max(e, f)
     plain = high + up >= lo and low + up < hi

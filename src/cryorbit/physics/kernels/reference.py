@@ -1,46 +1,56 @@
 """Slicing kernels in plain torch operations: any device, float32 and float64. The definition the fast kernels are
 tested against.
 
-A grid holds the transform of a real map at ``z, y = -c .. c`` and ``x = 0 .. c`` (oversampled Fourier pixels), shape
-(2c+1, 2c+1, c+1). A slice reads it at ``q = oversampling * R^T (kx, ky, 0)``; where ``q_x < 0`` it reads ``-q`` and
-conjugates (Friedel). Interpolation is trilinear. Gradients of complex tensors follow torch: ``dL/dRe + i dL/dIm``.
+A grid holds the transform of a real map at ``z, y = -c .. c`` and ``x = -1 .. c`` (oversampled Fourier pixels), shape
+(2c+1, 2c+1, c+2). A slice reads it at ``q = oversampling * R^T (kx, ky, 0)``; where ``q_x < 0`` it reads ``-q`` and
+conjugates (Friedel). Interpolation is by quadratic B-splines without prefilter: with n the grid point nearest to q and
+``t = q - n`` in [-1/2, 1/2], the points n - 1, n, n + 1 weigh ``(1/2 - t)^2 / 2``, ``3/4 - t^2``, ``(1/2 + t)^2 / 2``
+along each axis. Gradients of complex tensors follow torch: ``dL/dRe + i dL/dIm``.
 """
 
 import math
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from cryorbit.physics.kernels.interface import NormalEquations
 
-_CORNERS = [(z, y, x) for z in (0, 1) for y in (0, 1) for x in (0, 1)]
+_POINTS = list(product(range(3), repeat=3))
+"""(z, y, x) of the 27 points read, from the lowest."""
 
 
 class _Cells:
-    """Where each pixel falls: flat index of its cell's low corner, position in the cell, and whether it was flipped."""
+    """Where each pixel falls: flat index of its lowest point, weights and slopes of the points along each axis, and
+    whether it was flipped."""
 
     def __init__(
         self, shape: tuple[int, int, int], rotations: Tensor, kx: Tensor, ky: Tensor, oversampling: int
     ) -> None:
         self.shape = shape
-        c = shape[2] - 1
+        c = (shape[0] - 1) // 2
         self.kx = kx.to(rotations.dtype) * oversampling
         self.ky = ky.to(rotations.dtype) * oversampling
         q = self.kx[:, None] * rotations[:, None, 0, :] + self.ky[:, None] * rotations[:, None, 1, :]
         self.flip = q[..., 0] < 0
         q = torch.where(self.flip[..., None], -q, q)
-        low = q.floor()
-        self.t = q - low
-        ix, iy, iz = low.to(torch.int64).unbind(-1)
-        self.index = ((iz + c) * shape[1] + iy + c) * shape[2] + ix
+        nearest = (q + 0.5).floor()
+        t = q - nearest
+        self.weights = [0.5 * (0.5 - t) ** 2, 0.75 - t**2, 0.5 * (0.5 + t) ** 2]
+        self.slopes = [t - 0.5, -2 * t, t + 0.5]
+        ix, iy, iz = nearest.to(torch.int64).unbind(-1)
+        self.index = ((iz + c - 1) * shape[1] + iy + c - 1) * shape[2] + ix
 
-    def corner(self, z: int, y: int, x: int) -> Tensor:
+    def point(self, z: int, y: int, x: int) -> Tensor:
         return self.index + (z * self.shape[1] + y) * self.shape[2] + x
 
     def factors(self, z: int, y: int, x: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Linear weight of a corner along x, y, z."""
-        tx, ty, tz = self.t.unbind(-1)
-        return (tx if x else 1 - tx), (ty if y else 1 - ty), (tz if z else 1 - tz)
+        """Weight of a point along x, y, z."""
+        return self.weights[x][..., 0], self.weights[y][..., 1], self.weights[z][..., 2]
+
+    def steps(self, z: int, y: int, x: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Derivative of the factors."""
+        return self.slopes[x][..., 0], self.slopes[y][..., 1], self.slopes[z][..., 2]
 
     def unflip(self, values: Tensor) -> Tensor:
         """Conjugate where the pixel was flipped."""
@@ -50,9 +60,9 @@ class _Cells:
 def _read(data: Tensor, cells: _Cells) -> Tensor:
     flat = data.reshape(-1)
     total = torch.zeros_like(cells.flip, dtype=data.dtype)
-    for corner in _CORNERS:
-        wx, wy, wz = cells.factors(*corner)
-        total = total + flat[cells.corner(*corner)] * (wx * wy * wz)
+    for point in _POINTS:
+        wx, wy, wz = cells.factors(*point)
+        total = total + flat[cells.point(*point)] * (wx * wy * wz)
     return cells.unflip(total)
 
 
@@ -60,10 +70,10 @@ def _read_gradient(data: Tensor, cells: _Cells) -> Tensor:
     """(B, P, 3) complex derivative of the slice with respect to q (x, y, z)."""
     flat = data.reshape(-1)
     total = torch.zeros(*cells.flip.shape, 3, dtype=data.dtype, device=data.device)
-    for corner in _CORNERS:
-        wx, wy, wz = cells.factors(*corner)
-        sz, sy, sx = (2 * i - 1 for i in corner)
-        total = total + flat[cells.corner(*corner)][..., None] * torch.stack(
+    for point in _POINTS:
+        wx, wy, wz = cells.factors(*point)
+        sx, sy, sz = cells.steps(*point)
+        total = total + flat[cells.point(*point)][..., None] * torch.stack(
             [sx * wy * wz, sy * wx * wz, sz * wx * wy], dim=-1
         )
     return torch.where(cells.flip[..., None], -total.conj().resolve_conj(), total)
@@ -97,9 +107,9 @@ def slice_backward(
 
 def _scatter(values: Tensor, cells: _Cells, shape: torch.Size) -> Tensor:
     out = torch.zeros(shape.numel(), dtype=values.dtype, device=values.device)
-    for corner in _CORNERS:
-        wx, wy, wz = cells.factors(*corner)
-        out.index_add_(0, cells.corner(*corner).reshape(-1), (values * (wx * wy * wz)).reshape(-1))
+    for point in _POINTS:
+        wx, wy, wz = cells.factors(*point)
+        out.index_add_(0, cells.point(*point).reshape(-1), (values * (wx * wy * wz)).reshape(-1))
     return out.reshape(shape)
 
 
