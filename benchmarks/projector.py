@@ -264,8 +264,8 @@ def copy_bandwidth(device: str) -> float:
 
 
 def bytes_moved(task: str, poses: int, pixels: int) -> int | None:
-    """What our kernel touches: eight corners of 8 bytes (12 with weight, read and written) and the pixel."""
-    each = {"slices": 8 * 8 + 8, "insert": 2 * 8 * 12 + 12}.get(task)
+    """What our kernel touches: 27 points of 8 bytes (12 with weight, read and written) and the pixel."""
+    each = {"slices": 27 * 8 + 8, "insert": 2 * 27 * 12 + 12}.get(task)
     return None if each is None else each * poses * pixels
 
 

@@ -76,14 +76,14 @@ def test_images_are_projections_of_the_volume() -> None:
     data = simulate_particles(phantom(), count=8, snr_db=None, **SMALL)
     fast = simulate_particles(data.volume, count=8, snr_db=None, **SMALL)
     assert torch.equal(fast.poses.rotations, data.poses.rotations)
-    assert float((fast.images - data.images).norm() / data.images.norm()) < 2e-2
+    assert float((fast.images - data.images).norm() / data.images.norm()) < 2e-3
     assert float(data.volume.data.sum()) == pytest.approx(float(data.images[0].sum()), rel=1e-3)
 
 
 def test_fast_is_the_slices_of_the_exact_map() -> None:
     exact = simulate_particles(phantom(), count=8, snr_db=None, **SMALL)
     fast = simulate_particles(phantom(), count=8, snr_db=None, fast=True, **SMALL)
-    assert 1e-6 < float((fast.images - exact.images).norm() / exact.images.norm()) < 2e-2
+    assert 1e-6 < float((fast.images - exact.images).norm() / exact.images.norm()) < 2e-3
 
 
 def test_a_seed_fixes_everything_and_another_changes_everything() -> None:
