@@ -21,7 +21,7 @@ from cryorbit.simulate.settings import CTFSettings, SimulationSettings
 from cryorbit.simulate.write import write_simulation
 from cryorbit.types import Poses
 
-QUICK = ["mask_diameter=70", "abinitio.order=1", "abinitio.march_steps=8", "abinitio.settle_steps=4", "refine.sweeps=3"]
+QUICK = ["mask_diameter=70", "abinitio.march_steps=16", "abinitio.settle_steps=4", "refine.sweeps=3"]
 
 
 def simulate(folder: Path, box: int, **settings: object) -> Path:
