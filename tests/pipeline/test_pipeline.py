@@ -21,7 +21,7 @@ from cryorbit.simulate.settings import CTFSettings, SimulationSettings
 from cryorbit.simulate.write import write_simulation
 from cryorbit.types import Poses
 
-QUICK = ["mask_diameter=70", "abinitio.march_steps=16", "abinitio.settle_steps=4", "refine.sweeps=3"]
+QUICK = ["mask_diameter=70", "starts=1", "abinitio.march_steps=16", "abinitio.settle_steps=4", "refine.sweeps=3"]
 
 
 def simulate(folder: Path, box: int, **settings: object) -> Path:
@@ -67,13 +67,13 @@ def test_pure_noise_is_not_trusted(tmp_path, generator):
 
 
 def test_verdict_follows_the_numbers():
-    assert "no structure was found" in _verdict(1000, 5.0, 6.0, 3.0, 9.0, effective=5000.0)
-    assert "not independent evidence" in _verdict(1000, 9.5, 10.0, 3.0, 9.0, effective=2.0)
-    assert "not independent" not in _verdict(1000, 3.0, 3.4, 3.0, 9.0, effective=1.0)
-    good = _verdict(1000, 3.0, 3.4, 3.0, 9.0, effective=1.0)
+    assert "no structure was found" in _verdict(1000, 5.0, 6.0, 3.0, 9.0, effective=5000.0, starts=1)
+    assert "not independent evidence" in _verdict(1000, 9.5, 10.0, 3.0, 9.0, effective=2.0, starts=1)
+    assert "not independent" not in _verdict(1000, 3.0, 3.4, 3.0, 9.0, effective=1.0, starts=1)
+    good = _verdict(1000, 3.0, 3.4, 3.0, 9.0, effective=1.0, starts=1)
     assert "agree to 3.0 A, the limit of the pixel size," in good
     assert "another --seed" in good
-    assert "limit" not in _verdict(1000, 4.0, 4.4, 3.0, 9.0, effective=1.0)
+    assert "limit" not in _verdict(1000, 4.0, 4.4, 3.0, 9.0, effective=1.0, starts=1)
 
 
 def test_incomplete_ctf_is_refused_until_it_is_said_or_waived(tmp_path):

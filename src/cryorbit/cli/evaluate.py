@@ -116,7 +116,7 @@ def _true_particles(path: Path) -> ParticleSet:
         if error.code != "DATA027":  # its hint is an option of other commands
             raise
         raise DataError(
-            error.code, f"{path.name} does not say the pixel size", "add pixel size column to it"
+            error.code, f"{path.name} does not say the pixel size", "add the pixel size to its optics table"
         ) from error
 
 

@@ -43,7 +43,8 @@ class Reporter:
             note += f"  {float(values['effective_poses']):9.1f} poses per particle"
         if "pose_change_deg" in values:
             note += f"  poses moved {float(values['pose_change_deg']):6.2f} deg"
-        words = _WORDS.get(stage, stage)
+        name, _, number = stage.partition(" ")
+        words = f"{_WORDS.get(name, name)} {number}".strip()
         if self.live:
             if stage not in self.tasks:
                 self.tasks[stage] = self.bar.add_task(words, total=total, note=note)

@@ -199,7 +199,7 @@ class Marginal:
         self.noise = torch.where(inside, 0.7 * self.noise + 0.3 * fresh, self.noise)
 
     def _update_shift_prior(self, result: Expectation) -> None:
-        floor = 0.19 * self.stack.box / self.radius()  # half a step of the lattice
+        floor = 0.1 * self.stack.box / self.radius()
         self.shift_sigma = (0.7 * self.shift_sigma**2 + 0.3 * result.shift_variance).sqrt().clamp_min(floor)
 
     def _accumulate(self, result: Expectation, radius: int) -> None:
@@ -239,6 +239,11 @@ class Marginal:
             self.settled = self.settled + 1
         pace = 1.0 if effective < self.config.sharp else 0.25
         self.march = (self.march + pace / self.config.march_steps).clamp(max=1.0)
+
+    def misfit(self) -> float:
+        """Mean log noise variance over the Fourier pixels: minus twice the likelihood per pixel, to compare starts by; lower is better."""
+        disk, _ = self.stack.at_radius(self.radius())
+        return float((self.noise[disk.shell].log() * disk.weight).sum() / disk.weight.sum())
 
     # -- hand-over and resume ---------------------------------------------------------------------------------------------------
 

@@ -16,9 +16,16 @@ from cryorbit.methods.refinement import RefinementConfig
 T = TypeVar("T")
 
 PRESETS: dict[str, tuple[str, ...]] = {
-    "fast": ("abinitio.march_steps=16", "abinitio.settle_steps=4", "refine.sweeps=5", "refine.iterations=4"),
+    "fast": (
+        "starts=1",
+        "abinitio.march_steps=16",
+        "abinitio.settle_steps=4",
+        "refine.sweeps=5",
+        "refine.iterations=4",
+    ),
     "default": (),
     "thorough": (
+        "starts=4",
         "abinitio.batch=1000",
         "abinitio.march_steps=48",
         "abinitio.settle_steps=16",
@@ -44,6 +51,8 @@ class RunConfig:
         The preset the other values started from.
     seed
         Random start, minibatches, half sets.
+    starts
+        Independent random starts of the ab initio stage; the one that explains the images best goes on.
     device
         ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     memory_gib
@@ -64,6 +73,7 @@ class RunConfig:
     symmetry: str = "C1"
     preset: str = "default"
     seed: int = 0
+    starts: int = 2
     device: str = "auto"
     memory_gib: float = 4.0
     pixel_size: float = 0.0
@@ -168,6 +178,7 @@ def check(config: RunConfig) -> None:
     """Refuse values no run can use."""
     fine = {
         "mask_diameter": config.mask_diameter >= 0,
+        "starts": 1 <= config.starts <= 100,
         "memory_gib": config.memory_gib >= 0,
         "pixel_size": config.pixel_size >= 0,
         "voltage": config.voltage >= 0,

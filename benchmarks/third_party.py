@@ -1,0 +1,91 @@
+"""Reconstruct three stacks that other projects published, from ../shared/data or the folder given.
+
+    python benchmarks/third_party.py ../shared/data
+
+`toy`: cryoDRGN's toy_projections (1,000 clean images, poses known). `50S`: tomoDRGN's 10076_classE_32_sim (720 images, SNR 0.056, CTF,
+poses known; dark). `apoferritin`: 1,357 real particles of EMPIAR-10146 (octahedral, dark, no pose truth).
+"""
+
+import argparse
+import json
+import subprocess
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from cryorbit.io.cryodrgn import read_cryodrgn_poses
+from cryorbit.io.particles import open_particles
+from cryorbit.metrics.align import align_poses
+from cryorbit.pipeline.config import RunConfig
+from cryorbit.pipeline.reconstruct import reconstruct
+from cryorbit.report.render import write_report
+from cryorbit.types import Poses
+
+
+def settings(name: str, data: Path) -> RunConfig:
+    """What a user would pass for each set."""
+    simulated = data / "particles_simulated"
+    if name == "toy":
+        return RunConfig(
+            particles=str(simulated / "cryodrgn" / "toy_projections.star"), pixel_size=1.0, mask_diameter=25.0
+        )
+    if name == "50S":
+        folder = simulated / "tomodrgn_10076"
+        star = folder / "10076_classE_32_sim.star"
+        return RunConfig(particles=str(star), datadir=str(folder), mask_diameter=300.0, invert_contrast=True)
+    star = data / "particles_real" / "apoferritin_empiar10146" / "apo10146_mit10_64px_f16.star"
+    return RunConfig(particles=str(star), symmetry="O", mask_diameter=150.0, invert_contrast=True)
+
+
+def truth(name: str, data: Path, box: int, pixel_size: float) -> Poses | None:
+    """True poses, where the set has them."""
+    if name == "toy":
+        rotations, _ = read_cryodrgn_poses(
+            data / "particles_simulated" / "cryodrgn" / "toy_angles.pkl", box, pixel_size
+        )
+        return Poses(torch.as_tensor(rotations).double(), torch.zeros(len(rotations), 2, dtype=torch.float64))
+    if name == "50S":
+        particles = open_particles(settings(name, data).particles, require_images=False)
+        return Poses(torch.as_tensor(particles.rotations), torch.as_tensor(particles.shifts))
+    return None
+
+
+def main() -> None:
+    """Run the sets, print a line each, write JSON and keep the run folders asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--sets", nargs="+", default=["toy", "50S", "apoferritin"])
+    parser.add_argument("--keep", type=Path, help="Folder to keep the run folders in.")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in arguments.sets:
+            output = (arguments.keep or Path(scratch)) / name
+            started, cpu = time.perf_counter(), time.process_time()
+            result = reconstruct(settings(name, arguments.data), output, overwrite=True)
+            row: dict[str, object] = {
+                "set": name,
+                "seconds": time.perf_counter() - started,
+                "cpu_seconds": time.process_time() - cpu,
+                "resolution_A": result.metrics["resolution_A"],
+                "resolution_masked_A": result.metrics["resolution_masked_A"],
+                "pose_effective_median": result.metrics["pose_effective_median"],
+            }
+            true = truth(name, arguments.data, result.map.box, result.map.pixel_size)
+            if true is not None:
+                row |= asdict(align_poses(result.poses, true).summary(result.map.pixel_size))
+            write_report(output)
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    if arguments.json:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        about = {"commit": commit, "device": f"CPU, {torch.get_num_threads()} threads", "torch": torch.__version__}
+        arguments.json.write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
