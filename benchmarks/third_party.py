@@ -48,7 +48,7 @@ def truth(name: str, data: Path, box: int, pixel_size: float) -> Poses | None:
         )
         return Poses(torch.as_tensor(rotations).double(), torch.zeros(len(rotations), 2, dtype=torch.float64))
     if name == "50S":
-        particles = open_particles(settings(name, data).particles, require_images=False)
+        particles = open_particles(settings(name, data).particles, pixel_size=pixel_size, require_images=False)
         return Poses(torch.as_tensor(particles.rotations), torch.as_tensor(particles.shifts))
     return None
 
