@@ -23,7 +23,7 @@ from cryorbit.groups.point import asymmetric_unit
 from cryorbit.metrics.masks import soft_sphere
 from cryorbit.physics.fourier import FourierDisk
 from cryorbit.physics.slicing import Accumulator, insert_slices, slice_grid, slicing_grid, volume_from_accumulator
-from cryorbit.physics.spectrum import mean_weight, power_spectrum, resized
+from cryorbit.physics.spectrum import mean_weight, power_spectrum, resized, shell_mean
 from cryorbit.poses.grid import Expectation, ShiftGrid, expectation, shift_grid
 from cryorbit.training.checkpoint import State
 from cryorbit.training.dataset import FourierStack
@@ -169,7 +169,7 @@ class Marginal:
     def _start(self, chosen: Int[Tensor, " b"], radius: int, generator: torch.Generator) -> None:
         """Random poses for the first batch; noise variance = power of the images."""
         images, ctf, disk = self._batch(chosen, int(self.stack.disk.radius))
-        self.initial_noise = self._shell_mean(images.abs().square().mean(dim=0), disk)
+        self.initial_noise = shell_mean(images.abs().square().mean(dim=0), disk, len(self.noise))
         self.noise = self.initial_noise.clone()
         images, ctf, disk = self._batch(chosen, radius)
         poses = self.rotations[torch.randint(len(self.rotations), (len(chosen),), generator=generator)]
@@ -186,14 +186,9 @@ class Marginal:
         precision = disk.weight / self.noise[disk.shell]
         return expectation(images, ctf, slices, precision, self.shifts(), disk, modes)
 
-    def _shell_mean(self, values: Float[Tensor, " p"], disk: FourierDisk) -> Float[Tensor, " k"]:
-        total = torch.zeros_like(self.noise).index_add_(0, disk.shell, values * disk.weight)
-        count = torch.zeros_like(self.noise).index_add_(0, disk.shell, disk.weight)
-        return total / count.clamp_min(1)
-
     def _update_noise(self, result: Expectation, count: int, radius: int) -> None:
         disk, _ = self.stack.at_radius(radius)
-        fresh = self._shell_mean(result.power / count, disk)
+        fresh = shell_mean(result.power / count, disk, len(self.noise))
         fresh = torch.maximum(fresh, 1e-4 * self.initial_noise)
         inside = torch.arange(len(self.noise), device=self.noise.device) <= radius
         self.noise = torch.where(inside, 0.7 * self.noise + 0.3 * fresh, self.noise)

@@ -20,7 +20,7 @@ from cryorbit.physics.cryoem import forward
 from cryorbit.physics.fourier import FourierDisk, resize_volume
 from cryorbit.physics.shift import phase_ramp
 from cryorbit.physics.slicing import Accumulator, SlicingGrid, insert_slices, slicing_grid, volume_from_accumulator
-from cryorbit.physics.spectrum import mean_weight
+from cryorbit.physics.spectrum import mean_weight, shell_mean
 from cryorbit.poses.table import refine_poses
 from cryorbit.training.checkpoint import State
 from cryorbit.training.dataset import FourierStack
@@ -184,11 +184,7 @@ class Refinement:
         return self._shell_mean(self.stack.images(sample).abs().square().mean(dim=0))
 
     def _shell_mean(self, values: Float[Tensor, " p"]) -> Float[Tensor, " k"]:
-        disk = self.stack.disk.to(values.device)
-        shells = self.limit + 2
-        total = torch.zeros(shells, device=values.device).index_add_(0, disk.shell, values * disk.weight)
-        count = torch.zeros(shells, device=values.device).index_add_(0, disk.shell, disk.weight)
-        return (total / count.clamp_min(1)).cpu()
+        return shell_mean(values, self.stack.disk.to(values.device), self.limit + 2).cpu()
 
     def _refine(
         self, grid: SlicingGrid, chosen: Int[Tensor, " b"], radius: int, candidates: tuple[Tensor, Tensor] | None

@@ -1,10 +1,18 @@
-"""Radial means over slicing grids, and growing an accumulator to a larger radius."""
+"""Radial means over Fourier disks and slicing grids, and growing an accumulator to a larger radius."""
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from cryorbit.physics.fourier import FourierDisk
 from cryorbit.physics.slicing import Accumulator, SlicingGrid, completed, half_width
+
+
+def shell_mean(values: Float[Tensor, " p"], disk: FourierDisk, shells: int) -> Float[Tensor, " shells"]:
+    """Mean of ``values`` on ``disk`` over each shell 0 .. shells - 1 of the whole plane; 0 where the disk has no pixel."""
+    total = torch.zeros(shells, device=values.device).index_add_(0, disk.shell, values * disk.weight)
+    count = torch.zeros(shells, device=values.device).index_add_(0, disk.shell, disk.weight)
+    return total / count.clamp_min(1)
 
 
 def _shells(grid: Float[Tensor, "z y x"], oversampling: int) -> Int[Tensor, "z y x"]:
