@@ -1,4 +1,5 @@
-"""Particle images as the Fourier pixels a method needs: read lazily, background-subtracted, cropped, cached when they fit.
+"""Particle images as the Fourier pixels a method needs: read lazily, background-subtracted, cropped, cached when they fit,
+with the same noise in every optics group.
 
 Images are not masked: a masked map's projections are blind to what lies outside, and the CTF moves signal beyond any tight circle.
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from cryorbit.physics.ctf import ctf_on_disk
 from cryorbit.physics.fourier import FourierDisk, disk_subset, fourier_disk, image_to_fourier
+from cryorbit.training.equalise import background_window, measure_factors, pooled_groups
 from cryorbit.types import CTFParams
 
 _CHUNK = 512
@@ -41,6 +43,11 @@ class ParticleSource(Protocol):
         """``CTFParams`` fields by name, or None."""
         ...
 
+    @property
+    def optics_group(self) -> NDArray[np.int64] | None:
+        """(N,) number of each particle's optics group, or None for one group."""
+        ...
+
     def __len__(self) -> int: ...
 
     def read(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -50,11 +57,13 @@ class ParticleSource(Protocol):
 
 @dataclass(frozen=True)
 class ArrayParticles:
-    """Particles in memory: ``images`` (N, D, D) float32, ``pixel_size`` angstrom, ``ctf`` ``CTFParams`` fields by name or None."""
+    """Particles in memory: ``images`` (N, D, D) float32, ``pixel_size`` angstrom, ``ctf`` ``CTFParams`` fields by name or None,
+    ``optics_group`` (N,) or None for one group."""
 
     images: NDArray[np.float32]
     pixel_size: float
     ctf: dict[str, NDArray[np.float64]] | None = None
+    optics_group: NDArray[np.int64] | None = None
 
     @property
     def box(self) -> int:
@@ -78,6 +87,9 @@ def working_box(box: int, radius: float) -> int:
 class FourierStack:
     """The particles of a set as Fourier pixels of one disk.
 
+    Where particles are of several optics groups, :meth:`images` and :meth:`ctf` carry their group's whitening factor (see
+    ``training.equalise``), so that one noise spectrum holds for all; :meth:`equalisation` undoes it. ``equalise=False`` leaves it out.
+
     Parameters
     ----------
     particles
@@ -90,6 +102,8 @@ class FourierStack:
         Budget for the cache of Fourier pixels. A stack that does not fit is read again, chunk by chunk, at every pass.
     device
         Where batches are delivered.
+    equalise
+        Whether to make the optics groups' noise equal.
     """
 
     def __init__(
@@ -100,6 +114,7 @@ class FourierStack:
         mask_diameter: float,
         memory_gib: float = 4.0,
         device: torch.device | str = "cpu",
+        equalise: bool = True,
     ) -> None:
         self.particles = particles
         self.box = working_box(particles.box, radius)
@@ -110,6 +125,11 @@ class FourierStack:
         half = 0.5 * mask_diameter / particles.pixel_size
         axis = torch.arange(particles.box, dtype=torch.float32) - particles.box // 2
         self._background = torch.hypot(axis[:, None], axis) > min(half, 0.5 * particles.box - 1)
+        self._window = background_window(particles.box, half)
+        self._group: Int[Tensor, " n"] | None = None
+        if equalise and particles.optics_group is not None:
+            group = pooled_groups(torch.as_tensor(particles.optics_group, dtype=torch.int64))
+            self._group = group if int(group.max()) > 0 else None
         self._ctf = None
         if particles.ctf is not None:
             self._ctf = CTFParams(**{k: torch.as_tensor(v, dtype=torch.float32) for k, v in particles.ctf.items()}).to(
@@ -127,8 +147,28 @@ class FourierStack:
             background = self._background.to(self.device)
             images = images - images[:, background].mean(dim=1)[:, None, None]
             rows, columns = self._full_disk.ky % self.particles.box, self._full_disk.kx
-            out.append(image_to_fourier(images)[:, rows, columns] * self.scale)
+            values = image_to_fourier(images)[:, rows, columns] * self.scale
+            out.append(values if self._group is None else values * self.equalisation(part))
         return torch.cat(out)
+
+    @cached_property
+    def _factors(self) -> Float[Tensor, "g s"]:
+        """Whitening factor of each group and shell."""
+        assert self._group is not None
+
+        def read(indices: NDArray[np.int64]) -> Tensor:
+            return torch.from_numpy(self.particles.read(indices)).to(self.device)
+
+        return measure_factors(read, self._group, self._window, self._full_disk).to(self.device)
+
+    def equalisation(self, indices: Int[Tensor, " b"]) -> Float[Tensor, "b p"]:
+        """Factor that :meth:`images` and :meth:`ctf` of the particles ``indices`` carry; ones for one optics group.
+
+        ``images / (scale * equalisation)`` are the transforms of the images on disk, ``ctf / equalisation`` is the CTF alone.
+        """
+        if self._group is None:
+            return torch.ones(len(indices), len(self.disk), device=self.device)
+        return self._factors[self._group[indices.cpu()].to(self.device)][:, self.disk.shell.to(self.device)]
 
     @cached_property
     def scale(self) -> float:
@@ -143,14 +183,15 @@ class FourierStack:
         return self._transform(torch.arange(len(self)))
 
     def images(self, indices: Int[Tensor, " b"]) -> Complex[Tensor, "b p"]:
-        """Fourier pixels of the particles ``indices``."""
+        """Fourier pixels of the particles ``indices``, noise made equal."""
         return self._cache[indices.to(self.device)] if self._cached else self._transform(indices.cpu())
 
     def ctf(self, indices: Int[Tensor, " b"]) -> Float[Tensor, "b p"]:
-        """CTF of the particles ``indices`` on the disk; ones when the particles carry none."""
+        """CTF of the particles ``indices`` on the disk, ones when the particles carry none, times their :meth:`equalisation`."""
         if self._ctf is None:
-            return torch.ones(len(indices), len(self.disk), device=self.device)
-        return ctf_on_disk(self._ctf[indices.to(self.device)], self.disk.to(self.device), self.pixel_size)
+            return self.equalisation(indices)
+        values = ctf_on_disk(self._ctf[indices.to(self.device)], self.disk.to(self.device), self.pixel_size)
+        return values if self._group is None else values * self.equalisation(indices)
 
     def at_radius(self, radius: int) -> tuple[FourierDisk, Int[Tensor, " q"]]:
         """The disk of a smaller ``radius`` and the columns of :meth:`images` and :meth:`ctf` that belong to it."""
