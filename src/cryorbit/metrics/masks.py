@@ -1,4 +1,4 @@
-"""Soft masks: a sphere, and one drawn from a map."""
+"""Soft masks: a sphere, and one drawn from a map; and whether a map is bright or dark inside."""
 
 import numpy as np
 import torch
@@ -95,3 +95,48 @@ def mask_from_map(
     filled = ndimage.binary_fill_holes(largest)
     outside = ndimage.distance_transform_edt(~filled)
     return _cosine_edge(torch.from_numpy(outside.astype(np.float32)) - extend_px, edge_px)
+
+
+def _about(values: Float[Tensor, " n"], level: Float[Tensor, ""]) -> float:
+    """Third moment of ``values`` about ``level``, over the second's power 3/2; 0 where all values are ``level``."""
+    away = (values - level).to(torch.float64)
+    return float(away.pow(3).mean() / away.square().mean().pow(1.5).clamp_min(1e-300))
+
+
+def contrast_sign(volume: Float[Tensor, "d d d"], mask_diameter: float, pixel_size: float) -> int:
+    """Whether the particle of a map is brighter (1) or darker (-1) than what surrounds it.
+
+    The sign of the sum of two third moments of the density inside the mask: about the level of the shell just outside, low-passed
+    to an eighth of the diameter (a body differs from its surroundings, also where it fills the mask), and about its own mean, at a
+    sixteenth (few voxels are molecule, also where the CTF has taken the lowest frequencies and with them the mean), the latter
+    kept within 0.5. Low-passes are never finer than 2 pixels. Densities may have any scale and offset and may be masked already.
+
+    Parameters
+    ----------
+    volume
+        (D, D, D) map, of at least some agreement with the truth: on noise alone the answer is a coin's.
+    mask_diameter
+        Particle diameter in angstrom.
+    pixel_size
+        Angstrom per pixel.
+
+    Returns
+    -------
+    1 or -1; 1 for a flat map.
+
+    Raises
+    ------
+    DataError
+        DATA203 the mask is empty.
+    """
+    box, radius = volume.shape[-1], 0.5 * mask_diameter / pixel_size
+    radius = min(radius, 0.5 * box - 1)
+    inside = soft_sphere(box, radius, 0.0) > 0.5
+    around = (soft_sphere(box, 1.25 * radius + 1, 0.0) > 0.5) & ~inside
+    values = volume.detach().to("cpu", torch.float32)
+    values = values - values.mean()
+    coarse, fine = (lowpass(values, max(2 * radius / parts, 2.0)) for parts in (8, 16))
+    body = _about(coarse[inside], coarse[around].mean())
+    detail = _about(fine[inside], fine[inside].mean())
+    total = body + min(max(detail, -0.5), 0.5)  # a body that fills the mask has body near 1 and detail far below 0
+    return -1 if total < 0 else 1
