@@ -43,6 +43,7 @@ _GROUPS = ("I", "O", "T", *(f"{kind}{n}" for n in range(MAX_FOLD, 1, -1) for kin
 _SEARCH_RADIUS, _FINAL_RADIUS = 8.0, 16.0  # Fourier pixels of a box as wide as the molecule
 _PROMISING, _WORTH_A_LOOK = 0.25, 0.4  # least correlation of an element on the table, and refined
 _ENOUGH = 0.35  # of the information the noise allows, beyond that at rotations outside the group
+_APART = 0.1  # least distance from them: a map round about an axis has no fold that can be told
 _SURE = 25.0  # nats an element must share; the best rotation of pure noise shares up to 9
 _EVEN = 0.6  # least information of an element as a fraction of the best one's
 
@@ -168,7 +169,7 @@ def _best_group(particle: Particle, search: int, final: int) -> tuple[Fit | None
             score, base = _judge(fine, fit)
         tried.append(score)
         whole = max(1.0, score.best)  # the noise outside the molecule may be more than the noise on it
-        enough = score.information - base > _ENOUGH * (whole - base)
+        enough = score.information - base > max(_ENOUGH * (whole - base), _APART)
         sure = score.nats > _SURE and score.element > _WORTH_A_LOOK
         if enough and sure and score.information > _EVEN * score.best:
             return fit, tried
