@@ -56,15 +56,15 @@ def against_truth(volume: Volume, truth: Volume, mask: torch.Tensor) -> dict[str
     return out
 
 
-def ceiling(particles: ParticleSet, poses: Poses) -> Volume:
+def ceiling(particles: ParticleSet, poses: Poses, diameter: float = DIAMETER) -> Volume:
     """The same images inserted at their true poses by the same code."""
-    stack = FourierStack(particles, 0.5 * particles.box, mask_diameter=DIAMETER)
+    stack = FourierStack(particles, 0.5 * particles.box, mask_diameter=diameter)
     known = Refinement(
         stack,
         RefinementConfig(sweeps=1, iterations=0),
-        mask_diameter=DIAMETER,
+        mask_diameter=diameter,
         symmetry=point_group("C1").float(),
-        start=torch.zeros(particles.box, particles.box, particles.box),
+        start=(torch.zeros(3 * [particles.box]),) * 2,
         radius=particles.box // 2,
         candidates=(poses.rotations[:, None].float(), poses.shifts[:, None].float() / particles.pixel_size),
         half_set=torch.arange(len(particles)) % 2 + 1,

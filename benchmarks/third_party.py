@@ -16,18 +16,20 @@ from pathlib import Path
 
 import torch
 
-from cryorbit.io.cryodrgn import read_cryodrgn_poses
 from cryorbit.groups import so3
+from cryorbit.io.cryodrgn import read_cryodrgn_poses
 from cryorbit.io.mrc import read_volume
 from cryorbit.io.particles import open_particles
-from cryorbit.methods.marginal import Marginal
+from cryorbit.methods.online_em import Grids, OnlineEM, rotation_grid
 from cryorbit.metrics.align import align_poses
+from cryorbit.metrics.masks import soft_sphere
 from cryorbit.physics.cryoem import forward
 from cryorbit.physics.fourier import resize_volume
 from cryorbit.physics.slicing import slicing_grid
 from cryorbit.physics.spectrum import shell_mean
 from cryorbit.pipeline.config import RunConfig
 from cryorbit.pipeline.reconstruct import reconstruct
+from cryorbit.poses.grid import shift_grid
 from cryorbit.report.render import write_report
 from cryorbit.training.dataset import FourierStack
 from cryorbit.types import Poses
@@ -43,9 +45,9 @@ def settings(name: str, data: Path) -> RunConfig:
     if name == "50S":
         folder = simulated / "tomodrgn_10076"
         star = folder / "10076_classE_32_sim.star"
-        return RunConfig(particles=str(star), datadir=str(folder), mask_diameter=300.0, invert_contrast=True)
+        return RunConfig(particles=str(star), datadir=str(folder), mask_diameter=300.0, contrast="dark")
     star = data / "particles_real" / "apoferritin_empiar10146" / "apo10146_mit10_64px_f16.star"
-    return RunConfig(particles=str(star), symmetry="O", mask_diameter=150.0, invert_contrast=True)
+    return RunConfig(particles=str(star), symmetry="O", mask_diameter=150.0, contrast="dark")
 
 
 def truth(name: str, data: Path, box: int, pixel_size: float) -> Poses | None:
@@ -66,21 +68,21 @@ def with_true_map(name: str, data: Path, true: Poses) -> dict[str, float] | None
     if name != "50S":
         return None
     config = settings(name, data)
-    particles = open_particles(config.particles, datadir=Path(config.datadir), invert_contrast=config.invert_contrast)
+    particles = open_particles(config.particles, datadir=Path(config.datadir), invert_contrast=True)
     stack = FourierStack(particles, 12.0, mask_diameter=config.mask_diameter)
-    engine = Marginal(stack, config.abinitio, mask_diameter=config.mask_diameter, symmetry=torch.eye(3)[None], seed=0)
+    mask = soft_sphere(stack.box, 0.5 * config.mask_diameter / stack.pixel_size, 3.0)
     volume = torch.from_numpy(read_volume(data / "maps" / "10076_classE_32.mrc")[0])
-    volume = resize_volume(volume, stack.box) * engine.mask
-    chosen = torch.arange(len(stack))
+    volume = resize_volume(volume, stack.box) * mask
+    chosen, group, shifts = torch.arange(len(stack)), torch.eye(3)[None], true.shifts.float() / stack.pixel_size
     images, ctf = stack.images(chosen), stack.ctf(chosen)
-    grid = slicing_grid(volume, stack.disk.radius)
-    model = forward(grid, true.rotations.float(), true.shifts.float() / stack.pixel_size, stack.disk, ctf)
+    model = forward(slicing_grid(volume, stack.disk.radius), true.rotations.float(), shifts, stack.disk, ctf)
     scale = ((model.conj() * images).real * stack.disk.weight).sum() / (model.abs().square() * stack.disk.weight).sum()
-    engine.volume = scale * volume
-    engine.noise = shell_mean((images - scale * model).abs().square().mean(dim=0), stack.disk, len(engine.noise))
-    engine.march = torch.ones(())
-    rotations, shifts, _ = engine.assign(chosen)
-    found = align_poses(Poses(rotations[:, 0].double(), shifts[:, 0].double()), true).summary(stack.pixel_size)
+    perfect = OnlineEM(stack, mask, group, tau_fudge=0.5, shift_sigma=float(shifts.std()))
+    perfect.volume = scale * volume
+    perfect.noise = shell_mean((images - scale * model).abs().square().mean(dim=0), stack.disk, len(perfect.noise))
+    limit = float(shifts.norm(dim=1).max())
+    grids = Grids(rotation_grid(2, group), shift_grid(limit, 0.38 * stack.box / 12, float(shifts.std())), 12)
+    found = align_poses(perfect.top_poses(chosen, grids), true).summary(stack.pixel_size)
     random = so3.random_rotations(len(stack), torch.Generator().manual_seed(0))
     chance = align_poses(Poses(random.double(), torch.zeros_like(true.shifts)), true).summary(stack.pixel_size)
     return {"true_map_median_deg": found.median_deg, "random_poses_median_deg": chance.median_deg}

@@ -26,7 +26,12 @@ LAYERS = [
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-METHODS_SHARED = {"registry", "checks"}  # what the method files of one folder may look at or be looked at by
+METHODS_SHARED = {
+    "registry",
+    "checks",
+    "online_em",
+    "halves",
+}  # what the method files of one folder may look at or be looked at by
 MAX_LINES = 400
 MAX_ORBIT_LINES = 79
 

@@ -19,8 +19,9 @@ def reconstruct(
     pixel_size: float = typer.Option(
         0.0, "--pixel-size", help="Angstrom per pixel, when the file does not say (0: as in the file)."
     ),
-    invert_contrast: bool = typer.Option(
-        False, "--invert-contrast", help="The particles are dark on a light background."
+    contrast: str = typer.Option("auto", "--contrast", help="light or dark particles; auto goes by the ab initio map."),
+    flip_hand: bool = typer.Option(
+        False, "--flip-hand", help="Write the other hand (images alone cannot tell which is right)."
     ),
     no_ctf: bool = typer.Option(False, "--no-ctf", help="Take the images as unmodulated, whatever the file says."),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
@@ -43,7 +44,8 @@ def reconstruct(
         seed=seed,
         device=device,
         pixel_size=pixel_size,
-        invert_contrast=invert_contrast,
+        contrast=contrast,
+        flip_hand=flip_hand,
         no_ctf=no_ctf,
     )
     run_and_report(override(apply_preset(config), set_), output, overwrite)

@@ -41,6 +41,17 @@ def healpix_grid(order: int) -> Float[Tensor, "g 3 3"]:
     return torch.from_numpy(euler_to_matrix(angles)).to(torch.float32)
 
 
+def half_grid(order: int) -> Float[Tensor, "h 3 3"]:
+    """The half of :func:`healpix_grid` with psi < 180 degrees; :func:`half_turn` of it is the other half."""
+    grid = healpix_grid(order).view(-1, in_plane_count(order), 3, 3)
+    return grid[:, : in_plane_count(order) // 2].reshape(-1, 3, 3)
+
+
+def half_turn(rotations: Float[Tensor, "*b 3 3"]) -> Float[Tensor, "*b 3 3"]:
+    """Poses whose images are turned by 180 degrees in plane: ``diag(-1, -1, 1) R``; their slices are the complex conjugates."""
+    return rotations * rotations.new_tensor([-1.0, -1.0, 1.0])[:, None]
+
+
 def random_rotations(n: int, generator: torch.Generator) -> Float[Tensor, "n 3 3"]:
     """Uniform (Haar) rotations, float32, from normalised Gaussian quaternions."""
     quaternion = torch.randn(n, 4, generator=generator, dtype=torch.float64)

@@ -179,7 +179,7 @@ def _images(found: Examination, checks: ImageChecks, box: int) -> None:
         found.add(
             "warning",
             f"the protein is dark (centre {-checks.contrast:.3g} background deviations below the rim), expected bright",
-            "multiply the images by -1: --invert-contrast, or relion_preprocess --invert_contrast",
+            "reconstruct copes (--contrast dark states it), inspect takes --invert-contrast; for RELION: relion_preprocess --invert_contrast",
         )
     sd = checks.background_sd
     if sd > 0 and (abs(checks.background_mean) > 0.25 * sd or not 0.5 < sd < 2 or checks.background_sd_spread > 2):

@@ -1,32 +1,43 @@
-"""Ab initio by dense marginalisation: online EM over a pose grid, from a random start (the default engine).
+"""Ab initio by dense marginalisation: several online EM runs from random starts on each of two halves (the default engine).
 
-* **volume**: voxels (oversampled Fourier accumulators of numerator and CTF^2 weight).
+* **volume**: voxels (oversampled Fourier accumulators of numerator and CTF^2 weight), one map per run.
 * **poses**: posterior over HEALPix rotations x a shift lattice, uncapped (``poses/grid.py``).
-* **objective**: marginal likelihood, Gaussian noise with one variance per spectral shell.
+* **objective**: marginal likelihood, Gaussian noise with one variance per spectral shell (``methods/online_em.py``).
 
-Each step takes a random minibatch, weighs every rotation and shift by its posterior under the current map, and replaces a part of the
-decayed sufficient statistics. Nothing is annealed by hand: the noise variance starts at the images' own power, so the first posteriors
-are broad, and falls to the residual as the map explains the images. The Fourier radius marches outwards, faster once posteriors are sharp.
+The particles are split in two halves before anything else; a run sees images of one half only. The Fourier radius marches outwards, faster
+once posteriors are sharp. On the way the runs of a half are compared by the likelihood of images of the *other* half, and the losers
+dropped. Then the two winners are laid on each other by the poses they give the same images (both hands), and from there the radius
+follows their correlation. Two runs that agree found the same molecule twice, from different images and different starts; when they
+disagree, the likelier one becomes the start of both halves and the result says so.
 
-Sources: stochastic EM of the RELION/cryoSPARC school (Scheres 2012; Punjani et al. 2017); measured behaviour in docs/methods/marginal.md.
+Measured behaviour and sources in docs/methods/marginal.md.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from cryorbit.groups import so3
-from cryorbit.groups.point import asymmetric_unit
+from cryorbit.methods.halves import Agreement, compare, unmoved
+from cryorbit.methods.online_em import Grids, OnlineEM, rotation_grid
+from cryorbit.metrics.fsc import fsc
 from cryorbit.metrics.masks import soft_sphere
-from cryorbit.physics.fourier import FourierDisk
-from cryorbit.physics.slicing import Accumulator, insert_slices, slice_grid, slicing_grid, volume_from_accumulator
-from cryorbit.physics.spectrum import mean_weight, power_spectrum, resized, shell_mean
-from cryorbit.poses.grid import Expectation, ShiftGrid, expectation, shift_grid
+from cryorbit.poses.grid import distinct_modes, shift_grid, with_half_turns
 from cryorbit.training.checkpoint import State
 from cryorbit.training.dataset import FourierStack
+from cryorbit.types import Poses
+
+HALVES = (1, 2)
+_ROUNDS = (0.25, 0.5)  # of the march: where half of the runs are dropped, and where one is left for each half
+_SAMPLE = 400  # images by which runs are compared and laid on each other
+_AGREED = 5.0  # Fourier periods per particle diameter to which two runs must correlate by 0.5 to count as one
+_CAPPED_AT = 0.143  # correlation of the halves that carries the radius outwards, with _MARGIN shells to spare
+_MARGIN = 2
+_INTENSITY_SD = 0.2
+_PATIENCE = 5  # broad steps before batches grow
 
 
 @dataclass(frozen=True)
@@ -35,8 +46,10 @@ class MarginalConfig:
 
     Attributes
     ----------
+    starts
+        Runs from random starts on each half.
     batch
-        Images per step.
+        Images per run and step at first; grows by a quarter with every step that leaves posteriors broad.
     order
         HEALPix order of the rotation grid (2: 4,608 rotations, 15 degrees apart).
     radius_start, radius_end
@@ -44,7 +57,7 @@ class MarginalConfig:
     march_steps
         Steps from the first radius to the last while posteriors are sharp; four times as many while they are broad.
     settle_steps
-        Steps at the last radius, with slowly forgotten statistics.
+        Most steps at the last radius, with slowly forgotten statistics; fewer when the halves' correlation stands still.
     decay, settle_decay
         Factor on the old statistics at each step, while marching and while settling.
     sharp
@@ -54,10 +67,11 @@ class MarginalConfig:
     tau_fudge
         Factor on the signal power in the Wiener prior (larger: noisier, more detailed map).
     modes
-        Rotations per image handed to refinement.
+        Distinct poses per image handed to refinement.
     """
 
-    batch: int = 500
+    starts: int = 2
+    batch: int = 200
     order: int = 2
     radius_start: float = 4.4
     radius_end: float = 10.5
@@ -68,7 +82,7 @@ class MarginalConfig:
     sharp: float = 50.0
     shift_range: float = 0.1
     tau_fudge: float = 0.5
-    modes: int = 12
+    modes: int = 6
 
 
 class Marginal:
@@ -84,8 +98,10 @@ class Marginal:
         Particle diameter in angstrom.
     symmetry
         (S, 3, 3) point-group rotations imposed on the map, identity alone for C1.
+    half_set
+        (N,) 1 or 2.
     seed
-        Start and minibatches.
+        Starts and minibatches.
     """
 
     name = "abinitio"
@@ -97,187 +113,257 @@ class Marginal:
         *,
         mask_diameter: float,
         symmetry: Float[Tensor, "s 3 3"],
+        half_set: Int[Tensor, " n"],
         seed: int,
     ) -> None:
         self.stack, self.config, self.seed = stack, config, seed
         self.mask_diameter = mask_diameter
-        device = stack.device
-        self.symmetry = symmetry.to(device)
-        grid = so3.healpix_grid(config.order).to(device)
-        self.rotations = grid[asymmetric_unit(grid, self.symmetry)]
-        self.mask = soft_sphere(stack.box, 0.5 * mask_diameter / stack.pixel_size, 3.0).to(device)
-        shells = int(stack.disk.radius) + 2
-        self.noise = torch.zeros(shells, device=device)
+        self.symmetry = symmetry.to(stack.device)
+        self.half_set = half_set
+        self.members = {half: torch.nonzero(half_set == half)[:, 0] for half in HALVES}
+        self.mask = soft_sphere(stack.box, 0.5 * mask_diameter / stack.pixel_size, 3.0).to(stack.device)
+        self.runs = {half: {start: self._new_run() for start in range(config.starts)} for half in HALVES}
         self.march = torch.zeros(())
         self.settled = torch.zeros((), dtype=torch.int64)
-        range_px = config.shift_range * mask_diameter / stack.pixel_size
-        self.shift_sigma = torch.tensor(0.5 * range_px)
-        self.statistics: Accumulator | None = None
-        self.volume: Tensor = torch.zeros(stack.box, stack.box, stack.box, device=device)
+        self.batch = torch.tensor(float(config.batch))
+        self.intensity = torch.ones(len(stack), device=stack.device)
+        self.motion = unmoved(stack.box // 2 + 1)  # of map 2 onto map 1
+        self.paired = torch.zeros((), dtype=torch.bool)
+        self.joined = torch.zeros((), dtype=torch.bool)
+        self.correlation = torch.ones(stack.box // 2 + 1)
+        self.still = torch.zeros((), dtype=torch.int64)
+        self.broad = torch.zeros((), dtype=torch.int64)
+
+    def _new_run(self) -> OnlineEM:
+        return OnlineEM(self.stack, self.mask, self.symmetry, self.config.tau_fudge, 0.5 * self._shift_limit())
 
     # -- schedule ---------------------------------------------------------------------------------------------------------------
+
+    def periods(self, shell: float) -> float:
+        """Fourier pixels of the working box as periods per particle diameter."""
+        return shell * self.mask_diameter / (self.stack.box * self.stack.pixel_size)
 
     def radius(self) -> int:
         """Current Fourier radius in pixels of the working box."""
         c = self.config
-        diameters = c.radius_start + (c.radius_end - c.radius_start) * float(self.march)
-        return min(
-            round(diameters * self.stack.box * self.stack.pixel_size / self.mask_diameter), int(self.stack.disk.radius)
-        )
+        periods = c.radius_start + (c.radius_end - c.radius_start) * float(self.march)
+        return min(round(periods / self.periods(1.0)), int(self.stack.disk.radius), self._cap())
 
-    def shifts(self) -> ShiftGrid:
-        """Trial shifts: a lattice as coarse as the current resolution allows, under the current prior."""
-        limit = self.config.shift_range * self.mask_diameter / self.stack.pixel_size
-        step = 0.38 * self.stack.box / self.radius()
-        return shift_grid(limit, min(step, max(limit, 1e-3)), float(self.shift_sigma))
+    def _cap(self) -> int:
+        """Where the halves' correlation ends, plus a margin; never below half the march."""
+        c = self.config
+        least = round((c.radius_start + (c.radius_end - c.radius_start) * _ROUNDS[-1]) / self.periods(1.0))
+        below = torch.nonzero(self.correlation[1:] < _CAPPED_AT)
+        reach = int(below[0]) if len(below) else len(self.correlation)
+        return max(reach + _MARGIN, least)
+
+    def _shift_limit(self) -> float:
+        return self.config.shift_range * self.mask_diameter / self.stack.pixel_size
+
+    def grids(self, run: OnlineEM, radius: int, turn: Float[Tensor, "3 3"] | None = None) -> Grids:
+        """Rotations (turned by ``turn``) and shifts, a lattice as coarse as the radius allows under the run's own prior."""
+        limit = self._shift_limit()
+        step = min(0.38 * self.stack.box / radius, max(limit, 1e-3))
+        shifts = shift_grid(limit, step, float(run.shift_sigma))
+        return Grids(rotation_grid(self.config.order, self.symmetry, turn), shifts, radius)
 
     def total_steps(self) -> int:
         """Steps if posteriors stay broad throughout."""
         return 4 * self.config.march_steps + self.config.settle_steps
 
     def finished(self) -> bool:
-        """Whether the last radius has been reached and settled at."""
-        return int(self.settled) >= self.config.settle_steps
+        """Whether the last radius has been reached and nothing changes there any more."""
+        return int(self.settled) >= self.config.settle_steps or int(self.still) >= 3
 
     # -- one step ---------------------------------------------------------------------------------------------------------------
 
     def step(self, index: int) -> dict[str, float | str]:
-        """One minibatch: E-step, noise, M-step."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
-        chosen = torch.randperm(len(self.stack), generator=generator)[: self.config.batch]
+        """One minibatch for every run of either half; then selection, pairing or the halves' correlation."""
         radius = self.radius()
-        if index == 0:
-            self._start(chosen, radius, generator)
-            effective = float("inf")
-        else:
-            result = self._expect(chosen, radius, modes=1)
-            self._update_noise(result, len(chosen), radius)
-            self._update_shift_prior(result)
-            self._accumulate(result, radius)
-            effective = float(result.effective.median())
-        self._maximise(radius)
-        self._advance(effective)
-        resolution = self.stack.box * self.stack.pixel_size / radius
+        effective = []
+        for half in HALVES:
+            for start, run in self.runs[half].items():
+                generator = torch.Generator().manual_seed(((self.seed * 1_000 + start) * 2 + half) * 100_003 + index)
+                members = self.members[half]
+                chosen = members[torch.randperm(len(members), generator=generator)[: int(self.batch)]]
+                grids = self.grids(run, radius, so3.random_rotations(1, generator)[0])
+                if index == 0:
+                    run.start(chosen, grids, generator)
+                    continue
+                intensity = self.intensity[chosen.to(self.intensity.device)] if bool(self.paired) else None
+                decay = self.config.settle_decay if float(self.march) >= 1 else self.config.decay
+                result = run.step(chosen, grids, decay, intensity)
+                effective.append(float(result.effective.median()))
+                if bool(self.paired):
+                    self._update_intensity(chosen, result.intensity)
+        sharpest = min(effective, default=float("inf"))
+        self._select(index, radius)
+        if bool(self.paired):
+            self._follow(radius)
+        self._advance(sharpest)
+        box_a = self.stack.box * self.stack.pixel_size
+        runs = [run for half in HALVES for run in self.runs[half].values()]
+        noise = [float(r.noise[1 : radius + 1].mean() / r.initial_noise[1 : radius + 1].mean()) for r in runs]
         return {
             "radius": float(radius),
-            "resolution_A": resolution,
-            "effective_poses": effective if math.isfinite(effective) else float(len(self.rotations)),
-            "shift_sigma_A": float(self.shift_sigma) * self.stack.pixel_size,
-            "noise_fraction": float(self.noise[1 : radius + 1].mean() / self.initial_noise[1 : radius + 1].mean()),
+            "resolution_A": box_a / radius,
+            "effective_poses": sharpest
+            if math.isfinite(sharpest)
+            else 2.0 * len(rotation_grid(self.config.order, self.symmetry)),
+            "shift_sigma_A": float(runs[0].shift_sigma) * self.stack.pixel_size,
+            "noise_fraction": min(noise),
+            "runs": float(len(runs)),
+            "batch": float(int(self.batch)),
         }
 
-    def _start(self, chosen: Int[Tensor, " b"], radius: int, generator: torch.Generator) -> None:
-        """Random poses for the first batch; noise variance = power of the images."""
-        images, ctf, disk = self._batch(chosen, int(self.stack.disk.radius))
-        self.initial_noise = shell_mean(images.abs().square().mean(dim=0), disk, len(self.noise))
-        self.noise = self.initial_noise.clone()
-        images, ctf, disk = self._batch(chosen, radius)
-        poses = self.rotations[torch.randint(len(self.rotations), (len(chosen),), generator=generator)]
-        self.statistics = self._insert(images * ctf, ctf.square(), poses, disk, None)
-
-    def _batch(self, chosen: Int[Tensor, " b"], radius: int) -> tuple[Tensor, Tensor, FourierDisk]:
-        disk, keep = self.stack.at_radius(radius)
-        return self.stack.images(chosen)[:, keep], self.stack.ctf(chosen)[:, keep], disk
-
-    def _expect(self, chosen: Int[Tensor, " b"], radius: int, modes: int) -> Expectation:
-        images, ctf, disk = self._batch(chosen, radius)
-        grid = slicing_grid(self.volume, float(radius))
-        slices = slice_grid(grid, self.rotations, disk)
-        precision = disk.weight / self.noise[disk.shell]
-        return expectation(images, ctf, slices, precision, self.shifts(), disk, modes)
-
-    def _update_noise(self, result: Expectation, count: int, radius: int) -> None:
-        disk, _ = self.stack.at_radius(radius)
-        fresh = shell_mean(result.power / count, disk, len(self.noise))
-        fresh = torch.maximum(fresh, 1e-4 * self.initial_noise)
-        inside = torch.arange(len(self.noise), device=self.noise.device) <= radius
-        self.noise = torch.where(inside, 0.7 * self.noise + 0.3 * fresh, self.noise)
-
-    def _update_shift_prior(self, result: Expectation) -> None:
-        floor = 0.1 * self.stack.box / self.radius()
-        self.shift_sigma = (0.7 * self.shift_sigma**2 + 0.3 * result.shift_variance).sqrt().clamp_min(floor)
-
-    def _accumulate(self, result: Expectation, radius: int) -> None:
-        disk, _ = self.stack.at_radius(radius)
-        used = result.weight.sum(dim=1) > 1e-6 * result.weight.sum() / len(self.rotations)
-        decay = self.config.settle_decay if float(self.march) >= 1 else self.config.decay
-        old = None if self.statistics is None else self.statistics.scaled(decay)
-        self.statistics = self._insert(result.numerator[used], result.weight[used], self.rotations[used], disk, old)
-
-    def _insert(
-        self, values: Tensor, weights: Tensor, rotations: Tensor, disk: FourierDisk, out: Accumulator | None
-    ) -> Accumulator:
-        if out is not None:
-            out = resized(out, disk.radius)
-        for element in self.symmetry:
-            out = insert_slices(values, weights, rotations @ element, disk, out=out)
-        assert out is not None
-        return out
-
-    def _maximise(self, radius: int) -> None:
-        """Map = numerator / (weight + noise / signal power), masked (Wiener; Scheres 2012 eq. 9)."""
-        statistics = self.statistics
-        assert statistics is not None
-        shells = radius + 2
-        weight = mean_weight(statistics, shells)
-        if bool((self.volume == 0).all()):
-            prior = 0.05 * weight
-        else:
-            signal = power_spectrum(slicing_grid(self.volume, float(radius)), shells)
-            noise = torch.cat([self.noise, self.noise[-1:].expand(2)])[:shells]
-            spread = statistics.oversampling**3  # one Fourier pixel's weight is spread over this many grid points
-            prior = torch.minimum(noise / (self.config.tau_fudge * signal).clamp_min(1e-12) / spread, weight.max())
-        self.volume = volume_from_accumulator(statistics, prior) * self.mask
+    def _update_intensity(self, chosen: Int[Tensor, " b"], moments: Float[Tensor, "2 b"]) -> None:
+        """How much stronger each image is than the map says, shrunk towards 1 (a Gaussian prior of 0.2)."""
+        where = chosen.to(self.intensity.device)
+        present = self.intensity[where]
+        precision = _INTENSITY_SD**-2  # cross and energy are taken with the present factor in the CTF
+        fresh = (moments[0] / present + precision) / (moments[1] / present.square() + precision)
+        self.intensity[where] = (0.5 * present + 0.5 * fresh).clamp(0.3, 3.0)
 
     def _advance(self, effective: float) -> None:
+        c = self.config
         if float(self.march) >= 1:
             self.settled = self.settled + 1
-        pace = 1.0 if effective < self.config.sharp else 0.25
-        self.march = (self.march + pace / self.config.march_steps).clamp(max=1.0)
+        sharp = effective < c.sharp
+        self.broad = self.broad + (0 if sharp else 1)
+        if not sharp and int(self.broad) >= _PATIENCE:
+            largest = max(len(m) for m in self.members.values())
+            self.batch = torch.minimum(1.25 * self.batch, torch.tensor(float(largest)))
+        self.march = (self.march + (1.0 if sharp else 0.25) / c.march_steps).clamp(max=1.0)
 
-    def misfit(self) -> float:
-        """Mean log noise variance over the Fourier pixels: minus twice the likelihood per pixel, to compare starts by; lower is better."""
-        disk, _ = self.stack.at_radius(self.radius())
-        return float((self.noise[disk.shell].log() * disk.weight).sum() / disk.weight.sum())
+    # -- selection and pairing --------------------------------------------------------------------------------------------------
+
+    def _select(self, index: int, radius: int) -> None:
+        """Drop runs at the two rounds of the march, judged by images of the other half; then pair the winners."""
+        if bool(self.paired) or index == 0:
+            return
+        alive = max(len(runs) for runs in self.runs.values())
+        keep = alive
+        if float(self.march) >= _ROUNDS[0]:
+            keep = min(keep, max(1, math.ceil(self.config.starts / 2)))
+        last = float(self.march) >= _ROUNDS[1]
+        keep = 1 if last else keep
+        if keep < alive or last:
+            for half in HALVES:
+                self._judge(half, radius)
+                ranked = sorted(self.runs[half], key=lambda start: -float(self.runs[half][start].likelihood))
+                self.runs[half] = {start: self.runs[half][start] for start in sorted(ranked[:keep])}
+        if last:
+            self._pair(radius)
+
+    def _sample(self, half: int) -> Int[Tensor, " b"]:
+        members = self.members[half]
+        generator = torch.Generator().manual_seed(self.seed * 7 + half)
+        return members[torch.randperm(len(members), generator=generator)[:_SAMPLE]]
+
+    def _judge(self, half: int, radius: int) -> None:
+        """Mean log likelihood of images of the other half, for each run of ``half``."""
+        held_out = self._sample(3 - half)
+        for run in self.runs[half].values():
+            run.likelihood = run.log_likelihood(held_out, self.grids(run, radius)).mean().cpu()
+
+    def winners(self) -> tuple[OnlineEM, OnlineEM]:
+        """The likeliest run of each half."""
+        best = [max(self.runs[half].values(), key=lambda run: float(run.likelihood)) for half in HALVES]
+        return best[0], best[1]
+
+    def _compare(self, radius: int) -> Agreement:
+        first, second = ((run, self.grids(run, radius)) for run in self.winners())
+        chosen = torch.cat([self._sample(half) for half in HALVES])
+        return compare(first, second, chosen, self.symmetry)
+
+    def _pair(self, radius: int) -> None:
+        """Lay the two winners on each other; if they disagree, the likelier one starts both halves."""
+        agreement = self._compare(radius)
+        if self.periods(agreement.reach) >= _AGREED:
+            self.motion = agreement
+        else:
+            self.joined = torch.ones_like(self.joined)
+            first, second = self.winners()
+            better, other = (first, second) if first.likelihood >= second.likelihood else (second, first)
+            other.volume, other.noise = better.volume.clone(), better.noise.clone()
+            other.shift_sigma, other.statistics = better.shift_sigma.clone(), None
+        self.paired = torch.ones_like(self.paired)
+
+    def maps(self) -> tuple[Float[Tensor, "d d d"], Float[Tensor, "d d d"]]:
+        """The two winners' maps in the frame and hand of the first."""
+        first, second = self.winners()
+        return first.volume, self.motion.moved(second.volume) * self.mask
+
+    def _follow(self, radius: int) -> None:
+        """The halves' correlation, and whether it still changes."""
+        one, two = self.maps()
+        fresh = fsc(one.cpu(), two.cpu())
+        fresh[radius + 1 :] = 1.0  # not looked at yet
+        if float(self.march) >= 1:
+            change = float((fresh[1 : radius + 1] - self.correlation[1 : radius + 1]).abs().mean())
+            self.still = self.still + 1 if change < 0.01 else torch.zeros_like(self.still)
+        self.correlation = fresh
 
     # -- hand-over and resume ---------------------------------------------------------------------------------------------------
+
+    def agreement(self) -> Agreement:
+        """How the two winners compare at the end; from now on :meth:`maps` and :meth:`assign` use this motion."""
+        self.motion = self._compare(self.radius())
+        return self.motion
 
     def assign(
         self, chosen: Int[Tensor, " b"]
     ) -> tuple[Float[Tensor, "b m 3 3"], Float[Tensor, "b m 2"], Float[Tensor, " b"]]:
-        """The ``config.modes`` most probable poses of the particles ``chosen``: rotations, shifts in angstrom, effective number of poses."""
-        shifts = self.shifts()
-        result = self._expect(chosen, self.radius(), self.config.modes)
-        moved = shifts.points.to(result.best_shift.device)[result.best_shift] * self.stack.pixel_size
-        return self.rotations[result.best], moved, result.effective
+        """Distinct probable poses of the particles ``chosen`` under the map of their own half, in the frame of the first.
+
+        Rotations (most probable first), shifts in angstrom, effective number of poses.
+        """
+        rotations = torch.empty(len(chosen), self.config.modes, 3, 3)
+        shifts = torch.empty(len(chosen), self.config.modes, 2)
+        effective = torch.empty(len(chosen))
+        radius = self.radius()
+        for half, run in zip(HALVES, self.winners(), strict=True):
+            own = torch.nonzero(self.half_set[chosen] == half)[:, 0]
+            if not len(own):
+                continue
+            grids = self.grids(run, radius)
+            every = with_half_turns(grids.rotations)
+            intensity = self.intensity[chosen[own].to(self.intensity.device)]
+            result = run.expect(chosen[own], grids, intensity, modes=8 * self.config.modes)
+            best, best_shift = distinct_modes(
+                result, every, self.config.modes, 1.2 * so3.grid_spacing(self.config.order)
+            )
+            found = Poses(every[best.flatten()].cpu(), grids.shifts.points[best_shift.flatten().cpu()])
+            if half == 2:
+                found = self.motion.framed(found)
+            rotations[own] = found.rotations.view(len(own), -1, 3, 3)
+            shifts[own] = found.shifts.view(len(own), -1, 2) * self.stack.pixel_size
+            effective[own] = result.effective.cpu()
+        return rotations, shifts, effective
+
+    _SCALARS = ("march", "settled", "batch", "intensity", "paired", "joined", "correlation", "still", "broad")
 
     def state(self) -> State:
         """Tensors that continue the run exactly."""
-        statistics = self.statistics
-        assert statistics is not None
-        return {
-            "volume": self.volume,
-            "noise": self.noise,
-            "initial_noise": self.initial_noise,
-            "march": self.march,
-            "settled": self.settled,
-            "shift_sigma": self.shift_sigma,
-            "numerator": statistics.numerator,
-            "weight": statistics.weight,
-            "statistics_radius": torch.tensor(statistics.radius),
-        }
+        state: State = {name: getattr(self, name) for name in self._SCALARS}
+        m = self.motion
+        state["motion"] = torch.cat([m.rotation.flatten(), m.shift, torch.tensor([float(m.mirrored)])])
+        for half in HALVES:
+            for start, run in self.runs[half].items():
+                state |= {f"{half}.{start}.{name}": value for name, value in run.state().items()}
+        return state
 
     def load_state(self, state: State) -> None:
         """Inverse of :meth:`state`."""
-        device = self.stack.device
-        self.volume, self.noise, self.initial_noise = (
-            state[k].to(device) for k in ("volume", "noise", "initial_noise")
+        for name in self._SCALARS:
+            setattr(self, name, state[name])
+        self.intensity = self.intensity.to(self.stack.device)
+        m = state["motion"]
+        self.motion = replace(
+            unmoved(self.stack.box // 2 + 1), rotation=m[:9].view(3, 3), shift=m[9:12], mirrored=bool(m[12])
         )
-        self.march, self.settled, self.shift_sigma = state["march"], state["settled"], state["shift_sigma"]
-        self.statistics = Accumulator(
-            state["numerator"].to(device),
-            state["weight"].to(device),
-            self.stack.box,
-            2,
-            float(state["statistics_radius"]),
-        )
+        self.runs = {half: {} for half in HALVES}
+        for half, start in sorted({tuple(map(int, key.split(".")[:2])) for key in state if "." in key}):
+            run = self.runs[half][start] = self._new_run()
+            prefix = f"{half}.{start}."
+            run.load_state({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})

@@ -68,15 +68,15 @@ class Refinement:
     symmetry
         (S, 3, 3) point-group rotations.
     start
-        Map to start both halves from (any box over the same extent; transform values on the stack's scale).
+        Map to start each half from, in one frame (any box over the same extent; transform values on the stack's scale).
     radius
         Fourier radius up to which ``start`` is trusted.
     candidates
         (N, M, 3, 3) rotations and (N, M, 2) shifts in pixels of the stack's working box: where to start each particle.
     half_set
         (N,) 1 or 2.
-    noise
-        (K,) noise variance per shell; extended by the images' power where shorter.
+    intensity
+        (N,) how much stronger than the map each image is; None takes all alike.
     """
 
     name = "refine"
@@ -88,10 +88,11 @@ class Refinement:
         *,
         mask_diameter: float,
         symmetry: Float[Tensor, "s 3 3"],
-        start: Float[Tensor, "d d d"],
+        start: tuple[Float[Tensor, "d d d"], Float[Tensor, "d d d"]],
         radius: int,
         candidates: tuple[Float[Tensor, "n m 3 3"], Float[Tensor, "n m 2"]],
         half_set: Int[Tensor, " n"],
+        intensity: Float[Tensor, " n"] | None = None,
     ) -> None:
         self.stack, self.config = stack, config
         device = stack.device
@@ -101,15 +102,16 @@ class Refinement:
         self.mask = soft_sphere(stack.box, 0.5 * mask_diameter / stack.pixel_size, 3.0).to(device)
         self.limit = int(stack.disk.shell.max())
         shells = self.limit + 2
-        reference = resize_volume(start.to(device), stack.box) * self.mask
+        self.intensity = torch.ones(len(stack)) if intensity is None else intensity.cpu()
+        first, second = (resize_volume(one.to(device), stack.box) * self.mask for one in start)
         self.tensors: State = {
             "rotations": candidates[0][:, 0].clone(),
             "shifts": candidates[1][:, 0].clone(),
-            "reference_1": reference,
-            "reference_2": reference.clone(),
-            "half_1": reference.clone(),
-            "half_2": reference.clone(),
-            "map": reference.clone(),
+            "reference_1": first,
+            "reference_2": second,
+            "half_1": first.clone(),
+            "half_2": second.clone(),
+            "map": 0.5 * (first + second),
             "noise": torch.zeros(shells),
             "fsc": torch.zeros(stack.box // 2 + 1),
             "log_likelihood": torch.zeros(len(stack)),
@@ -186,13 +188,16 @@ class Refinement:
     def _shell_mean(self, values: Float[Tensor, " p"]) -> Float[Tensor, " k"]:
         return shell_mean(values, self.stack.disk.to(values.device), self.limit + 2).cpu()
 
+    def _ctf(self, chosen: Int[Tensor, " b"]) -> Float[Tensor, "b p"]:
+        return self.stack.ctf(chosen) * self.intensity[chosen, None].to(self.stack.device)
+
     def _refine(
         self, grid: SlicingGrid, chosen: Int[Tensor, " b"], radius: int, candidates: tuple[Tensor, Tensor] | None
     ) -> None:
         """Gauss-Newton for the particles ``chosen``; with ``candidates``, from each of them, keeping the best."""
         t = self.tensors
         disk, keep, precision = self._precision(radius)
-        images, ctf = self.stack.images(chosen)[:, keep], self.stack.ctf(chosen)[:, keep]
+        images, ctf = self.stack.images(chosen)[:, keep], self._ctf(chosen)[:, keep]
         if candidates is None:
             starts = [(t["rotations"][chosen], t["shifts"][chosen])]
         else:
@@ -229,7 +234,7 @@ class Refinement:
         """Insert the particles at their poses over the whole disk; also the residual power per shell."""
         t = self.tensors
         disk = self.stack.disk.to(self.stack.device)
-        images, ctf = self.stack.images(chosen), self.stack.ctf(chosen)
+        images, ctf = self.stack.images(chosen), self._ctf(chosen)
         rotations, shifts = t["rotations"][chosen].to(images.device), t["shifts"][chosen].to(images.device)
         residual = images - forward(grid, rotations, shifts, disk, ctf)
         values = images * ctf * phase_ramp(shifts, disk).conj()

@@ -67,6 +67,13 @@ def move_volume(
     return torch.from_numpy(moved).to(volume)
 
 
+def inverted(volume: Float[Tensor, "d d d"]) -> Float[Tensor, "d d d"]:
+    """The map ``v(-r)``, exactly: the other hand. In even boxes the first planes, which have no partner, change places among themselves."""
+    box = volume.shape[-1]
+    back = (2 * centre(box) - torch.arange(box, device=volume.device)) % box
+    return volume[back][:, back][:, :, back]
+
+
 @dataclass(frozen=True)
 class Spectrum:
     """The transform of a map on a fine grid around the origin, ready to be read at any frequency.

@@ -15,9 +15,11 @@ from cryorbit.methods.refinement import RefinementConfig
 
 T = TypeVar("T")
 
+CONTRASTS = ("auto", "light", "dark")
+
 PRESETS: dict[str, tuple[str, ...]] = {
     "fast": (
-        "starts=1",
+        "abinitio.starts=1",
         "abinitio.march_steps=16",
         "abinitio.settle_steps=4",
         "refine.sweeps=5",
@@ -25,8 +27,8 @@ PRESETS: dict[str, tuple[str, ...]] = {
     ),
     "default": (),
     "thorough": (
-        "starts=4",
-        "abinitio.batch=1000",
+        "abinitio.starts=6",
+        "abinitio.batch=600",
         "abinitio.march_steps=48",
         "abinitio.settle_steps=16",
         "refine.sweeps=14",
@@ -51,16 +53,16 @@ class RunConfig:
         The preset the other values started from.
     seed
         Random start, minibatches, half sets.
-    starts
-        Independent random starts of the ab initio stage; the one that explains the images best goes on.
     device
         ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     memory_gib
         Budget for Fourier pixels kept in memory; larger stacks are read again at each pass.
     pixel_size
         Angstrom per pixel, where the file does not say or says it wrong; 0 believes the file.
-    invert_contrast
-        The particles are dark.
+    contrast
+        ``light`` or ``dark`` particles; ``auto`` goes by the ab initio map.
+    flip_hand
+        Write the other hand: the mirrored map and its poses.
     no_ctf
         Take the images as unmodulated whatever the file says.
     voltage, spherical_aberration, amplitude_contrast
@@ -73,11 +75,11 @@ class RunConfig:
     symmetry: str = "C1"
     preset: str = "default"
     seed: int = 0
-    starts: int = 2
     device: str = "auto"
     memory_gib: float = 4.0
     pixel_size: float = 0.0
-    invert_contrast: bool = False
+    contrast: str = "auto"
+    flip_hand: bool = False
     no_ctf: bool = False
     voltage: float = 0.0
     spherical_aberration: float = 0.0
@@ -178,13 +180,14 @@ def check(config: RunConfig) -> None:
     """Refuse values no run can use."""
     fine = {
         "mask_diameter": config.mask_diameter >= 0,
-        "starts": 1 <= config.starts <= 100,
         "memory_gib": config.memory_gib >= 0,
         "pixel_size": config.pixel_size >= 0,
         "voltage": config.voltage >= 0,
         "spherical_aberration": config.spherical_aberration >= 0,
         "amplitude_contrast": 0 <= config.amplitude_contrast < 1,
         "seed": 0 <= config.seed < 2**31,
+        "contrast": config.contrast in CONTRASTS,
+        "abinitio.starts": 1 <= config.abinitio.starts <= 100,
         "abinitio.batch": config.abinitio.batch > 0,
         "abinitio.march_steps": config.abinitio.march_steps > 0,
         "abinitio.settle_steps": config.abinitio.settle_steps > 0,

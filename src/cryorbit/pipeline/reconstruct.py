@@ -3,7 +3,7 @@
 import math
 import re
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,24 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cryorbit.errors import ConfigError, DataError
+from cryorbit.groups import so3
 from cryorbit.groups.point import point_group
 from cryorbit.io.examine import examine_particles
 from cryorbit.io.particle_set import duplicate_groups
 from cryorbit.io.particles import ParticleSet, open_particles
+from cryorbit.methods.halves import Agreement
 from cryorbit.methods.marginal import Marginal
 from cryorbit.methods.refinement import Refinement
 from cryorbit.metrics.fsc import MaskedFSC, masked_fsc, resolution
-from cryorbit.metrics.masks import mask_from_map, soft_sphere
+from cryorbit.metrics.masks import contrast_sign, mask_from_map, soft_sphere
+from cryorbit.metrics.resample import inverted
 from cryorbit.physics.cryoem import forward
 from cryorbit.physics.fourier import disk_to_images
 from cryorbit.physics.slicing import slicing_grid
 from cryorbit.pipeline import outputs
 from cryorbit.pipeline.config import RunConfig, check, to_toml
 from cryorbit.pipeline.rundir import locked, open_run
+from cryorbit.pipeline.verdict import Evidence, judge, sentence
 from cryorbit.training.checkpoint import load_checkpoint, save_checkpoint
 from cryorbit.training.dataset import FourierStack
 from cryorbit.training.history import History
@@ -33,9 +37,9 @@ from cryorbit.training.loop import Progress, run
 from cryorbit.types import Poses, Reconstruction, Volume
 
 FEWEST_PARTICLES = 20
-HOPELESS_POSES = 1000.0
 _EXAMPLES = 10
-_SEED_STRIDE = 1_000_000_007
+_ASSIGN_BATCH = 2000
+_DARK = "particles.star points to the dark images as they are on disk: invert them before RELION refines from it"
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def prepare(config: RunConfig) -> Inputs:
     options: dict[str, Any] = {
         "datadir": Path(config.datadir) if config.datadir else None,
         "pixel_size": config.pixel_size or None,
-        "invert_contrast": config.invert_contrast,
+        "invert_contrast": config.contrast == "dark",
         "ctf_given": {name: value for name, value in stated.items() if value},
     }
     examination = examine_particles(path, **options)
@@ -126,10 +130,8 @@ def prepare(config: RunConfig) -> Inputs:
         )
     if not config.mask_diameter:
         warnings.append(f"no --mask-diameter given: {diameter:.0f} A (85 % of the box) is used")
-    if config.invert_contrast:
-        warnings.append(
-            "particles.star points to the dark images as they are on disk: invert them before RELION refines from it"
-        )
+    if config.contrast == "dark":
+        warnings.append(_DARK)
     return Inputs(particles, diameter, symmetry, split_halves(particles, config.seed), device, tuple(warnings))
 
 
@@ -173,13 +175,23 @@ def _run(config: RunConfig, inputs: Inputs, output: Path, progress: Progress | N
     engine = _abinitio(config, inputs, output / "checkpoint", history, progress, fingerprint)
     seconds["abinitio"] = time.monotonic() - begun
     begun = time.monotonic()
+    agreement = engine.agreement()
     candidates = _assign(engine, output / "checkpoint" / "assigned.safetensors", fingerprint)
     seconds["assign"] = time.monotonic() - begun
+    evidence = Evidence(
+        bool(engine.joined),
+        engine.periods(agreement.reach),
+        agreement.posed,
+        float(candidates["effective"].median()),
+    )
     begun = time.monotonic()
-    refinement = _refine(config, inputs, engine, candidates, output / "checkpoint", history, progress, fingerprint)
+    inputs, maps = _settle_contrast(config, inputs, engine)
+    refinement = _refine(
+        config, inputs, engine, maps, candidates, output / "checkpoint", history, progress, fingerprint
+    )
     seconds["refine"] = time.monotonic() - begun
 
-    result, curves = _summarise(config, inputs, refinement, engine.radius(), candidates["effective"], seconds)
+    result, curves = _summarise(config, inputs, refinement, evidence, agreement, seconds)
     _write(output, inputs, refinement, result, curves, candidates["effective"])
     return result
 
@@ -197,36 +209,48 @@ def _abinitio(
         memory_gib=config.memory_gib,
         device=inputs.device,
     )
-    best: Marginal | None = None
-    for start in range(config.starts):
-        seed = config.seed + _SEED_STRIDE * start
-        engine = Marginal(stack, settings, mask_diameter=inputs.mask_diameter, symmetry=inputs.symmetry, seed=seed)
-        engine.name = f"abinitio {start + 1}"
-        path = folder / f"abinitio_{start + 1}.safetensors"
-        run(engine, checkpoint=path, history=history, progress=progress, fingerprint=fingerprint)
-        if best is None or engine.misfit() < best.misfit():
-            best = engine
-    assert best is not None  # the config has at least one start
-    return best
+    engine = Marginal(
+        stack,
+        settings,
+        mask_diameter=inputs.mask_diameter,
+        symmetry=inputs.symmetry,
+        half_set=inputs.half_set,
+        seed=config.seed,
+    )
+    path = folder / "abinitio.safetensors"
+    run(engine, checkpoint=path, history=history, progress=progress, fingerprint=fingerprint)
+    return engine
 
 
 def _assign(engine: Marginal, path: Path, fingerprint: str) -> dict[str, Tensor]:
-    """Every particle's most probable grid poses under the ab initio map; kept, so that a resumed run does not repeat it."""
+    """Every particle's most probable grid poses under the ab initio maps; kept, so that a resumed run does not repeat it."""
     if path.exists():
         tensors, meta = load_checkpoint(path)
         if meta.get("fingerprint") == fingerprint:
             return tensors
-    parts = [engine.assign(chosen) for chosen in torch.arange(len(engine.stack)).split(engine.config.batch)]
+    parts = [engine.assign(chosen) for chosen in torch.arange(len(engine.stack)).split(_ASSIGN_BATCH)]
     rotations, shifts, effective = (torch.cat([p[i].cpu() for p in parts]) for i in range(3))
     tensors = {"rotations": rotations.contiguous(), "shifts": shifts.contiguous(), "effective": effective}
     save_checkpoint(path, tensors, {"fingerprint": fingerprint})
     return tensors
 
 
+def _settle_contrast(config: RunConfig, inputs: Inputs, engine: Marginal) -> tuple[Inputs, tuple[Tensor, Tensor]]:
+    """The ab initio maps with bright density, and the particles with the sign that gives it, where the user left it open."""
+    first, second = engine.maps()
+    stack = engine.stack
+    if config.contrast != "auto" or contrast_sign(0.5 * (first + second), inputs.mask_diameter, stack.pixel_size) > 0:
+        return inputs, (first, second)
+    particles = replace(inputs.particles, sign=-inputs.particles.sign)
+    found = "the map is darker than its surroundings: the particles are taken as dark (--contrast light forbids it)"
+    return replace(inputs, particles=particles, warnings=(*inputs.warnings, found, _DARK)), (-first, -second)
+
+
 def _refine(
     config: RunConfig,
     inputs: Inputs,
     engine: Marginal,
+    maps: tuple[Tensor, Tensor],
     candidates: dict[str, Tensor],
     folder: Path,
     history: History,
@@ -245,10 +269,11 @@ def _refine(
         config.refine,
         mask_diameter=inputs.mask_diameter,
         symmetry=inputs.symmetry,
-        start=engine.volume,
+        start=maps,
         radius=engine.radius(),
         candidates=(candidates["rotations"], candidates["shifts"] / stack.pixel_size),
         half_set=inputs.half_set,
+        intensity=engine.intensity,
     )
     run(
         refinement,
@@ -264,52 +289,63 @@ def _summarise(
     config: RunConfig,
     inputs: Inputs,
     refinement: Refinement,
-    start_radius: int,
-    effective: Float[Tensor, " n"],
+    evidence: Evidence,
+    agreement: Agreement,
     seconds: dict[str, float],
 ) -> tuple[Reconstruction, MaskedFSC]:
     t = refinement.tensors
     box, apix = refinement.stack.box, refinement.stack.pixel_size
     scale = refinement.stack.scale  # back to the images' own grey values, which RELION expects of a reference
     half_1, half_2, full = (t[name].cpu() / scale for name in ("half_1", "half_2", "map"))
+    rotations = t["rotations"]
+    if config.flip_hand:
+        half_1, half_2, full = (inverted(one) for one in (half_1, half_2, full))
+        rotations = so3.half_turn(rotations)
     sphere = soft_sphere(box, 0.5 * inputs.mask_diameter / apix)
     warnings = list(inputs.warnings)
     try:
         mask = mask_from_map(full * sphere, apix)
     except DataError:
         mask = sphere
-        warnings.append("no mask could be drawn around the map (is the contrast inverted?): the sphere is used instead")
+        warnings.append("no mask could be drawn around the map: the sphere is used instead")
     curves = masked_fsc(half_1, half_2, mask, torch.Generator().manual_seed(config.seed))
     unmasked = resolution(curves.unmasked, 0.143, box, apix)
     masked = resolution(curves.corrected, 0.143, box, apix)
-    inside = full[sphere > 0.5]
-    if float(((inside - inside.mean()) ** 3).mean()) < 0:
-        warnings.append(
-            "the map is darker than its surroundings: if the particles are dark on light, use --invert-contrast"
-        )
-    median_effective = float(effective.median())
-    shared = box * apix / start_radius
-    status = _verdict(len(t["rotations"]), masked, unmasked, 2 * apix, shared, median_effective, config.starts)
+    verdict = judge(evidence)
+    status = sentence(verdict, len(rotations), masked, unmasked, 2 * apix)
+    warnings.append(
+        "the hand is a coin's toss: images cannot tell a molecule from its mirror image. Look at the map; --flip-hand writes the other"
+    )
     metrics: dict[str, object] = {
         "status": status,
         "resolution_A": unmasked,
         "resolution_masked_A": masked,
         "pixel_size_A": apix,
         "box": box,
-        "particles": len(t["rotations"]),
+        "particles": len(rotations),
         "mask_diameter_A": inputs.mask_diameter,
         "symmetry": config.symmetry,
         "preset": config.preset,
         "seed": config.seed,
-        "pose_effective_median": median_effective,
-        "shared_start_A": shared,
+        "probability_right": verdict.probability,
+        "verdict": verdict.level,
+        "evidence": asdict(evidence),
+        "reasons": list(verdict.reasons),
+        "pose_effective_median": evidence.effective,
+        "halves_independent": not evidence.joined,
+        "halves_periods": evidence.periods,
+        "halves_same_pose": agreement.posed,
+        "halves_pose_difference_deg": agreement.pose_deg,
+        "intensity_sd": float(refinement.intensity.std()),
+        "contrast": "dark" if inputs.particles.sign < 0 else "light",
+        "hand_flipped": config.flip_hand,
         "pose_change_deg": float(torch.rad2deg(t["pose_change"])),
         "seconds": sum(seconds.values()),
         "stage_seconds": seconds,
         "noise_variance": [float(x) / scale**2 for x in t["noise"]],
         "warnings": warnings,
     }
-    poses = Poses(t["rotations"], t["shifts"] * apix)
+    poses = Poses(rotations, t["shifts"] * apix)
     result = Reconstruction(
         Volume(full, apix),
         (Volume(half_1, apix), Volume(half_2, apix)),
@@ -322,26 +358,6 @@ def _summarise(
         metrics,
     )
     return result, curves
-
-
-def _verdict(
-    count: int, masked: float, unmasked: float, nyquist: float, shared: float, effective: float, starts: int
-) -> str:
-    """What a biologist can act on, in three sentences. Agreement no finer than the start both halves share proves little."""
-    if effective > HOPELESS_POSES:
-        return (
-            f"Do not trust this map: after ab initio an image still fits {effective:,.0f} poses, so no structure was found. "
-            "Check contrast, CTF and mask diameter with `cryorbit inspect`, or use more particles."
-        )
-    limit = ", the limit of the pixel size," if masked < 1.01 * nyquist else ""
-    evidence = f"both halves started from one map at {shared:.1f} A"
-    if masked > 0.95 * shared:
-        evidence += ", so agreement no finer than that is not independent evidence"
-    return (
-        f"The half maps of {count} particles agree to {masked:.1f} A{limit} inside the molecule's mask and {unmasked:.1f} A without it "
-        f"(FSC 0.143; {evidence}). Ab initio left a median of {effective:.1f} poses per particle. "
-        f"It is the best of {starts} random start(s): repeat with another --seed and compare the maps before you build on it."
-    )
 
 
 def _write(
@@ -374,17 +390,18 @@ def _write(
     sphere = soft_sphere(stack.box, 0.5 * inputs.mask_diameter / stack.pixel_size)
     grid = slicing_grid((result.map.data * sphere).to(stack.device), stack.disk.radius)
     shifts = result.poses.shifts[chosen] / stack.pixel_size
+    levels = stack.equalisation(chosen)  # show the images as they are
     predicted = forward(
         grid,
         result.poses.rotations[chosen].to(stack.device),
         shifts.to(stack.device),
         stack.disk.to(stack.device),
-        stack.ctf(chosen),
+        stack.ctf(chosen) / levels,
     )
     disk = stack.disk.to(stack.device)
     outputs.write_report_data(
         output / "report_data.npz",
-        disk_to_images(stack.images(chosen) / stack.scale, disk),
+        disk_to_images(stack.images(chosen) / levels / stack.scale, disk),
         disk_to_images(predicted, disk),
         chosen,
     )

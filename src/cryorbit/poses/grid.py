@@ -1,9 +1,12 @@
 """Dense pose posterior: every image against every rotation x shift of a grid, as matrix products.
 
 For image y with CTF c, slice s_g of the current map, shift phase e_t and noise precision w (papers/002 eq. 11; papers/003 eq. 2):
-``log p(g, t | y) = sum_k w_k (Re[conj(e_tk s_gk) c_k y_k] - c_k^2 |s_gk|^2 / 2) + log prior(t) + const``. The cross term is one product of
-(images x shifts, 2 pixels) with (2 pixels, rotations); the second term one of (images, pixels) with (pixels, rotations). No array of
-images x rotations x shifts is ever whole: images pass in blocks that fit a budget.
+``log p(g, t | y) = sum_k w_k (Re[conj(e_tk s_gk) c_k y_k] - c_k^2 |s_gk|^2 / 2) + log prior(t) + const``.
+
+Real and imaginary parts are multiplied apart: half a turn in the image plane conjugates a slice, so the sum of the two products scores a
+rotation and their difference its half turn. A grid is therefore given by one rotation of each such pair. Images pass in blocks that fit
+a budget; no array of images x rotations x shifts is ever whole. The weighted sums of the M-step are matrix products while posteriors are
+broad and touch only the entries that hold the mass once they are sharp (``physics/kernels``).
 """
 
 from dataclasses import dataclass
@@ -12,11 +15,12 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
+from cryorbit.groups import so3
+from cryorbit.physics import kernels
 from cryorbit.physics.fourier import FourierDisk
 from cryorbit.physics.shift import phase_ramp
 
-_BLOCK_ELEMENTS = 16_000_000
-_NEGLIGIBLE = 1e-4
+_BLOCK_MIB = {"cpu": 8.0, "cuda": 2048.0}
 
 
 @dataclass(frozen=True)
@@ -44,30 +48,41 @@ def shift_grid(limit_px: float, step_px: float, sigma_px: float) -> ShiftGrid:
 class Expectation:
     """What the M-step, the noise model and the user need of the posteriors of a batch.
 
-    ``numerator`` (G, P): posterior-weighted sum of CTF-multiplied, shifted-back images per rotation; ``weight`` (G, P): the same sum of
-    CTF^2; ``power`` (P,): sum over images of the posterior mean of ``|y - c e s|^2``; ``log_evidence`` (B,): log sum over the grid;
-    ``effective`` (B,): effective number of poses ``1 / sum w^2``; ``shift_variance``: posterior mean of ``|t|^2 / 2``;
-    ``best`` (B, M): the M most probable rotations, ``best_shift`` (B, M): the shift of each, most probable first.
+    ``numerator`` (H, P): posterior-weighted sum of CTF-multiplied, shifted-back images per rotation (those of the half turn conjugated);
+    ``weight`` (H, P): the same sum of CTF^2; ``power`` (P,): sum over images of the posterior mean of ``|y - c e s|^2``;
+    ``log_evidence`` (B,): log mean likelihood over the grid, up to terms of the image alone; ``effective`` (B,): effective number of
+    poses ``1 / sum w^2``; ``shift_variance``: posterior mean of ``|t|^2 / 2``; ``intensity`` (2, B): posterior means of the whitened
+    product of image and model and of the model's power: their ratio is the factor by which the image is stronger than the model;
+    ``best`` (B, M): the M most probable rotations (from H on: half turns), ``best_shift`` (B, M): the shift of each.
     """
 
-    numerator: Complex[Tensor, "g p"]
-    weight: Float[Tensor, "g p"]
+    numerator: Complex[Tensor, "h p"]
+    weight: Float[Tensor, "h p"]
     power: Float[Tensor, " p"]
     log_evidence: Float[Tensor, " b"]
     effective: Float[Tensor, " b"]
     shift_variance: float
+    intensity: Float[Tensor, "2 b"]
     best: Int[Tensor, "b m"]
     best_shift: Int[Tensor, "b m"]
+
+
+def with_half_turns(rotations: Float[Tensor, "h 3 3"]) -> Float[Tensor, "g 3 3"]:
+    """The grid in the order of ``Expectation.best``: the rotations given, then their half turns in the image plane."""
+    return torch.cat([rotations, so3.half_turn(rotations)])
 
 
 def expectation(
     images: Complex[Tensor, "b p"],
     ctf: Float[Tensor, "b p"],
-    slices: Complex[Tensor, "g p"],
+    slices: Complex[Tensor, "h p"],
     precision: Float[Tensor, " p"],
     shifts: ShiftGrid,
     disk: FourierDisk,
+    *,
     modes: int = 1,
+    sums: bool = True,
+    backend: str | None = None,
 ) -> Expectation:
     """Posterior of a batch of images over rotations x shifts, and its sufficient statistics.
 
@@ -76,65 +91,78 @@ def expectation(
     images, ctf
         (B, P) Fourier pixels and CTF of the batch.
     slices
-        (G, P) slices of the current map at the G trial rotations, without CTF.
+        (H, P) slices of the current map, without CTF, at one rotation of each pair (R, half turn of R).
     precision
-        (P,) pixel multiplicity over noise variance (2 or 1 over the variance of one real component pair), see ``noise_precision``.
+        (P,) pixel multiplicity over noise variance (2 or 1 over the variance of one real component pair).
     shifts
         Trial shifts in pixels of ``disk.box``.
     disk
         The Fourier pixels.
     modes
         How many of the most probable rotations to report per image.
+    sums
+        Whether ``numerator``, ``weight`` and ``power`` are wanted; zeros otherwise.
+    backend
+        Kernel backend by name; None takes that of the device.
     """
-    count, pixels = images.shape
-    rotations = slices.shape[0]
-    n_shift = len(shifts.log_prior)
     device = images.device
-    slice_real = torch.view_as_real(slices).reshape(rotations, 2 * pixels)
-    slice_power = slices.abs().square()
+    kernel = kernels.select(device, backend)
+    halves, pixels = slices.shape
+    n_shift = len(shifts.log_prior)
     unshift = phase_ramp(shifts.points.to(device), disk).conj()
-    log_prior = shifts.log_prior.to(device)
-    numerator = torch.zeros(rotations, 2 * pixels, device=device)
-    weight = torch.zeros(rotations, pixels, device=device)
-    evidence, effective, best, best_shift = [], [], [], []
-    shift_moment = 0.0
-    norm2 = shifts.points.square().sum(dim=-1).to(device)
-    for rows in torch.arange(count, device=device).split(max(1, _BLOCK_ELEMENTS // (rotations * n_shift))):
-        y, c = images[rows], ctf[rows]
-        shifted = (y * c)[:, None, :] * unshift
-        shifted_real = torch.view_as_real(shifted).reshape(-1, 2 * pixels)
-        score = (torch.view_as_real(shifted * precision).reshape(-1, 2 * pixels) @ slice_real.T).view(
-            len(rows), n_shift, rotations
-        )
-        score -= (0.5 * c.square() * precision @ slice_power.T)[:, None, :]
-        score += log_prior[None, :, None]
-        flat = score.view(len(rows), -1)
-        top = flat.amax(dim=1, keepdim=True)
-        posterior = flat.sub_(top).exp_()
-        total = posterior.sum(dim=1, keepdim=True)
-        posterior /= total
-        evidence.append((top + total.log())[:, 0])
-        effective.append(1 / posterior.square().sum(dim=1))
-        by_rotation = posterior.view(len(rows), n_shift, rotations)
-        peak, peak_shift = by_rotation.max(dim=1)
-        order = peak.topk(min(modes, rotations), dim=1).indices
-        best.append(order)
-        best_shift.append(peak_shift.gather(1, order))
-        by_shift = by_rotation.sum(dim=2)
-        shift_moment += float((by_shift * norm2).sum()) * 0.5
-        weight += by_rotation.sum(dim=1).T @ c.square()
-        lines = by_shift.reshape(-1) > _NEGLIGIBLE
-        numerator += posterior.view(-1, rotations)[lines].T @ shifted_real[lines]
-    total_numerator = torch.view_as_complex(numerator.view(rotations, pixels, 2))
-    power = images.abs().square().sum(dim=0)
-    power = power - 2 * (slices.conj() * total_numerator).real.sum(dim=0) + (slice_power * weight).sum(dim=0)
-    return Expectation(
-        total_numerator,
-        weight,
-        power,
-        torch.cat(evidence),
-        torch.cat(effective),
-        shift_moment / count,
-        torch.cat(best),
-        torch.cat(best_shift),
+    log_prior = shifts.log_prior.to(device) - torch.log(torch.tensor(2.0 * halves))
+    weighted = slices * precision
+    slice_real, slice_imag = weighted.real.T.contiguous(), weighted.imag.T.contiguous()
+    slice_power = (0.5 * precision * slices.abs().square()).T.contiguous()
+    out = (
+        torch.zeros(halves, pixels, device=device),
+        torch.zeros(halves, pixels, device=device),
+        torch.zeros(halves, pixels, device=device),
     )
+    parts = []
+    block = max(1, int(_BLOCK_MIB[device.type] * 2**20 / (8 * halves * n_shift)))
+    for y, c in zip(images.split(block), ctf.split(block), strict=True):
+        shifted = ((y * c)[:, None, :] * unshift).view(-1, pixels)
+        real, imag = shifted.real.contiguous(), shifted.imag.contiguous()
+        even = (real @ slice_real).view(len(y), n_shift, halves)
+        odd = (imag @ slice_imag).view(len(y), n_shift, halves)
+        ctf2 = c.square()
+        power = ctf2 @ slice_power
+        parts.append(
+            kernel.posterior(
+                even, odd, power, log_prior, real, imag, ctf2, out if sums else None, min(modes, 2 * halves)
+            )
+        )
+    evidence, effective, by_shift, cross, energy, best, best_shift = (torch.cat(p) for p in zip(*parts, strict=True))
+    numerator, weight = torch.complex(out[0], out[1]), out[2]
+    residual = images.abs().square().sum(dim=0) if sums else torch.zeros(pixels, device=device)
+    residual = residual - 2 * (slices.conj() * numerator).real.sum(dim=0) + (slices.abs().square() * weight).sum(dim=0)
+    variance = float((by_shift * shifts.points.square().sum(dim=-1).to(device)).sum()) * 0.5 / len(images)
+    return Expectation(
+        numerator,
+        weight,
+        residual,
+        evidence,
+        effective,
+        variance,
+        torch.stack([cross, energy]),
+        best,
+        best_shift,
+    )
+
+
+def distinct_modes(
+    result: Expectation, rotations: Float[Tensor, "g 3 3"], count: int, apart: float
+) -> tuple[Int[Tensor, "b m"], Int[Tensor, "b m"]]:
+    """Of each image's best rotations the first ``count`` that lie more than ``apart`` radian from better ones, and their shifts.
+
+    Where fewer are far enough apart, the best of the others fill the row.
+    """
+    best, shift = result.best, result.best_shift
+    angle = so3.distance(rotations[best][:, :, None], rotations[best][:, None, :])
+    kept = torch.zeros_like(best, dtype=torch.bool)
+    for m in range(best.shape[1]):
+        near = (angle[:, m, :m] < apart) & kept[:, :m]
+        kept[:, m] = ~near.any(dim=1)
+    order = (~kept).to(torch.int8).argsort(dim=1, stable=True)[:, :count]
+    return best.gather(1, order), shift.gather(1, order)

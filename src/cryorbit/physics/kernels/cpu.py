@@ -5,11 +5,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cryorbit.physics.kernels import cpu_pose, cpu_slices
+from cryorbit.physics.kernels import cpu_pose, cpu_posterior, cpu_slices
 from cryorbit.physics.kernels.cpu_walk import rows_of, slab_edges
-from cryorbit.physics.kernels.interface import NormalEquations
+from cryorbit.physics.kernels.interface import NormalEquations, Posterior
 
 _TASKS_PER_THREAD = 8
+_NEGLIGIBLE = 1e-5  # weight of a pose that may be left out of the sums
+_SPARSE = 0.05  # share of the poses below which the sums visit them one by one
 _LAUNCHED: int = numba.get_num_threads()
 
 
@@ -134,3 +136,49 @@ def normal_equations(
         hessian,
     )
     return torch.from_numpy(loss), torch.from_numpy(gradient), torch.from_numpy(hessian)
+
+
+def posterior(
+    even: Tensor,
+    odd: Tensor,
+    power: Tensor,
+    log_prior: Tensor,
+    real: Tensor,
+    imag: Tensor,
+    ctf2: Tensor,
+    out: tuple[Tensor, Tensor, Tensor] | None,
+    modes: int,
+) -> Posterior:
+    """Posteriors and their weighted sums; poses that hold less than 1e-5 of an image each are left out of the sums."""
+    threads = _use_torch_threads()
+    count, shifts, halves = even.shape
+    scores = tuple(t.numpy() for t in (even, odd, power, log_prior))
+    top, total, squares, cross, energy = torch.empty(5, count, dtype=torch.float64).unbind()
+    by_shift = torch.empty(count, shifts)
+    best, best_shift, kept = (torch.empty(count, dtype=torch.int64) for _ in range(3))
+    summary = tuple(t.numpy() for t in (top, total, squares, cross, energy, by_shift, best, best_shift, kept))
+    cpu_posterior.summarise(*scores, _NEGLIGIBLE, *summary)
+    modal, modal_shift = best[:, None], best_shift[:, None]
+    if modes > 1:
+        peak, shift = torch.empty(count, 2 * halves), torch.empty(count, 2 * halves, dtype=torch.int64)
+        cpu_posterior.peaks(*scores, peak.numpy(), shift.numpy())
+        modal = peak.topk(modes, dim=1).indices
+        modal_shift = shift.gather(1, modal)
+    if out is not None:
+        entries = int(kept.sum())
+        if entries < _SPARSE * even.numel():
+            rows, where = torch.zeros(2, entries, dtype=torch.int64).unbind()
+            sums, differences = torch.zeros(2, entries).unbind()
+            listed = tuple(t.numpy() for t in (rows, where, sums, differences))
+            end = kept.cumsum(0).numpy()
+            cpu_posterior.list_weights(*scores, _NEGLIGIBLE, top.numpy(), total.numpy(), end, *listed)
+            pixels = tuple(t.numpy() for t in (real, imag, ctf2, *out))
+            cpu_posterior.add_listed(*listed, shifts, *pixels, threads)
+        else:
+            cpu_posterior.dense_weights(*scores, top.numpy(), total.numpy())
+            out[0].addmm_(even.view(-1, halves).T, real)
+            out[1].addmm_(odd.view(-1, halves).T, imag)
+            out[2].addmm_(even.sum(dim=1).T, ctf2)
+    evidence = (top + total.log()).float()
+    effective = (total.square() / squares).float()
+    return evidence, effective, by_shift, cross.float(), energy.float(), modal, modal_shift

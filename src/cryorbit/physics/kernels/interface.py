@@ -5,11 +5,12 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 NormalEquations = tuple[Tensor, Tensor, Tensor]
+Posterior = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @runtime_checkable
 class Kernels(Protocol):
-    """A backend: a module with these four functions."""
+    """A backend: a module with these five functions."""
 
     def slice_forward(self, data: Tensor, rotations: Tensor, kx: Tensor, ky: Tensor, oversampling: int) -> Tensor: ...
 
@@ -49,3 +50,16 @@ class Kernels(Protocol):
         oversampling: int,
         box: int,
     ) -> NormalEquations: ...
+
+    def posterior(
+        self,
+        even: Tensor,
+        odd: Tensor,
+        power: Tensor,
+        log_prior: Tensor,
+        real: Tensor,
+        imag: Tensor,
+        ctf2: Tensor,
+        out: tuple[Tensor, Tensor, Tensor] | None,
+        modes: int,
+    ) -> Posterior: ...

@@ -14,7 +14,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from cryorbit.physics.kernels.interface import NormalEquations
+from cryorbit.physics.kernels.interface import NormalEquations, Posterior
 
 _POINTS = list(product(range(3), repeat=3))
 """(z, y, x) of the 27 points read, from the lowest."""
@@ -162,3 +162,48 @@ def normal_equations(
 def _shape(data: Tensor) -> tuple[int, int, int]:
     nz, ny, nx = data.shape
     return nz, ny, nx
+
+
+def posterior(
+    even: Tensor,
+    odd: Tensor,
+    power: Tensor,
+    log_prior: Tensor,
+    real: Tensor,
+    imag: Tensor,
+    ctf2: Tensor,
+    out: tuple[Tensor, Tensor, Tensor] | None,
+    modes: int,
+) -> Posterior:
+    """Posteriors of N images over S shifts x 2 H rotations, and their weighted sums, added to ``out``.
+
+    ``even``, ``odd`` (N, S, H): the score of rotation h is ``even + odd - power + log_prior``, of its half turn (index h + H)
+    ``even - odd - power + log_prior``; both may be overwritten. ``real``, ``imag`` (N S, P): shifted images; ``ctf2`` (N, P);
+    ``out``: (H, P) sums of real parts, imaginary parts and CTF^2. Returns the log of the summed likelihood (N,), the effective number
+    of poses (N,), shift probabilities (N, S), posterior means of the cross term and of twice ``power`` (N,), and the ``modes`` best
+    rotations (N, M) with the shift of each.
+    """
+    count, shifts, halves = even.shape
+    base = even - power[:, None, :] + log_prior[None, :, None]
+    score = torch.cat([base + odd, base - odd], dim=2)
+    peak, peak_shift = score.max(dim=1)
+    best = peak.topk(modes, dim=1).indices
+    evidence = score.flatten(1).logsumexp(dim=1)
+    weight = (score - evidence[:, None, None]).exp()
+    plus = weight[:, :, :halves] + weight[:, :, halves:]
+    minus = weight[:, :, :halves] - weight[:, :, halves:]
+    cross = (plus * even + minus * odd).sum(dim=(1, 2))
+    energy = 2 * (plus.sum(dim=1) * power).sum(dim=1)
+    if out is not None:
+        out[0].addmm_(plus.reshape(-1, halves).T, real)
+        out[1].addmm_(minus.reshape(-1, halves).T, imag)
+        out[2].addmm_(plus.sum(dim=1).T, ctf2)
+    return (
+        evidence,
+        1 / weight.square().sum(dim=(1, 2)),
+        weight.sum(dim=2),
+        cross,
+        energy,
+        best,
+        peak_shift.gather(1, best),
+    )

@@ -1,0 +1,238 @@
+"""How often ab initio to final map succeeds, over molecules, noise, shifts, CTF, views and counts; and how well the verdict knows.
+
+    python benchmarks/success_rate.py ../shared/data --json benchmarks/results/success_rate.json      # run (continues where it stopped)
+    python benchmarks/success_rate.py ../shared/data --json ... --fit docs/images/reliability.png     # table, verdict's weights, diagram
+
+Every run simulates new images, poses and noise from its seed, writes them as files, and runs the default pipeline on them. Success: median
+pose error below 5 degrees *and* FSC 0.5 to the truth within 1.3 of the known-pose reconstruction of the same images (both unmasked). The
+hopeless cells (pure noise; two unrelated molecules) have no right answer: a run there is a failure whatever it returns.
+"""
+
+import argparse
+import json
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from reconstruct import against_truth, ceiling
+from success_report import fit, table
+
+from cryorbit.groups.point import point_group
+from cryorbit.io.mrc import read_volume
+from cryorbit.io.particles import open_particles
+from cryorbit.io.star import read_star, write_star
+from cryorbit.metrics.align import align_poses, align_volumes
+from cryorbit.metrics.symmetry import detect_symmetry
+from cryorbit.pipeline.config import RunConfig
+from cryorbit.pipeline.reconstruct import reconstruct
+from cryorbit.simulate.orientations import Orientations
+from cryorbit.simulate.particles import make_projector
+from cryorbit.simulate.settings import CTFSettings, SimulationSettings
+from cryorbit.simulate.source import open_source
+from cryorbit.simulate.write import write_simulation
+from cryorbit.types import Poses, Volume
+
+NEAR, FAR = (8000.0, 20000.0), (15000.0, 35000.0)
+PREFERRED = Orientations(kind="preferred", half_angle=0.5236, components=3, fraction=0.8)
+
+
+@dataclass(frozen=True)
+class Molecule:
+    """What is imaged: a file under the data folder or a shipped model, and the box it is imaged in."""
+
+    source: str
+    pixel_size: float
+    diameter: float
+    group: str = "C1"  # its own symmetry, by which poses are judged
+    imposed: str = "C1"
+
+
+MOLECULES = {
+    "4AKE": Molecule("4ake", 1.6, 90.0),
+    "GroEL": Molecule("models/1aon.pdb.gz", 4.0, 220.0, group="C7"),
+    "GroEL 6 A": Molecule("models/1aon.pdb.gz", 6.0, 220.0, group="C7"),
+    "antibody": Molecule("models/1igy.cif", 3.2, 170.0),
+    "ribosome": Molecule("maps/clean70SRibosome_vol_65p.mrc", 5.0, 270.0),
+    "apoferritin": Molecule("models/apoferritin_ca_apo_sym.pdb", 3.0, 140.0, group="O", imposed="O"),
+    "haemoglobin": Molecule("models/4hhb.pdb", 1.6, 90.0),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the table. ``second``: a molecule that half of the images show instead; ``seeds``: how many runs."""
+
+    name: str
+    molecule: str = "4AKE"
+    count: int = 2000
+    snr_db: float = -10.0
+    shift_sigma_px: float = 2.0
+    defocus: tuple[float, float] | None = NEAR
+    preferred: bool = False
+    second: str = ""
+    hopeless: bool = False
+    seeds: int = 10
+
+
+CELLS = [
+    Cell("10k, 0 dB", count=10_000, snr_db=0.0, seeds=5),
+    Cell("10k, -10 dB", count=10_000, seeds=5),
+    Cell("10k, -15 dB", count=10_000, snr_db=-15.0, seeds=5),
+    Cell("10k, -20 dB", count=10_000, snr_db=-20.0, seeds=4),
+    Cell("no shifts, no CTF, 0 dB", snr_db=0.0, shift_sigma_px=0.0, defocus=None),
+    Cell("-10 dB", seeds=20),
+    Cell("-15 dB", snr_db=-15.0, seeds=20),
+    Cell("-20 dB", snr_db=-20.0),
+    Cell("shifts 4 px", shift_sigma_px=4.0),
+    Cell("far defocus", defocus=FAR),
+    Cell("preferred views", preferred=True, seeds=20),
+    Cell("GroEL, -10 dB", "GroEL"),
+    Cell("GroEL, -20 dB", "GroEL", snr_db=-20.0, seeds=5),
+    Cell("antibody, -10 dB", "antibody"),
+    Cell("antibody, -15 dB", "antibody", snr_db=-15.0, seeds=5),
+    Cell("ribosome, -10 dB", "ribosome", seeds=5),
+    Cell("ribosome, -15 dB", "ribosome", snr_db=-15.0, seeds=5),
+    Cell("apoferritin O, -10 dB", "apoferritin", seeds=5),
+    Cell("pure noise", snr_db=-60.0, hopeless=True),
+    Cell("two molecules", second="haemoglobin", hopeless=True),
+    Cell("20k at 6 A, SNR .032", "GroEL 6 A", count=20_000, snr_db=-14.95, seeds=2),
+    Cell("20k at 6 A, SNR .016, no shifts", "GroEL 6 A", count=20_000, snr_db=-17.96, shift_sigma_px=0.0, seeds=2),
+]
+
+
+def simulate(cell: Cell, molecule: str, count: int, seed: int, data: Path, folder: Path) -> None:
+    """Write particles and truth of one molecule."""
+    made = MOLECULES[molecule]
+    source = made.source if made.source == "4ake" else str(data / made.source)
+    opened = open_source(source)
+    if isinstance(opened, Volume):  # its header does not say
+        opened = Volume(opened.data, made.pixel_size)
+    box = opened.box if isinstance(opened, Volume) else 64
+    settings = SimulationSettings(
+        count=count,
+        snr_db=cell.snr_db,
+        ctf=None if cell.defocus is None else CTFSettings(defocus=cell.defocus),
+        shift_sigma_px=cell.shift_sigma_px,
+        orientations=PREFERRED if cell.preferred else Orientations(),
+        seed=seed,
+    )
+    write_simulation(folder, make_projector(opened, box, made.pixel_size), settings)
+
+
+def particles_of(cell: Cell, seed: int, data: Path, folder: Path) -> Path:
+    """The STAR file of a run's images."""
+    if not cell.second:
+        simulate(cell, cell.molecule, cell.count, seed, data, folder / "a")
+        return folder / "a" / "particles.star"
+    simulate(cell, cell.molecule, cell.count // 2, seed, data, folder / "a")
+    simulate(cell, cell.second, cell.count // 2, seed + 1, data, folder / "b")
+    both, other = (read_star(folder / part / "particles.star") for part in "ab")
+    for name, table_ in both.blocks["particles"].columns.items():
+        more = other.blocks["particles"].columns[name]
+        if name == "rlnImageName":
+            table_[:], more = ([x.replace("@", f"@{p}/") for x in column] for p, column in (("a", table_), ("b", more)))
+        table_.extend(more)
+    write_star(folder / "both.star", both)
+    return folder / "both.star"
+
+
+def one(cell: Cell, seed: int, data: Path) -> dict[str, object]:
+    """Simulate, reconstruct from the files, judge."""
+    torch.set_num_threads(1)
+    molecule = MOLECULES[cell.molecule]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        star = particles_of(cell, 5000 + 10 * seed, data, folder)
+        config = RunConfig(
+            particles=str(star), mask_diameter=molecule.diameter, seed=seed, symmetry=molecule.imposed, contrast="light"
+        )
+        config = replace(config, refine=replace(config.refine, sweeps=5))
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = reconstruct(config, folder / "run")
+        row: dict[str, object] = {
+            "cell": cell.name,
+            "seed": seed,
+            "seconds": time.perf_counter() - wall,
+            "cpu_seconds": time.process_time() - cpu,
+            "hopeless": cell.hopeless,
+        }
+        keys = ("probability_right", "verdict", "pose_effective_median", "halves_independent", "halves_periods")
+        more = ("halves_same_pose", "halves_pose_difference_deg", "resolution_A", "resolution_masked_A", "stage_seconds")
+        row |= {key: result.metrics[key] for key in keys + more}
+        row["evidence"] = result.metrics["evidence"]
+        if cell.hopeless:
+            return row | {"success": False}
+        voxels, pixel_size = read_volume(folder / "a" / "truth.mrc")
+        truth = Volume(torch.from_numpy(voxels), pixel_size)
+        particles = open_particles(folder / "a" / "truth.star")
+        true = Poses(torch.from_numpy(particles.rotations), torch.from_numpy(particles.shifts))
+        known = ceiling(particles, true, molecule.diameter)
+        group = own_group(molecule, truth)
+        errors = align_poses(result.poses, true, group).summary(pixel_size)
+        everything = torch.ones_like(truth.data)
+        ours = against_truth(align_volumes(result.map, truth).map, truth, everything)["fsc_0.5_unmasked_A"]
+        best = against_truth(known, truth, everything)["fsc_0.5_unmasked_A"]
+    row |= {"fsc_0.5_A": ours, "known_poses_A": best, **asdict(errors)}
+    return row | {"success": bool(errors.median_deg < 5.0 and ours <= 1.3 * best)}
+
+
+def own_group(molecule: Molecule, truth: Volume) -> torch.Tensor | None:
+    """The molecule's rotations in the frame of its file."""
+    if molecule.group == "C1":
+        return None
+    found = detect_symmetry(truth, mask_diameter=molecule.diameter)
+    if found.name != molecule.group:
+        raise RuntimeError(f"{molecule.source} shows {found.name}, expected {molecule.group}")
+    frame = found.rotation.double()
+    return frame.T @ point_group(molecule.group) @ frame
+
+
+def jobs(cells: list[Cell], done: set[tuple[str, int]]) -> Iterator[tuple[Cell, int]]:
+    """What is left to run, the first seed of every cell first."""
+    for seed in range(max(cell.seeds for cell in cells)):
+        for cell in cells:
+            if seed < cell.seeds and (cell.name, seed) not in done:
+                yield cell, seed
+
+
+def main() -> None:
+    """Run what is left, or fit the verdict to what there is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--cells", nargs="+", default=[cell.name for cell in CELLS])
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--fit", type=Path, help="Do not run: fit the verdict and draw its reliability diagram here.")
+    arguments = parser.parse_args()
+    rows = json.loads(arguments.json.read_text())["rows"] if arguments.json.exists() else []
+    if arguments.fit:
+        print(table(rows))
+        print(fit(rows, arguments.fit))
+        return
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    about = {"commit": commit, "device": "CPU, one thread per run, two runs at a time", "torch": torch.__version__}
+    cells = [cell for cell in CELLS if cell.name in arguments.cells]
+    left = list(jobs(cells, {(row["cell"], row["seed"]) for row in rows}))
+    with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn"), max_tasks_per_child=8) as pool:
+        running = {pool.submit(one, cell, seed, arguments.data.resolve()): (cell, seed) for cell, seed in left}
+        for future in as_completed(running):
+            row = future.result()
+            rows.append(row)
+            shown = {k: row[k] for k in ("cell", "seed", "success", "probability_right", "halves_same_pose", "cpu_seconds")}
+            shown |= {k: row.get(k) for k in ("median_deg", "fsc_0.5_A", "known_poses_A")}
+            print({k: round(v, 2) if isinstance(v, float) else v for k, v in shown.items()}, flush=True)
+            rows.sort(key=lambda r: ([c.name for c in CELLS].index(r["cell"]), r["seed"]))
+            arguments.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    np.seterr(all="raise", under="ignore")
+    main()

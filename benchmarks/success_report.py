@@ -1,0 +1,93 @@
+"""Tables, the verdict's logistic weights and its reliability diagram from the rows of ``success_rate.py``."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+
+from cryorbit.pipeline.verdict import DOUBTED, TRUSTED, Evidence
+
+Row = dict[str, object]
+
+
+def table(rows: list[Row]) -> str:
+    """One Markdown row per cell: successes, poses, resolution, the verdict's mean chance, CPU time."""
+    lines = [
+        "| cell | right | poses, median of medians (deg) | FSC 0.5 (A) | known poses (A) | mean P(right) | CPU-s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for cell in dict.fromkeys(str(row["cell"]) for row in rows):
+        here = [row for row in rows if row["cell"] == cell]
+
+        def middle(key: str, here: list[Row] = here) -> str:
+            values = [float(str(row[key])) for row in here if key in row]
+            return f"{np.median(values):.2f}" if values else "-"
+
+        right = sum(bool(row["success"]) for row in here)
+        chance = np.mean([float(str(row["probability_right"])) for row in here])
+        lines.append(
+            f"| {cell} | {right} of {len(here)} | {middle('median_deg')} | {middle('fsc_0.5_A')} | {middle('known_poses_A')} | "
+            f"{chance:.2f} | {middle('cpu_seconds')} |"
+        )
+    return "\n".join(lines)
+
+
+def _logistic(x: NDArray[np.float64], y: NDArray[np.float64], ridge: float = 0.05) -> NDArray[np.float64]:
+    """Weights of a logistic regression, slightly shrunk (not the constant)."""
+    sign = 2 * y - 1
+
+    def loss(w: NDArray[np.float64]) -> float:
+        return float(np.logaddexp(0, -sign * (x @ w)).sum() + ridge * (w[1:] ** 2).sum())
+
+    return np.asarray(minimize(loss, np.zeros(x.shape[1]), method="BFGS").x)
+
+
+def _auc(score: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    gap = score[y == 1][:, None] - score[y == 0][None, :]
+    return float((gap > 0).mean() + 0.5 * (gap == 0).mean())
+
+
+def _bins(chance: NDArray[np.float64], y: NDArray[np.float64]) -> list[tuple[float, float, int]]:
+    """Mean chance, share of right runs and number of runs in ten equal bins of the chance."""
+    index = np.minimum((chance * 10).astype(int), 9)
+    return [(chance[index == b].mean(), y[index == b].mean(), int((index == b).sum())) for b in np.unique(index)]
+
+
+def fit(rows: list[Row], picture: Path) -> str:
+    """Weights on all runs; AUC, expected calibration error and diagram from leaving each cell out in turn."""
+    features = [Evidence(**row["evidence"]).features() for row in rows]  # type: ignore[arg-type]
+    names = list(features[0])
+    x = np.array([[f[n] for n in names] for f in features])
+    y = np.array([float(bool(row["success"])) for row in rows])
+    cells = np.array([str(row["cell"]) for row in rows])
+    left_out = np.empty(len(y))
+    for cell in np.unique(cells):
+        w = _logistic(x[cells != cell], y[cells != cell])
+        left_out[cells == cell] = 1 / (1 + np.exp(-x[cells == cell] @ w))
+    weights = _logistic(x, y)
+    bins = _bins(left_out, y)
+    ece = sum(n * abs(p - q) for p, q, n in bins) / len(y)
+    hopeless = np.array([bool(row["hopeless"]) for row in rows])
+    chance = 1 / (1 + np.exp(-x @ weights))
+    figure = Figure(figsize=(4.2, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="#9aa1a9", lw=1)
+    axes.scatter([b[0] for b in bins], [b[1] for b in bins], s=[20 + 3 * b[2] for b in bins], color="#2b6cb0")
+    for p, q, n in bins:
+        axes.annotate(str(n), (p, q), textcoords="offset points", xytext=(8, -4), fontsize=8)
+    axes.set_xlabel("stated chance of being right (cell left out of the fit)")
+    axes.set_ylabel("share of runs that were right")
+    axes.set_title(f"{len(y)} runs, AUC {_auc(left_out, y):.3f}, calibration error {ece:.3f}", fontsize=9)
+    figure.savefig(picture, dpi=130)
+    return "\n".join(
+        [
+            "WEIGHTS = {" + ", ".join(f'"{n}": {w:.2f}' for n, w in zip(names, weights, strict=True)) + "}",
+            f"{len(y)} runs, {int(y.sum())} right. Cell left out: AUC {_auc(left_out, y):.3f}, calibration error {ece:.3f}",
+            f"trusted (>= {TRUSTED}): {int((chance >= TRUSTED).sum())}, wrong among them {int(((chance >= TRUSTED) & (y == 0)).sum())}",
+            f"not trusted (< {DOUBTED}): {int((chance < DOUBTED).sum())}, right among them {int(((chance < DOUBTED) & (y == 1)).sum())}",
+            f"largest chance given to a hopeless run: {chance[hopeless].max() if hopeless.any() else math.nan:.3f}",
+        ]
+    )

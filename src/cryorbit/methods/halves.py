@@ -1,0 +1,76 @@
+"""Two runs on different halves of the particles, laid on each other: in which frame and hand, and how well they agree."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cryorbit.groups import so3
+from cryorbit.methods.online_em import Grids, OnlineEM
+from cryorbit.metrics.align import align_poses
+from cryorbit.metrics.fsc import fsc
+from cryorbit.metrics.resample import move_volume
+from cryorbit.types import Poses
+
+SAME_POSE_DEG = 20.0
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How two runs compare, and the motion that lays the second on the first.
+
+    ``rotation`` (3, 3), ``shift`` (3,) pixels, ``mirrored``: see ``metrics/align.py``. ``fsc`` (shells,) after the motion; ``reach``: last
+    shell before it falls below 0.5; ``pose_deg``: median angle between the poses the two give to the same images; ``posed``: share of
+    images on which they agree within 20 degrees.
+    """
+
+    rotation: Float[Tensor, "3 3"]
+    shift: Float[Tensor, "3"]
+    mirrored: bool
+    fsc: Float[Tensor, " s"]
+    reach: int
+    pose_deg: float
+    posed: float
+
+    def moved(self, volume: Float[Tensor, "d d d"]) -> Float[Tensor, "d d d"]:
+        """A map of the second run in the frame and hand of the first."""
+        return move_volume(volume, self.rotation, self.shift, self.mirrored)
+
+    def framed(self, poses: Poses) -> Poses:
+        """Poses (shifts in pixels) of the second run in the frame and hand of the first."""
+        pose = so3.half_turn(poses.rotations) if self.mirrored else poses.rotations
+        rotations = pose @ self.rotation.to(pose).T
+        return Poses(rotations, poses.shifts - (rotations @ self.shift.to(pose))[:, :2])
+
+
+def unmoved(shells: int) -> Agreement:
+    """Two runs in one frame, nothing known of how they agree."""
+    return Agreement(torch.eye(3), torch.zeros(3), False, torch.ones(shells), shells - 1, 0.0, 1.0)
+
+
+def compare(
+    first: tuple[OnlineEM, Grids], second: tuple[OnlineEM, Grids], chosen: Int[Tensor, " b"], symmetry: Tensor
+) -> Agreement:
+    """Lay ``second`` on ``first`` by the poses both give to the particles ``chosen``.
+
+    Parameters
+    ----------
+    first, second
+        Runs and the grids to search.
+    chosen
+        Particles, best of both halves alike.
+    symmetry
+        (S, 3, 3) point group of both maps.
+    """
+    one, two = (run.top_poses(chosen, grids) for run, grids in (first, second))
+    found = align_poses(two, one, symmetry.cpu().double())
+    rotation, shift = found.rotation.float(), found.shift.float()
+    moved = move_volume(second[0].volume, rotation, shift, found.mirrored) * second[0].mask
+    radius = first[1].radius
+    curve = fsc(first[0].volume.cpu(), moved.cpu()).float()[: radius + 1]
+    below = torch.nonzero(curve[1:] < 0.5)
+    reach = int(below[0]) if len(below) else radius
+    error = torch.rad2deg(found.error)
+    same = float((error < SAME_POSE_DEG).double().mean())
+    return Agreement(rotation, shift, found.mirrored, curve, reach, float(error.median()), same)

@@ -1,0 +1,201 @@
+"""One online EM run from a random start: a map, its statistics and its noise model. ``methods/marginal.py`` runs several of them.
+
+The noise variance starts at the images' own power, so the first posteriors are broad, and falls to the residual as the map explains the
+images: nothing is annealed by hand. Stochastic EM of the RELION/cryoSPARC school (Scheres 2012; Punjani et al. 2017).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cryorbit.groups import so3
+from cryorbit.groups.point import asymmetric_unit
+from cryorbit.physics.fourier import FourierDisk
+from cryorbit.physics.slicing import Accumulator, insert_slices, slice_grid, slicing_grid, volume_from_accumulator
+from cryorbit.physics.spectrum import mean_weight, power_spectrum, resized, shell_mean
+from cryorbit.poses.grid import Expectation, ShiftGrid, expectation, with_half_turns
+from cryorbit.training.checkpoint import State
+from cryorbit.training.dataset import FourierStack
+from cryorbit.types import Poses
+
+_NOISE_RATE = 0.3
+_START_PRIOR = 0.05  # of the mean weight, while there is no map to take a signal power from
+_TENSORS = ("volume", "noise", "initial_noise", "shift_sigma", "numerator", "weight", "radius", "likelihood")
+
+
+@dataclass(frozen=True)
+class Grids:
+    """What a step searches: ``rotations`` (H, 3, 3), one of each pair of half turns, ``shifts`` and the Fourier ``radius``."""
+
+    rotations: Float[Tensor, "h 3 3"]
+    shifts: ShiftGrid
+    radius: int
+
+
+def rotation_grid(
+    order: int, symmetry: Float[Tensor, "s 3 3"], turn: Float[Tensor, "3 3"] | None = None
+) -> Float[Tensor, "h 3 3"]:
+    """HEALPix rotations of ``order`` after ``turn`` of the molecule, half of each in-plane pair, one asymmetric unit."""
+    grid = so3.half_grid(order).to(symmetry.device)
+    if turn is not None:
+        grid = grid @ turn.to(grid)
+    return grid[asymmetric_unit(grid, symmetry)]
+
+
+class OnlineEM:
+    """A run over the images of one half set.
+
+    Parameters
+    ----------
+    stack
+        Particles as Fourier pixels.
+    mask
+        (D, D, D) soft mask of the map.
+    symmetry
+        (S, 3, 3) rotations imposed on the map.
+    tau_fudge
+        Factor on the signal power in the Wiener prior.
+    shift_sigma
+        First standard deviation of the shifts in pixels.
+    """
+
+    def __init__(
+        self,
+        stack: FourierStack,
+        mask: Float[Tensor, "d d d"],
+        symmetry: Float[Tensor, "s 3 3"],
+        tau_fudge: float,
+        shift_sigma: float,
+    ) -> None:
+        self.stack, self.mask, self.symmetry, self.tau_fudge = stack, mask, symmetry, tau_fudge
+        device = stack.device
+        self.volume: Tensor = torch.zeros(stack.box, stack.box, stack.box, device=device)
+        self.noise = torch.zeros(int(stack.disk.radius) + 2, device=device)
+        self.initial_noise = self.noise.clone()
+        self.shift_sigma = torch.tensor(shift_sigma)
+        self.likelihood = torch.tensor(float("-inf"))
+        self.statistics: Accumulator | None = None
+
+    # -- E-step -----------------------------------------------------------------------------------------------------------------
+
+    def batch(self, chosen: Int[Tensor, " b"], radius: int) -> tuple[Tensor, Tensor, FourierDisk]:
+        """Images and CTF of the particles ``chosen`` inside ``radius``."""
+        disk, keep = self.stack.at_radius(radius)
+        return self.stack.images(chosen)[:, keep], self.stack.ctf(chosen)[:, keep], disk
+
+    def expect(
+        self,
+        chosen: Int[Tensor, " b"],
+        grids: Grids,
+        intensity: Float[Tensor, " b"] | None = None,
+        *,
+        modes: int = 1,
+        sums: bool = False,
+    ) -> Expectation:
+        """Posteriors of the particles ``chosen`` under the present map; ``intensity`` is how much stronger than the map each is."""
+        images, ctf, disk = self.batch(chosen, grids.radius)
+        if intensity is not None:
+            ctf = ctf * intensity[:, None]
+        slices = slice_grid(slicing_grid(self.volume, float(grids.radius)), grids.rotations, disk)
+        precision = disk.weight / self.noise[disk.shell]
+        return expectation(images, ctf, slices, precision, grids.shifts, disk, modes=modes, sums=sums)
+
+    def log_likelihood(
+        self, chosen: Int[Tensor, " b"], grids: Grids, intensity: Float[Tensor, " b"] | None = None
+    ) -> Float[Tensor, " b"]:
+        """Log density of each image under map, noise and pose prior, in nats, up to a constant of the pixels inside the radius."""
+        images, _, disk = self.batch(chosen, grids.radius)
+        evidence = self.expect(chosen, grids, intensity).log_evidence
+        variance = self.noise[disk.shell]
+        quadratic = (images.abs().square() * (disk.weight / variance)).sum(dim=1)
+        return evidence - 0.5 * quadratic - 0.5 * (disk.weight * variance.log()).sum()
+
+    def top_poses(self, chosen: Int[Tensor, " b"], grids: Grids) -> Poses:
+        """The most probable pose of each particle, on the grid; shifts in pixels of the working box, float64."""
+        result = self.expect(chosen, grids)
+        rotations = with_half_turns(grids.rotations)[result.best[:, 0]]
+        return Poses(rotations.cpu().double(), grids.shifts.points[result.best_shift[:, 0].cpu()].double())
+
+    # -- one step ---------------------------------------------------------------------------------------------------------------
+
+    def start(self, chosen: Int[Tensor, " b"], grids: Grids, generator: torch.Generator) -> None:
+        """Random poses for the first batch; noise variance = power of the images."""
+        images, ctf, disk = self.batch(chosen, int(self.stack.disk.radius))
+        self.initial_noise = shell_mean(images.abs().square().mean(dim=0), disk, len(self.noise))
+        self.noise = self.initial_noise.clone()
+        images, ctf, disk = self.batch(chosen, grids.radius)
+        every = with_half_turns(grids.rotations)
+        poses = every[torch.randint(len(every), (len(chosen),), generator=generator)]
+        self._insert(images * ctf, ctf.square(), poses, disk)
+        self._maximise(grids.radius)
+
+    def step(
+        self, chosen: Int[Tensor, " b"], grids: Grids, decay: float, intensity: Float[Tensor, " b"] | None = None
+    ) -> Expectation:
+        """E-step on the particles ``chosen``, noise and shift prior, M-step with the old statistics times ``decay``."""
+        result = self.expect(chosen, grids, intensity, sums=True)
+        disk, _ = self.stack.at_radius(grids.radius)
+        self._update_noise(result.power / len(chosen), disk, grids.radius)
+        floor = 0.1 * self.stack.box / grids.radius
+        self.shift_sigma = (
+            ((1 - _NOISE_RATE) * self.shift_sigma**2 + _NOISE_RATE * result.shift_variance).sqrt().clamp_min(floor)
+        )
+        if self.statistics is not None:
+            self.statistics = self.statistics.scaled(decay)
+        used = result.weight.sum(dim=1) > 1e-6 * result.weight.sum() / len(grids.rotations)
+        self._insert(result.numerator[used], result.weight[used], grids.rotations[used], disk)
+        self._maximise(grids.radius)
+        return result
+
+    def _update_noise(self, power: Float[Tensor, " p"], disk: FourierDisk, radius: int) -> None:
+        fresh = torch.maximum(shell_mean(power, disk, len(self.noise)), 1e-4 * self.initial_noise)
+        inside = torch.arange(len(self.noise), device=self.noise.device) <= radius
+        self.noise = torch.where(inside, (1 - _NOISE_RATE) * self.noise + _NOISE_RATE * fresh, self.noise)
+
+    def _insert(self, values: Tensor, weights: Tensor, rotations: Tensor, disk: FourierDisk) -> None:
+        out = None if self.statistics is None else resized(self.statistics, disk.radius)
+        for element in self.symmetry:
+            out = insert_slices(values, weights, rotations @ element, disk, out=out)
+        self.statistics = out
+
+    def _maximise(self, radius: int) -> None:
+        """Map = numerator / (weight + noise / signal power), masked (Wiener; Scheres 2012 eq. 9)."""
+        statistics = self.statistics
+        assert statistics is not None
+        shells = radius + 2
+        weight = mean_weight(statistics, shells)
+        if bool((self.volume == 0).all()):
+            prior = _START_PRIOR * weight
+        else:
+            signal = power_spectrum(slicing_grid(self.volume, float(radius)), shells)
+            noise = torch.cat([self.noise, self.noise[-1:].expand(2)])[:shells]
+            spread = statistics.oversampling**3  # one Fourier pixel's weight is spread over this many grid points
+            prior = torch.minimum(noise / (self.tau_fudge * signal).clamp_min(1e-12) / spread, weight.max())
+        self.volume = volume_from_accumulator(statistics, prior) * self.mask
+
+    # -- resume -----------------------------------------------------------------------------------------------------------------
+
+    def state(self) -> State:
+        """Tensors that continue the run exactly."""
+        s = self.statistics
+        assert s is not None
+        values = (
+            self.volume,
+            self.noise,
+            self.initial_noise,
+            self.shift_sigma,
+            s.numerator,
+            s.weight,
+            torch.tensor(s.radius),
+            self.likelihood,
+        )
+        return dict(zip(_TENSORS, values, strict=True))
+
+    def load_state(self, state: State) -> None:
+        """Inverse of :meth:`state`."""
+        moved = {k: v.to(self.stack.device) if v.ndim else v for k, v in state.items()}
+        self.volume, self.noise, self.initial_noise = (moved[k] for k in ("volume", "noise", "initial_noise"))
+        self.shift_sigma, self.likelihood = moved["shift_sigma"], moved["likelihood"]
+        self.statistics = Accumulator(moved["numerator"], moved["weight"], self.stack.box, 2, float(moved["radius"]))

@@ -1,0 +1,96 @@
+"""How far to trust a run: the chance that it is right, the reasons, and one sentence. Calibrated on ``benchmarks/success_rate.py``."""
+
+import math
+from dataclasses import dataclass
+
+TRUSTED, DOUBTED = 0.9, 0.5
+
+# Logistic regression on the runs of benchmarks/results/success_rate.json (benchmarks/success_rate.py --fit): weights of `features`.
+WEIGHTS = {"constant": -6.0, "joined": -2.0, "periods": 0.8, "posed": 6.0, "sharpness": 0.0}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a run knows about itself.
+
+    Attributes
+    ----------
+    joined
+        The halves' first maps disagreed, so both were started again from the likelier one.
+    periods
+        Fourier periods per particle diameter to which the halves' ab initio maps correlate by 0.5.
+    posed
+        Share of images to which the two ab initio maps give poses within 20 degrees.
+    effective
+        Median effective number of poses per particle that ab initio left, over the asymmetric unit.
+    """
+
+    joined: bool
+    periods: float
+    posed: float
+    effective: float
+
+    def features(self) -> dict[str, float]:
+        """Numbers the chance of being right is a logistic function of."""
+        return {
+            "constant": 1.0,
+            "joined": float(self.joined),
+            "periods": min(self.periods, 10.0),
+            "posed": self.posed,
+            "sharpness": -math.log(max(self.effective, 1.0)),
+        }
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``probability`` that the map is right (median pose error under 5 degrees, resolution within 1.3 of known poses), and why."""
+
+    probability: float
+    level: str
+    reasons: tuple[str, ...]
+    advice: str
+
+
+def probability(evidence: Evidence) -> float:
+    """Chance that the run is right."""
+    score = sum(WEIGHTS[name] * value for name, value in evidence.features().items())
+    return 1.0 / (1.0 + math.exp(-max(-30.0, min(30.0, score))))
+
+
+def judge(evidence: Evidence) -> Verdict:
+    """Chance, level (``trust``, ``doubt``, ``do not trust``), reasons in words, and what to try."""
+    chance = probability(evidence)
+    level = "trust" if chance >= TRUSTED else "doubt" if chance >= DOUBTED else "do not trust"
+    reasons = []
+    if evidence.joined:
+        reasons.append(
+            "the two halves found different structures, and both were started again from the likelier one: "
+            "their agreement is not independent"
+        )
+    reasons += [
+        f"the halves' {'' if evidence.joined else 'independent '}ab initio maps agree to {evidence.periods:.1f} periods per particle diameter",
+        f"they give {100 * evidence.posed:.0f} % of the same images the same pose (within 20 degrees)",
+        f"a median of {evidence.effective:.1f} poses per particle is left",
+    ]
+    advice = ""
+    if level != "trust":
+        advice = (
+            "Compare a run with another --seed, try --preset thorough, and check mask diameter, CTF and symmetry with "
+            "`cryorbit inspect`; junk and mixed particles do this too."
+        )
+    return Verdict(chance, level, tuple(reasons), advice)
+
+
+def sentence(verdict: Verdict, count: int, masked: float, unmasked: float, nyquist: float) -> str:
+    """What a biologist can act on."""
+    limit = ", the limit of the pixel size," if masked < 1.01 * nyquist else ""
+    agree = (
+        f"the half maps of {count} particles agree to {masked:.1f} A{limit} inside the molecule's mask and {unmasked:.1f} A without "
+        "it (FSC 0.143)"
+    )
+    chance = f"{100 * verdict.probability:.0f} % of simulated runs with such evidence were right"
+    because = "; ".join(verdict.reasons)
+    if verdict.level == "trust":
+        return f"Trust to {masked:.1f} A: {agree}; {because}. {chance[0].upper()}{chance[1:]}."
+    opening = "Do not trust this map yet" if verdict.level == "doubt" else "Do not trust this map"
+    return f"{opening}: {chance}. {because[0].upper()}{because[1:]}; {agree}. {verdict.advice}"
