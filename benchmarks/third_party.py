@@ -3,7 +3,8 @@
     python benchmarks/third_party.py ../shared/data
 
 `toy`: cryoDRGN's toy_projections (1,000 clean images, poses known). `50S`: tomoDRGN's 10076_classE_32_sim (720 images, SNR 0.056, CTF,
-poses known; dark; its true map is there too, so the poses a perfect map would give are reported beside ours). `apoferritin`: 1,357 real particles of EMPIAR-10146 (octahedral, dark, no pose truth).
+poses known; dark; its true map is there too, so the poses a perfect map would give are reported beside ours). `apoferritin`: 1,357 real
+particles of EMPIAR-10146 (octahedral, dark, no pose truth).
 """
 
 import argparse

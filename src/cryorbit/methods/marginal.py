@@ -130,6 +130,7 @@ class Marginal:
         self.motion = unmoved(stack.box // 2 + 1)  # of map 2 onto map 1
         self.paired = torch.zeros((), dtype=torch.bool)
         self.joined = torch.zeros((), dtype=torch.bool)
+        self.at_pairing = torch.zeros(2)  # periods and share of equal poses when the winners were laid on each other
         self.correlation = torch.ones(stack.box // 2 + 1)
         self.still = torch.zeros((), dtype=torch.int64)
         self.broad = torch.zeros((), dtype=torch.int64)
@@ -279,6 +280,7 @@ class Marginal:
     def _pair(self, radius: int) -> None:
         """Lay the two winners on each other; if they disagree, the likelier one starts both halves."""
         agreement = self._compare(radius)
+        self.at_pairing = torch.tensor([self.periods(agreement.reach), agreement.posed])
         if self.periods(agreement.reach) >= _AGREED:
             self.motion = agreement
         else:
@@ -341,7 +343,18 @@ class Marginal:
             effective[own] = result.effective.cpu()
         return rotations, shifts, effective
 
-    _SCALARS = ("march", "settled", "batch", "intensity", "paired", "joined", "correlation", "still", "broad")
+    _SCALARS = (
+        "march",
+        "settled",
+        "batch",
+        "intensity",
+        "paired",
+        "joined",
+        "at_pairing",
+        "correlation",
+        "still",
+        "broad",
+    )
 
     def state(self) -> State:
         """Tensors that continue the run exactly."""

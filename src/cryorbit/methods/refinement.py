@@ -13,14 +13,24 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from cryorbit.errors import DataError
 from cryorbit.groups import so3
-from cryorbit.metrics.fsc import fsc
-from cryorbit.metrics.masks import soft_sphere
+from cryorbit.methods.online_em import rotation_grid
+from cryorbit.metrics.fsc import masked_fsc
+from cryorbit.metrics.masks import mask_from_map, soft_sphere
 from cryorbit.physics.cryoem import forward
 from cryorbit.physics.fourier import FourierDisk, resize_volume
 from cryorbit.physics.shift import phase_ramp
-from cryorbit.physics.slicing import Accumulator, SlicingGrid, insert_slices, slicing_grid, volume_from_accumulator
+from cryorbit.physics.slicing import (
+    Accumulator,
+    SlicingGrid,
+    insert_slices,
+    slice_grid,
+    slicing_grid,
+    volume_from_accumulator,
+)
 from cryorbit.physics.spectrum import mean_weight, shell_mean
+from cryorbit.poses.grid import expectation, shift_grid, with_half_turns
 from cryorbit.poses.table import refine_poses
 from cryorbit.training.checkpoint import State
 from cryorbit.training.dataset import FourierStack
@@ -44,6 +54,9 @@ class RefinementConfig:
         The radius reaches to the last shell where the halves correlate by this much, plus two.
     fit_shift
         Whether shifts are refined.
+    search_order, search_every
+        Every so many sweeps (0: never) each particle is scored against a whole grid of rotations of this HEALPix order, so that it can
+        leave a wrong mode.
     """
 
     sweeps: int = 8
@@ -52,6 +65,8 @@ class RefinementConfig:
     radius_growth: float = 1.5
     fsc_radius: float = 0.2
     fit_shift: bool = True
+    search_order: int = 2
+    search_every: int = 2
 
 
 class Refinement:
@@ -101,6 +116,7 @@ class Refinement:
         self.half_set = half_set
         self.mask = soft_sphere(stack.box, 0.5 * mask_diameter / stack.pixel_size, 3.0).to(device)
         self.limit = int(stack.disk.shell.max())
+        self.search_radius = radius
         shells = self.limit + 2
         self.intensity = torch.ones(len(stack)) if intensity is None else intensity.cpu()
         first, second = (resize_volume(one.to(device), stack.box) * self.mask for one in start)
@@ -149,6 +165,8 @@ class Refinement:
         if index == 0:
             t["noise"] = self._initial_noise()
         before = t["rotations"].clone()
+        every = self.config.search_every
+        search = bool(every) and index % every == 1
         accumulators, power, count = [], torch.zeros_like(t["noise"]), 0
         for half in (1, 2):
             members = torch.nonzero(self.half_set == half)[:, 0]
@@ -156,6 +174,8 @@ class Refinement:
             accumulator: Accumulator | None = None
             for chosen in members.split(self.config.batch):
                 self._refine(grid, chosen, radius, self.candidates if index == 0 else None)
+                if search:
+                    self._search(grid, chosen, radius)
                 accumulator, residual = self._insert(grid, chosen, accumulator)
                 power += residual
                 count += len(chosen)
@@ -196,25 +216,13 @@ class Refinement:
     ) -> None:
         """Gauss-Newton for the particles ``chosen``; with ``candidates``, from each of them, keeping the best."""
         t = self.tensors
-        disk, keep, precision = self._precision(radius)
-        images, ctf = self.stack.images(chosen)[:, keep], self._ctf(chosen)[:, keep]
         if candidates is None:
             starts = [(t["rotations"][chosen], t["shifts"][chosen])]
         else:
             starts = [(candidates[0][chosen, m], candidates[1][chosen, m]) for m in range(candidates[0].shape[1])]
         best: tuple[Tensor, Tensor, Tensor] | None = None
         for rotation, shift in starts:
-            r, s, loss = refine_poses(
-                grid,
-                images,
-                ctf,
-                precision,
-                rotation.to(images.device),
-                shift.to(images.device),
-                disk,
-                iterations=self.config.iterations,
-                fit_shift=self.config.fit_shift,
-            )
+            r, s, loss = self._descend(grid, chosen, radius, rotation, shift)
             if best is None:
                 best = (r, s, loss)
             else:
@@ -227,6 +235,47 @@ class Refinement:
         assert best is not None
         t["rotations"][chosen], t["shifts"][chosen] = best[0].cpu(), best[1].cpu()
         t["log_likelihood"][chosen] = -best[2].to(torch.float32).cpu()
+
+    def _descend(
+        self, grid: SlicingGrid, chosen: Int[Tensor, " b"], radius: int, rotations: Tensor, shifts: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Levenberg-Marquardt for the particles ``chosen`` from the poses given: poses and loss."""
+        disk, keep, precision = self._precision(radius)
+        images, ctf = self.stack.images(chosen)[:, keep], self._ctf(chosen)[:, keep]
+        return refine_poses(
+            grid,
+            images,
+            ctf,
+            precision,
+            rotations.to(images.device),
+            shifts.to(images.device),
+            disk,
+            iterations=self.config.iterations,
+            fit_shift=self.config.fit_shift,
+        )
+
+    def _search(self, grid: SlicingGrid, chosen: Int[Tensor, " b"], radius: int) -> None:
+        """Refine from the best rotation of the whole grid the particles that fit there elsewhere than where they are; keep the better."""
+        t, low = self.tensors, self.search_radius
+        disk, keep, precision = self._precision(low)
+        spread = float(t["shifts"].std()) if self.config.fit_shift else 0.0
+        shifts = shift_grid(3 * spread, min(0.38 * self.stack.box / low, max(3 * spread, 1e-3)), spread)
+        rotations = rotation_grid(self.config.search_order, self.symmetry)
+        images, ctf = self.stack.images(chosen)[:, keep], self._ctf(chosen)[:, keep]
+        slices = slice_grid(grid, rotations, disk)
+        found = expectation(images, ctf, slices, precision, shifts, disk, sums=False)
+        best = with_half_turns(rotations)[found.best[:, 0]].cpu()
+        apart = so3.distance(best[:, None] @ self.symmetry.cpu(), t["rotations"][chosen, None]).amin(dim=1)
+        away = apart > 1.2 * so3.grid_spacing(self.config.search_order)
+        if not bool(away.any()):
+            return
+        others = chosen[away]
+        start = best[away], shifts.points[found.best_shift[away, 0].cpu()]
+        r, s, loss = self._descend(grid, others, radius, *start)
+        _, _, now = self._descend(grid, others, radius, t["rotations"][others], t["shifts"][others])
+        win = loss < now
+        t["rotations"][others] = torch.where(win[:, None, None].cpu(), r.cpu(), t["rotations"][others])
+        t["shifts"][others] = torch.where(win[:, None].cpu(), s.cpu(), t["shifts"][others])
 
     def _insert(
         self, grid: SlicingGrid, chosen: Int[Tensor, " b"], out: Accumulator | None
@@ -250,16 +299,26 @@ class Refinement:
         first, second = accumulators
         for name, accumulator in (("half_1", first), ("half_2", second)):
             t[name] = volume_from_accumulator(accumulator, 1e-3 * mean_weight(accumulator, shells))
-        t["fsc"] = fsc(t["half_1"] * self.mask, t["half_2"] * self.mask).cpu()
+        mask = self._solvent_mask()
+        randomness = torch.Generator().manual_seed(0)
+        t["fsc"] = masked_fsc(t["half_1"].cpu(), t["half_2"].cpu(), mask.cpu(), randomness).corrected.float()
         beyond = torch.arange(len(t["fsc"])) > self._agreement(0.143)
         trusted = torch.where(beyond, 0.0, t["fsc"])  # chance correlations past the crossing are noise
         correlation = torch.cat([trusted, trusted[-1:]]).clamp(1e-3, 0.999)
         correlation[0] = 0.999
         ssnr = correlation / (1 - correlation)
         for name, accumulator in (("reference_1", first), ("reference_2", second)):
-            t[name] = volume_from_accumulator(accumulator, mean_weight(accumulator, shells) / ssnr) * self.mask
+            t[name] = volume_from_accumulator(accumulator, mean_weight(accumulator, shells) / ssnr) * mask
         both = first + second
         t["map"] = volume_from_accumulator(both, mean_weight(both, shells) / (2 * ssnr))
+
+    def _solvent_mask(self) -> Float[Tensor, "d d d"]:
+        """The molecule's own soft mask inside the sphere: what lies outside it in a reference is noise."""
+        both = 0.5 * (self.tensors["half_1"] + self.tensors["half_2"]) * self.mask
+        try:
+            return self.mask * mask_from_map(both, self.stack.pixel_size).to(self.mask)
+        except DataError:  # nothing bright enough to draw a mask around
+            return self.mask
 
     def _agreement(self, threshold: float) -> float:
         """Last shell before the FSC first falls below ``threshold``."""

@@ -202,6 +202,8 @@ def check(config: RunConfig) -> None:
         "refine.sweeps": config.refine.sweeps > 0,
         "refine.batch": config.refine.batch > 0,
         "refine.iterations": config.refine.iterations > 0,
+        "refine.search_order": 0 <= config.refine.search_order <= 4,
+        "refine.search_every": config.refine.search_every >= 0,
         "refine.radius_growth": config.refine.radius_growth > 1,
         "refine.fsc_radius": 0 < config.refine.fsc_radius < 1,
     }

@@ -178,12 +178,7 @@ def _run(config: RunConfig, inputs: Inputs, output: Path, progress: Progress | N
     agreement = engine.agreement()
     candidates = _assign(engine, output / "checkpoint" / "assigned.safetensors", fingerprint)
     seconds["assign"] = time.monotonic() - begun
-    evidence = Evidence(
-        bool(engine.joined),
-        engine.periods(agreement.reach),
-        agreement.posed,
-        float(candidates["effective"].median()),
-    )
+    evidence = _evidence(engine, agreement, candidates["effective"])
     begun = time.monotonic()
     inputs, maps = _settle_contrast(config, inputs, engine)
     refinement = _refine(
@@ -233,6 +228,14 @@ def _assign(engine: Marginal, path: Path, fingerprint: str) -> dict[str, Tensor]
     tensors = {"rotations": rotations.contiguous(), "shifts": shifts.contiguous(), "effective": effective}
     save_checkpoint(path, tensors, {"fingerprint": fingerprint})
     return tensors
+
+
+def _evidence(engine: Marginal, agreement: Agreement, effective: Float[Tensor, " n"]) -> Evidence:
+    """What ab initio knows about itself; independent agreement is only what there was before the halves were joined."""
+    periods, posed = engine.periods(agreement.reach), agreement.posed
+    if bool(engine.joined):
+        periods, posed = engine.at_pairing.tolist()
+    return Evidence(bool(engine.joined), periods, posed, float(effective.median()), float(engine.intensity.std()))
 
 
 def _settle_contrast(config: RunConfig, inputs: Inputs, engine: Marginal) -> tuple[Inputs, tuple[Tensor, Tensor]]:
@@ -334,9 +337,9 @@ def _summarise(
         "pose_effective_median": evidence.effective,
         "halves_independent": not evidence.joined,
         "halves_periods": evidence.periods,
-        "halves_same_pose": agreement.posed,
+        "halves_same_pose": evidence.posed,
+        "intensity_sd": evidence.intensity_sd,
         "halves_pose_difference_deg": agreement.pose_deg,
-        "intensity_sd": float(refinement.intensity.std()),
         "contrast": "dark" if inputs.particles.sign < 0 else "light",
         "hand_flipped": config.flip_hand,
         "pose_change_deg": float(torch.rad2deg(t["pose_change"])),

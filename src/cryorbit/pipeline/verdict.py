@@ -6,7 +6,7 @@ from dataclasses import dataclass
 TRUSTED, DOUBTED = 0.9, 0.5
 
 # Logistic regression on the runs of benchmarks/results/success_rate.json (benchmarks/success_rate.py --fit): weights of `features`.
-WEIGHTS = {"constant": -6.0, "joined": -2.0, "periods": 0.8, "posed": 6.0, "sharpness": 0.0}
+WEIGHTS = {"constant": -6.0, "joined": -2.0, "periods": 0.8, "posed": 6.0, "sharpness": 0.0, "unevenness": 0.0}
 
 
 @dataclass(frozen=True)
@@ -18,17 +18,20 @@ class Evidence:
     joined
         The halves' first maps disagreed, so both were started again from the likelier one.
     periods
-        Fourier periods per particle diameter to which the halves' ab initio maps correlate by 0.5.
+        Fourier periods per particle diameter to which the halves' ab initio maps correlate by 0.5; before the join where there was one.
     posed
-        Share of images to which the two ab initio maps give poses within 20 degrees.
+        Share of images to which the two ab initio maps give poses within 20 degrees; likewise.
     effective
         Median effective number of poses per particle that ab initio left, over the asymmetric unit.
+    intensity_sd
+        Standard deviation over particles of how much stronger than the map each is.
     """
 
     joined: bool
     periods: float
     posed: float
     effective: float
+    intensity_sd: float
 
     def features(self) -> dict[str, float]:
         """Numbers the chance of being right is a logistic function of."""
@@ -38,6 +41,7 @@ class Evidence:
             "periods": min(self.periods, 10.0),
             "posed": self.posed,
             "sharpness": -math.log(max(self.effective, 1.0)),
+            "unevenness": self.intensity_sd,
         }
 
 
@@ -68,8 +72,8 @@ def judge(evidence: Evidence) -> Verdict:
             "their agreement is not independent"
         )
     reasons += [
-        f"the halves' {'' if evidence.joined else 'independent '}ab initio maps agree to {evidence.periods:.1f} periods per particle diameter",
-        f"they give {100 * evidence.posed:.0f} % of the same images the same pose (within 20 degrees)",
+        f"the halves' independent ab initio maps agree{'d' if evidence.joined else ''} to {evidence.periods:.1f} periods per particle diameter",
+        f"they g{'ave' if evidence.joined else 'ive'} {100 * evidence.posed:.0f} % of the same images the same pose (within 20 degrees)",
         f"a median of {evidence.effective:.1f} poses per particle is left",
     ]
     advice = ""

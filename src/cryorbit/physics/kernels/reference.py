@@ -183,7 +183,7 @@ def posterior(
     of poses (N,), shift probabilities (N, S), posterior means of the cross term and of twice ``power`` (N,), and the ``modes`` best
     rotations (N, M) with the shift of each.
     """
-    count, shifts, halves = even.shape
+    halves = even.shape[2]
     base = even - power[:, None, :] + log_prior[None, :, None]
     score = torch.cat([base + odd, base - odd], dim=2)
     peak, peak_shift = score.max(dim=1)
