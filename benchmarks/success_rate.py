@@ -86,7 +86,7 @@ CELLS = [
     Cell("10k, 0 dB", count=10_000, snr_db=0.0, seeds=5),
     Cell("10k, -10 dB", count=10_000, seeds=5),
     Cell("10k, -15 dB", count=10_000, snr_db=-15.0, seeds=5),
-    Cell("10k, -20 dB", count=10_000, snr_db=-20.0, seeds=4),
+    Cell("10k, -20 dB", count=10_000, snr_db=-20.0, seeds=5),
     Cell("no shifts, no CTF, 0 dB", snr_db=0.0, shift_sigma_px=0.0, defocus=None),
     Cell("-10 dB", seeds=20),
     Cell("-15 dB", snr_db=-15.0, seeds=20),
@@ -104,8 +104,8 @@ CELLS = [
     Cell("apoferritin O, -10 dB", "apoferritin", seeds=5),
     Cell("pure noise", snr_db=-60.0, hopeless=True),
     Cell("two molecules", second="haemoglobin", hopeless=True),
-    Cell("20k at 6 A, SNR .032", "GroEL 6 A", count=20_000, snr_db=-14.95, seeds=2),
-    Cell("20k at 6 A, SNR .016, no shifts", "GroEL 6 A", count=20_000, snr_db=-17.96, shift_sigma_px=0.0, seeds=2),
+    Cell("20k at 6 A, SNR .032", "GroEL 6 A", count=20_000, snr_db=-14.95, seeds=5),
+    Cell("20k at 6 A, SNR .016, no shifts", "GroEL 6 A", count=20_000, snr_db=-17.96, shift_sigma_px=0.0, seeds=5),
 ]
 
 
