@@ -13,7 +13,9 @@ def reconstruct(
     mask_diameter: float = typer.Option(
         0.0, "--mask-diameter", help="Particle diameter in angstrom (0: 85 % of the box)."
     ),
-    symmetry: str = typer.Option("C1", "--symmetry", help="Point group imposed on the map: C1, Cn, Dn, T, O, I."),
+    symmetry: str = typer.Option(
+        "C1", "--symmetry", help="Point group imposed on the map: C1, Cn, Dn, T, O, I; auto looks for one."
+    ),
     preset: str = typer.Option("default", "--preset", help="fast, default or thorough."),
     datadir: Path | None = typer.Option(None, "--datadir", help="Folder the image stacks are looked up in."),
     pixel_size: float = typer.Option(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cryorbit.groups import so3
 from cryorbit.methods.online_em import Grids, OnlineEM
-from cryorbit.metrics.align import align_poses
+from cryorbit.metrics.align import align_poses, improve_alignment
 from cryorbit.metrics.fsc import fsc
 from cryorbit.metrics.resample import move_volume
 from cryorbit.types import Poses
@@ -52,7 +52,7 @@ def unmoved(shells: int) -> Agreement:
 def compare(
     first: tuple[OnlineEM, Grids], second: tuple[OnlineEM, Grids], chosen: Int[Tensor, " b"], symmetry: Tensor
 ) -> Agreement:
-    """Lay ``second`` on ``first`` by the poses both give to the particles ``chosen``.
+    """Lay ``second`` on ``first`` by the poses both give to the particles ``chosen``, then exactly by the maps.
 
     Parameters
     ----------
@@ -65,7 +65,8 @@ def compare(
     """
     one, two = (run.top_poses(chosen, grids) for run, grids in (first, second))
     found = align_poses(two, one, symmetry.cpu().double())
-    rotation, shift = found.rotation.float(), found.shift.float()
+    start = found.rotation.float(), found.shift.float(), found.mirrored
+    rotation, shift, _ = improve_alignment(second[0].volume, first[0].volume, start)
     moved = move_volume(second[0].volume, rotation, shift, found.mirrored) * second[0].mask
     radius = first[1].radius
     curve = fsc(first[0].volume.cpu(), moved.cpu()).float()[: radius + 1]
@@ -74,3 +75,37 @@ def compare(
     error = torch.rad2deg(found.error)
     same = float((error < SAME_POSE_DEG).double().mean())
     return Agreement(rotation, shift, found.mirrored, curve, reach, float(error.median()), same)
+
+
+def symmetry_gain(
+    run: OnlineEM,
+    volume: Float[Tensor, "d d d"],
+    chosen: Int[Tensor, " b"],
+    grids: Grids,
+    group: Float[Tensor, "s 3 3"],
+    axes: Agreement,
+) -> Float[Tensor, " b"]:
+    """By how much symmetrising a map raises the log likelihood of the particles ``chosen``, which it has not seen.
+
+    Parameters
+    ----------
+    run
+        Whose noise and shift prior are used.
+    volume
+        Its map, in the frame in which ``axes`` was found.
+    chosen, grids
+        Particles, and the grids to search.
+    group
+        The identity, then the other rotations.
+    axes
+        Motion that lays the map's axes where ``group`` has them.
+    """
+    trial = OnlineEM(run.stack, run.mask, run.symmetry, run.tau_fudge, float(run.shift_sigma))
+    trial.noise = run.noise
+    laid = axes.moved(volume)
+    likelihood = []
+    for elements in (group[:1], group):  # moved once more either way: what moving costs is not held against the group
+        moved = [move_volume(laid, element, torch.zeros(3)) for element in elements]
+        trial.volume = torch.stack(moved).mean(dim=0) * run.mask
+        likelihood.append(trial.log_likelihood(chosen, grids))
+    return (likelihood[1] - likelihood[0]).cpu()

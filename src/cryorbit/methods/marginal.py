@@ -256,14 +256,15 @@ class Marginal:
         if last:
             self._pair(radius)
 
-    def _sample(self, half: int) -> Int[Tensor, " b"]:
+    def sample(self, half: int) -> Int[Tensor, " b"]:
+        """The images of a half by which runs are compared: always the same."""
         members = self.members[half]
         generator = torch.Generator().manual_seed(self.seed * 7 + half)
         return members[torch.randperm(len(members), generator=generator)[:_SAMPLE]]
 
     def _judge(self, half: int, radius: int) -> None:
         """Mean log likelihood of images of the other half, for each run of ``half``."""
-        held_out = self._sample(3 - half)
+        held_out = self.sample(3 - half)
         for run in self.runs[half].values():
             run.likelihood = run.log_likelihood(held_out, self.grids(run, radius)).mean().cpu()
 
@@ -272,10 +273,10 @@ class Marginal:
         best = [max(self.runs[half].values(), key=lambda run: float(run.likelihood)) for half in HALVES]
         return best[0], best[1]
 
-    def _compare(self, radius: int) -> Agreement:
+    def _compare(self, radius: int, group: Float[Tensor, "s 3 3"] | None = None) -> Agreement:
         first, second = ((run, self.grids(run, radius)) for run in self.winners())
-        chosen = torch.cat([self._sample(half) for half in HALVES])
-        return compare(first, second, chosen, self.symmetry)
+        chosen = torch.cat([self.sample(half) for half in HALVES])
+        return compare(first, second, chosen, self.symmetry if group is None else group)
 
     def _pair(self, radius: int) -> None:
         """Lay the two winners on each other; if they disagree, the likelier one starts both halves."""
@@ -308,8 +309,13 @@ class Marginal:
 
     # -- hand-over and resume ---------------------------------------------------------------------------------------------------
 
-    def agreement(self) -> Agreement:
-        """How the two winners compare at the end; from now on :meth:`maps` and :meth:`assign` use this motion."""
+    def agreement(self, group: Float[Tensor, "s 3 3"] | None = None) -> Agreement:
+        """How the two winners compare at the end; from now on :meth:`maps` and :meth:`assign` use this motion.
+
+        With ``group``, rotations that leave the first map as it is, only the comparison counts equivalent poses as one.
+        """
+        if group is not None:
+            return self._compare(self.radius(), group)
         self.motion = self._compare(self.radius())
         return self.motion
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from cryorbit.errors import DataError
 from cryorbit.groups import so3
 from cryorbit.methods.online_em import rotation_grid
+from cryorbit.metrics.align import improve_alignment
 from cryorbit.metrics.fsc import masked_fsc
 from cryorbit.metrics.masks import mask_from_map, soft_sphere
 from cryorbit.physics.cryoem import forward
@@ -34,6 +35,8 @@ from cryorbit.poses.grid import expectation, shift_grid, with_half_turns
 from cryorbit.poses.table import refine_poses
 from cryorbit.training.checkpoint import State
 from cryorbit.training.dataset import FourierStack
+
+_ALIGNED_PX = 0.05  # Fourier or real pixels by which the halves may lie off each other
 
 
 @dataclass(frozen=True)
@@ -171,16 +174,17 @@ class Refinement:
         for half in (1, 2):
             members = torch.nonzero(self.half_set == half)[:, 0]
             grid = slicing_grid(t[f"reference_{half}"], self.stack.disk.radius)
-            accumulator: Accumulator | None = None
             for chosen in members.split(self.config.batch):
                 self._refine(grid, chosen, radius, self.candidates if index == 0 else None)
                 if search:
                     self._search(grid, chosen, radius)
-                accumulator, residual = self._insert(grid, chosen, accumulator)
-                power += residual
+                power += self._residual(grid, chosen)
                 count += len(chosen)
-            assert accumulator is not None
-            accumulators.append(accumulator)
+            accumulators.append(self._inserted(members))
+            self._unfiltered(half, accumulators[-1])
+        if self._lay_second_on_first():
+            accumulators[1] = self._inserted(members)
+            self._unfiltered(2, accumulators[1])
         self._rebuild(accumulators)
         inside = torch.arange(len(t["noise"])) <= self.limit
         t["noise"] = torch.where(inside, torch.maximum(power / count, 1e-6 * t["noise"]), t["noise"])
@@ -277,28 +281,50 @@ class Refinement:
         t["rotations"][others] = torch.where(win[:, None, None].cpu(), r.cpu(), t["rotations"][others])
         t["shifts"][others] = torch.where(win[:, None].cpu(), s.cpu(), t["shifts"][others])
 
-    def _insert(
-        self, grid: SlicingGrid, chosen: Int[Tensor, " b"], out: Accumulator | None
-    ) -> tuple[Accumulator, Float[Tensor, " k"]]:
-        """Insert the particles at their poses over the whole disk; also the residual power per shell."""
-        t = self.tensors
-        disk = self.stack.disk.to(self.stack.device)
+    def _residual(self, grid: SlicingGrid, chosen: Int[Tensor, " b"]) -> Float[Tensor, " k"]:
+        """Power per shell of what the reference does not explain, summed over the particles."""
+        t, disk = self.tensors, self.stack.disk.to(self.stack.device)
         images, ctf = self.stack.images(chosen), self._ctf(chosen)
         rotations, shifts = t["rotations"][chosen].to(images.device), t["shifts"][chosen].to(images.device)
         residual = images - forward(grid, rotations, shifts, disk, ctf)
-        values = images * ctf * phase_ramp(shifts, disk).conj()
-        for element in self.symmetry:
-            out = insert_slices(values, ctf.square(), rotations @ element, disk, out=out)
+        return self._shell_mean(residual.abs().square().sum(dim=0))
+
+    def _inserted(self, members: Int[Tensor, " n"]) -> Accumulator:
+        """The particles ``members`` at their poses, over the whole disk."""
+        t, disk = self.tensors, self.stack.disk.to(self.stack.device)
+        out: Accumulator | None = None
+        for chosen in members.split(self.config.batch):
+            images, ctf = self.stack.images(chosen), self._ctf(chosen)
+            rotations, shifts = t["rotations"][chosen].to(images.device), t["shifts"][chosen].to(images.device)
+            values = images * ctf * phase_ramp(shifts, disk).conj()
+            for element in self.symmetry:
+                out = insert_slices(values, ctf.square(), rotations @ element, disk, out=out)
         assert out is not None
-        return out, self._shell_mean(residual.abs().square().sum(dim=0))
+        return out
+
+    def _unfiltered(self, half: int, accumulator: Accumulator) -> None:
+        weight = mean_weight(accumulator, self.stack.box // 2 + 2)
+        self.tensors[f"half_{half}"] = volume_from_accumulator(accumulator, 1e-3 * weight)
+
+    def _lay_second_on_first(self) -> bool:
+        """Turn and shift the poses of half 2 so that its map lies on that of half 1: nothing else holds the two together."""
+        t, mask = self.tensors, self._solvent_mask()
+        still = torch.eye(3), torch.zeros(3), False
+        rotation, shift, _ = improve_alignment(t["half_2"] * mask, t["half_1"] * mask, still)
+        angle = float(so3.distance(rotation, torch.eye(3)))
+        if angle * self.limit < _ALIGNED_PX and float(shift.norm()) < _ALIGNED_PX:
+            return False
+        second = self.half_set == 2
+        turned = t["rotations"][second] @ rotation.T
+        t["rotations"][second] = turned
+        t["shifts"][second] -= (turned @ shift)[:, :2]
+        return True
 
     def _rebuild(self, accumulators: list[Accumulator]) -> None:
-        """Unfiltered halves, their FSC inside the spherical mask, and the filtered references (Wiener; Scheres 2012 eq. 9)."""
+        """FSC of the halves inside the solvent mask, and the filtered references (Wiener; Scheres 2012 eq. 9)."""
         t = self.tensors
         shells = self.stack.box // 2 + 2
         first, second = accumulators
-        for name, accumulator in (("half_1", first), ("half_2", second)):
-            t[name] = volume_from_accumulator(accumulator, 1e-3 * mean_weight(accumulator, shells))
         mask = self._solvent_mask()
         randomness = torch.Generator().manual_seed(0)
         t["fsc"] = masked_fsc(t["half_1"].cpu(), t["half_2"].cpu(), mask.cpu(), randomness).corrected.float()

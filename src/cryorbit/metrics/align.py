@@ -17,11 +17,19 @@ from torch import Tensor
 
 from cryorbit.errors import DataError
 from cryorbit.groups.so3 import distance, healpix_grid
-from cryorbit.metrics.map_search import MapAlignment, align_volumes
+from cryorbit.metrics.map_search import MapAlignment, align_volumes, improve_alignment
 from cryorbit.metrics.poses import PoseSummary, rotation_errors, summarise
 from cryorbit.types import Poses
 
-__all__ = ["MapAlignment", "PoseAlignment", "align_poses", "align_volumes", "chance_level", "mirror_rotations"]
+__all__ = [
+    "MapAlignment",
+    "PoseAlignment",
+    "align_poses",
+    "align_volumes",
+    "chance_level",
+    "improve_alignment",
+    "mirror_rotations",
+]
 
 _SHARPNESS = (
     5  # the search kernel is cos(angle / 2) ** (2 * 2**5): half height at 17 degrees, for a grid that leaves at most 12

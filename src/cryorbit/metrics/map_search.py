@@ -253,6 +253,22 @@ def align_volumes(
     return MapAlignment(laid, rotation, shift_px * pixel_size, mirrored, correlation, score, other)
 
 
+def improve_alignment(
+    moving: Float[Tensor, "d d d"], reference: Float[Tensor, "d d d"], start: Motion, *, rounds: int = 3
+) -> Motion:
+    """The nearest best motion to one that is about right: rotation (3, 3), shift (3,) pixels, hand (kept).
+
+    Every shell to where the FSC ends counts by what it is worth; the reach grows as the maps fall into place.
+    """
+    a, b = (v.detach().to("cpu", torch.float32) for v in (moving, reference))
+    motion = start[0].to("cpu", torch.float32), start[1].to("cpu", torch.float32), start[2]
+    with _one_thread():
+        pair = _pair(a, b, min(_LARGEST_RADIUS, b.shape[-1] // 2 - 1))
+        for _ in range(rounds):
+            motion = _refine(pair, pair.worth(motion), motion)
+    return motion
+
+
 def _best_motion(
     a: Float[Tensor, "d d d"], b: Float[Tensor, "d d d"], start: Motion | None, candidates: int
 ) -> tuple[Float[Tensor, "3 3"], Float[Tensor, "3"], bool, float, float]:

@@ -15,7 +15,8 @@ from cryorbit.methods.refinement import RefinementConfig
 
 T = TypeVar("T")
 
-CONTRASTS = ("auto", "light", "dark")
+AUTO = "auto"
+CONTRASTS = (AUTO, "light", "dark")
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "fast": (
@@ -48,7 +49,7 @@ class RunConfig:
     mask_diameter
         Particle diameter in angstrom; 0 takes 85 % of the box.
     symmetry
-        Point group imposed on the map (C1, Cn, Dn, T, O, I).
+        Point group imposed on the map (C1, Cn, Dn, T, O, I); ``auto`` looks for one on the map of a run without.
     preset
         The preset the other values started from.
     seed

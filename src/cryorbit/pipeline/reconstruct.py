@@ -1,138 +1,36 @@
-"""From a particle stack to a map and poses: ab initio -> assignment -> refinement -> files. Orchestration only."""
+"""From a particle stack to a map and poses: ab initio -> handover -> refinement -> files. Orchestration only."""
 
 import math
-import re
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from cryorbit.errors import ConfigError, DataError
+from cryorbit.errors import DataError
 from cryorbit.groups import so3
-from cryorbit.groups.point import point_group
-from cryorbit.io.examine import examine_particles
-from cryorbit.io.particle_set import duplicate_groups
-from cryorbit.io.particles import ParticleSet, open_particles
-from cryorbit.methods.halves import Agreement
 from cryorbit.methods.marginal import Marginal
 from cryorbit.methods.refinement import Refinement
 from cryorbit.metrics.fsc import MaskedFSC, masked_fsc, resolution
-from cryorbit.metrics.masks import contrast_sign, mask_from_map, soft_sphere
+from cryorbit.metrics.masks import mask_from_map, soft_sphere
 from cryorbit.metrics.resample import inverted
 from cryorbit.physics.cryoem import forward
 from cryorbit.physics.fourier import disk_to_images
 from cryorbit.physics.slicing import slicing_grid
 from cryorbit.pipeline import outputs
-from cryorbit.pipeline.config import RunConfig, check, to_toml
+from cryorbit.pipeline.config import RunConfig, to_toml
+from cryorbit.pipeline.handover import Handover, hand_over
+from cryorbit.pipeline.inputs import Inputs, prepare
 from cryorbit.pipeline.rundir import locked, open_run
-from cryorbit.pipeline.verdict import Evidence, judge, sentence
-from cryorbit.training.checkpoint import load_checkpoint, save_checkpoint
+from cryorbit.pipeline.verdict import judge, sentence
 from cryorbit.training.dataset import FourierStack
 from cryorbit.training.history import History
 from cryorbit.training.loop import Progress, run
 from cryorbit.types import Poses, Reconstruction, Volume
 
-FEWEST_PARTICLES = 20
 _EXAMPLES = 10
-_ASSIGN_BATCH = 2000
-_DARK = "particles.star points to the dark images as they are on disk: invert them before RELION refines from it"
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The particles of a run and what was decided about them."""
-
-    particles: ParticleSet
-    mask_diameter: float
-    symmetry: Float[Tensor, "s 3 3"]
-    half_set: Int[Tensor, " n"]
-    device: torch.device
-    warnings: tuple[str, ...]
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto`` is CUDA when present; a device that is asked for and absent is an error, not a fallback."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ConfigError("CONF020", f"--device {name} is not a device", "use auto, cpu, cuda or cuda:0")
-    device = torch.device(name)
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ConfigError(
-            "CONF021",
-            f"--device {name}: this torch sees {count} CUDA devices",
-            "use --device cpu, or install torch with CUDA",
-        )
-    return device
-
-
-def split_halves(particles: ParticleSet, seed: int) -> Int[Tensor, " n"]:
-    """Half sets from the file, where it has both, else a balanced random split; rows that show the same image share a half."""
-    if particles.half_set is not None:
-        given = torch.as_tensor(particles.half_set, dtype=torch.int64)
-        if (
-            bool(((given == 1) | (given == 2)).all())
-            and min(int((given == h).sum()) for h in (1, 2)) >= FEWEST_PARTICLES // 2
-        ):
-            return given
-    image = torch.from_numpy(duplicate_groups(particles))
-    _, image = torch.unique(image, return_inverse=True)
-    count = int(image.max()) + 1
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    half = torch.ones(count, dtype=torch.int64)
-    half[order[: count // 2]] = 2
-    return half[image]
-
-
-def prepare(config: RunConfig) -> Inputs:
-    """Open and check the particles; everything that can be refused is refused here, before any work."""
-    check(config)
-    device = choose_device(config.device)
-    symmetry = point_group(config.symmetry).to(torch.float32)
-    path = Path(config.particles)
-    stated = {name: getattr(config, name) for name in ("voltage", "spherical_aberration", "amplitude_contrast")}
-    options: dict[str, Any] = {
-        "datadir": Path(config.datadir) if config.datadir else None,
-        "pixel_size": config.pixel_size or None,
-        "invert_contrast": config.contrast == "dark",
-        "ctf_given": {name: value for name, value in stated.items() if value},
-    }
-    examination = examine_particles(path, **options)
-    for finding in examination.findings:
-        if finding.level == "error":
-            raise DataError(finding.code or "DATA042", finding.message, finding.hint)
-    particles = open_particles(path, **options)
-    if len(particles) < FEWEST_PARTICLES:
-        raise DataError(
-            "DATA040", f"{config.particles} holds {len(particles)} particles, at least {FEWEST_PARTICLES} are needed"
-        )
-    extent = particles.box * particles.pixel_size
-    diameter = config.mask_diameter or 0.85 * extent
-    if not 4 * particles.pixel_size < diameter <= extent:
-        raise ConfigError(
-            "CONF022",
-            f"mask diameter {diameter:g} A does not fit a box of {extent:.1f} A ({particles.box} px of {particles.pixel_size:.3f} A)",
-            "give --mask-diameter in angstrom, a little more than the longest side of the particle",
-        )
-    warnings = [f.message + (f" ({f.hint})" if f.hint else "") for f in examination.findings if f.level == "warning"]
-    if config.no_ctf:
-        particles = replace(particles, ctf=None)
-    elif particles.ctf is None and len(particles.ctf_missing) < 6:
-        raise DataError(
-            "DATA041",
-            f"the CTF of {path.name} is incomplete: {', '.join(particles.ctf_missing)} missing",
-            "say it with --set (voltage=300, spherical_aberration=2.7, amplitude_contrast=0.1), or pass --no-ctf",
-        )
-    if not config.mask_diameter:
-        warnings.append(f"no --mask-diameter given: {diameter:.0f} A (85 % of the box) is used")
-    if config.contrast == "dark":
-        warnings.append(_DARK)
-    return Inputs(particles, diameter, symmetry, split_halves(particles, config.seed), device, tuple(warnings))
 
 
 def reconstruct(
@@ -172,22 +70,18 @@ def _run(config: RunConfig, inputs: Inputs, output: Path, progress: Progress | N
     seconds: dict[str, float] = {}
 
     begun = time.monotonic()
-    engine = _abinitio(config, inputs, output / "checkpoint", history, progress, fingerprint)
+    folder = output / "checkpoint"
+    engine = _abinitio(config, inputs, folder, history, progress, fingerprint)
     seconds["abinitio"] = time.monotonic() - begun
     begun = time.monotonic()
-    agreement = engine.agreement()
-    candidates = _assign(engine, output / "checkpoint" / "assigned.safetensors", fingerprint)
+    start = hand_over(config, inputs, engine, folder, fingerprint)
     seconds["assign"] = time.monotonic() - begun
-    evidence = _evidence(engine, agreement, candidates["effective"])
     begun = time.monotonic()
-    inputs, maps = _settle_contrast(config, inputs, engine)
-    refinement = _refine(
-        config, inputs, engine, maps, candidates, output / "checkpoint", history, progress, fingerprint
-    )
+    refinement = _refine(config, start, engine, folder, history, progress, fingerprint)
     seconds["refine"] = time.monotonic() - begun
 
-    result, curves = _summarise(config, inputs, refinement, evidence, agreement, seconds)
-    _write(output, inputs, refinement, result, curves, candidates["effective"])
+    result, curves = _summarise(config, start, refinement, seconds)
+    _write(output, start.inputs, refinement, result, curves, start.effective)
     return result
 
 
@@ -217,65 +111,31 @@ def _abinitio(
     return engine
 
 
-def _assign(engine: Marginal, path: Path, fingerprint: str) -> dict[str, Tensor]:
-    """Every particle's most probable grid poses under the ab initio maps; kept, so that a resumed run does not repeat it."""
-    if path.exists():
-        tensors, meta = load_checkpoint(path)
-        if meta.get("fingerprint") == fingerprint:
-            return tensors
-    parts = [engine.assign(chosen) for chosen in torch.arange(len(engine.stack)).split(_ASSIGN_BATCH)]
-    rotations, shifts, effective = (torch.cat([p[i].cpu() for p in parts]) for i in range(3))
-    tensors = {"rotations": rotations.contiguous(), "shifts": shifts.contiguous(), "effective": effective}
-    save_checkpoint(path, tensors, {"fingerprint": fingerprint})
-    return tensors
-
-
-def _evidence(engine: Marginal, agreement: Agreement, effective: Float[Tensor, " n"]) -> Evidence:
-    """What ab initio knows about itself; independent agreement is only what there was before the halves were joined."""
-    periods, posed = engine.periods(agreement.reach), agreement.posed
-    if bool(engine.joined):
-        periods, posed = engine.at_pairing.tolist()
-    return Evidence(bool(engine.joined), periods, posed, float(effective.median()), float(engine.intensity.std()))
-
-
-def _settle_contrast(config: RunConfig, inputs: Inputs, engine: Marginal) -> tuple[Inputs, tuple[Tensor, Tensor]]:
-    """The ab initio maps with bright density, and the particles with the sign that gives it, where the user left it open."""
-    first, second = engine.maps()
-    stack = engine.stack
-    if config.contrast != "auto" or contrast_sign(0.5 * (first + second), inputs.mask_diameter, stack.pixel_size) > 0:
-        return inputs, (first, second)
-    particles = replace(inputs.particles, sign=-inputs.particles.sign)
-    found = "the map is darker than its surroundings: the particles are taken as dark (--contrast light forbids it)"
-    return replace(inputs, particles=particles, warnings=(*inputs.warnings, found, _DARK)), (-first, -second)
-
-
 def _refine(
     config: RunConfig,
-    inputs: Inputs,
+    start: Handover,
     engine: Marginal,
-    maps: tuple[Tensor, Tensor],
-    candidates: dict[str, Tensor],
     folder: Path,
     history: History,
     progress: Progress | None,
     fingerprint: str,
 ) -> Refinement:
     stack = FourierStack(
-        inputs.particles,
-        0.5 * inputs.particles.box,
-        mask_diameter=inputs.mask_diameter,
+        start.inputs.particles,
+        0.5 * start.inputs.particles.box,
+        mask_diameter=start.inputs.mask_diameter,
         memory_gib=config.memory_gib,
-        device=inputs.device,
+        device=start.inputs.device,
     )
     refinement = Refinement(
         stack,
         config.refine,
-        mask_diameter=inputs.mask_diameter,
-        symmetry=inputs.symmetry,
-        start=maps,
+        mask_diameter=start.inputs.mask_diameter,
+        symmetry=start.inputs.symmetry,
+        start=start.maps,
         radius=engine.radius(),
-        candidates=(candidates["rotations"], candidates["shifts"] / stack.pixel_size),
-        half_set=inputs.half_set,
+        candidates=(start.rotations, start.shifts / stack.pixel_size),
+        half_set=start.inputs.half_set,
         intensity=engine.intensity,
     )
     run(
@@ -289,13 +149,9 @@ def _refine(
 
 
 def _summarise(
-    config: RunConfig,
-    inputs: Inputs,
-    refinement: Refinement,
-    evidence: Evidence,
-    agreement: Agreement,
-    seconds: dict[str, float],
+    config: RunConfig, start: Handover, refinement: Refinement, seconds: dict[str, float]
 ) -> tuple[Reconstruction, MaskedFSC]:
+    inputs, evidence = start.inputs, start.evidence
     t = refinement.tensors
     box, apix = refinement.stack.box, refinement.stack.pixel_size
     scale = refinement.stack.scale  # back to the images' own grey values, which RELION expects of a reference
@@ -327,7 +183,7 @@ def _summarise(
         "box": box,
         "particles": len(rotations),
         "mask_diameter_A": inputs.mask_diameter,
-        "symmetry": config.symmetry,
+        "symmetry": start.symmetry,
         "preset": config.preset,
         "seed": config.seed,
         "probability_right": verdict.probability,
@@ -339,7 +195,7 @@ def _summarise(
         "halves_periods": evidence.periods,
         "halves_same_pose": evidence.posed,
         "intensity_sd": evidence.intensity_sd,
-        "halves_pose_difference_deg": agreement.pose_deg,
+        "halves_pose_difference_deg": start.agreement.pose_deg,
         "contrast": "dark" if inputs.particles.sign < 0 else "light",
         "hand_flipped": config.flip_hand,
         "pose_change_deg": float(torch.rad2deg(t["pose_change"])),

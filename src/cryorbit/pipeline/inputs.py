@@ -1,0 +1,113 @@
+"""What a run works on: particles opened and checked, device, mask diameter, halves. Everything that can be refused is refused here."""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cryorbit.errors import ConfigError, DataError
+from cryorbit.groups.point import point_group
+from cryorbit.io.examine import examine_particles
+from cryorbit.io.particle_set import duplicate_groups
+from cryorbit.io.particles import ParticleSet, open_particles
+from cryorbit.pipeline.config import AUTO, RunConfig, check
+
+FEWEST_PARTICLES = 20
+DARK = "particles.star points to the dark images as they are on disk: invert them before RELION refines from it"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The particles of a run and what was decided about them."""
+
+    particles: ParticleSet
+    mask_diameter: float
+    symmetry: Float[Tensor, "s 3 3"]
+    half_set: Int[Tensor, " n"]
+    device: torch.device
+    warnings: tuple[str, ...]
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is CUDA when present; a device that is asked for and absent is an error, not a fallback."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ConfigError("CONF020", f"--device {name} is not a device", "use auto, cpu, cuda or cuda:0")
+    device = torch.device(name)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ConfigError(
+            "CONF021",
+            f"--device {name}: this torch sees {count} CUDA devices",
+            "use --device cpu, or install torch with CUDA",
+        )
+    return device
+
+
+def split_halves(particles: ParticleSet, seed: int) -> Int[Tensor, " n"]:
+    """Half sets from the file, where it has both, else a balanced random split; rows that show the same image share a half."""
+    if particles.half_set is not None:
+        given = torch.as_tensor(particles.half_set, dtype=torch.int64)
+        if (
+            bool(((given == 1) | (given == 2)).all())
+            and min(int((given == h).sum()) for h in (1, 2)) >= FEWEST_PARTICLES // 2
+        ):
+            return given
+    image = torch.from_numpy(duplicate_groups(particles))
+    _, image = torch.unique(image, return_inverse=True)
+    count = int(image.max()) + 1
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    half = torch.ones(count, dtype=torch.int64)
+    half[order[: count // 2]] = 2
+    return half[image]
+
+
+def prepare(config: RunConfig) -> Inputs:
+    """Open and check the particles; everything that can be refused is refused here, before any work."""
+    check(config)
+    device = choose_device(config.device)
+    symmetry = point_group("C1" if config.symmetry == AUTO else config.symmetry).to(torch.float32)
+    path = Path(config.particles)
+    stated = {name: getattr(config, name) for name in ("voltage", "spherical_aberration", "amplitude_contrast")}
+    options: dict[str, Any] = {
+        "datadir": Path(config.datadir) if config.datadir else None,
+        "pixel_size": config.pixel_size or None,
+        "invert_contrast": config.contrast == "dark",
+        "ctf_given": {name: value for name, value in stated.items() if value},
+    }
+    examination = examine_particles(path, **options)
+    for finding in examination.findings:
+        if finding.level == "error":
+            raise DataError(finding.code or "DATA042", finding.message, finding.hint)
+    particles = open_particles(path, **options)
+    if len(particles) < FEWEST_PARTICLES:
+        raise DataError(
+            "DATA040", f"{config.particles} holds {len(particles)} particles, at least {FEWEST_PARTICLES} are needed"
+        )
+    extent = particles.box * particles.pixel_size
+    diameter = config.mask_diameter or 0.85 * extent
+    if not 4 * particles.pixel_size < diameter <= extent:
+        raise ConfigError(
+            "CONF022",
+            f"mask diameter {diameter:g} A does not fit a box of {extent:.1f} A ({particles.box} px of {particles.pixel_size:.3f} A)",
+            "give --mask-diameter in angstrom, a little more than the longest side of the particle",
+        )
+    warnings = [f.message + (f" ({f.hint})" if f.hint else "") for f in examination.findings if f.level == "warning"]
+    if config.no_ctf:
+        particles = replace(particles, ctf=None)
+    elif particles.ctf is None and len(particles.ctf_missing) < 6:
+        raise DataError(
+            "DATA041",
+            f"the CTF of {path.name} is incomplete: {', '.join(particles.ctf_missing)} missing",
+            "say it with --set (voltage=300, spherical_aberration=2.7, amplitude_contrast=0.1), or pass --no-ctf",
+        )
+    if not config.mask_diameter:
+        warnings.append(f"no --mask-diameter given: {diameter:.0f} A (85 % of the box) is used")
+    if config.contrast == "dark":
+        warnings.append(DARK)
+    return Inputs(particles, diameter, symmetry, split_halves(particles, config.seed), device, tuple(warnings))
