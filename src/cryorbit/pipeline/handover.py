@@ -9,17 +9,18 @@ from torch import Tensor
 
 from cryorbit.errors import DataError
 from cryorbit.groups.point import point_group
-from cryorbit.methods.halves import Agreement, symmetry_gain, unmoved
-from cryorbit.methods.marginal import HALVES, Marginal
+from cryorbit.methods.halves import Agreement
+from cryorbit.methods.marginal import Marginal
 from cryorbit.metrics.masks import contrast_sign
 from cryorbit.metrics.symmetry import SymmetryFinding, detect_symmetry
 from cryorbit.pipeline.config import AUTO, RunConfig
 from cryorbit.pipeline.inputs import DARK, Inputs
 from cryorbit.pipeline.verdict import Evidence
 from cryorbit.training.checkpoint import load_checkpoint, save_checkpoint
-from cryorbit.types import Poses, Volume
+from cryorbit.types import Volume
 
 _ASSIGN_BATCH = 2000
+_SMALLEST_BOX = 16  # in which a symmetry is looked for
 _STANDARD_ERRORS = 2.0  # by which a symmetry may lower the held-out likelihood and still be kept
 
 
@@ -30,7 +31,7 @@ class Handover:
     Attributes
     ----------
     inputs
-        With the sign of the images and the symmetry that were found, where they were left open.
+        With the sign of the images that was found, where it was left open.
     maps
         One per half, in one frame, bright.
     rotations, shifts
@@ -39,8 +40,6 @@ class Handover:
         (N,) effective number of poses.
     agreement, evidence
         How the halves compare, and what follows for the verdict.
-    symmetry
-        Name of the point group that goes on.
     """
 
     inputs: Inputs
@@ -50,36 +49,21 @@ class Handover:
     effective: Float[Tensor, " n"]
     agreement: Agreement
     evidence: Evidence
-    symmetry: str
 
 
 def hand_over(config: RunConfig, inputs: Inputs, engine: Marginal, folder: Path, fingerprint: str) -> Handover:
-    """Compare and align the halves, settle what the user left open, and pose every particle."""
+    """Compare and align the halves, settle the contrast, and pose every particle."""
     agreement = engine.agreement()
     assigned = _assign(engine, folder / "assigned.safetensors", fingerprint)
+    effective = assigned["effective"]
     inputs, maps = _settle_contrast(config, inputs, engine)
-    found = _symmetry_of(engine, maps, agreement, inputs.mask_diameter)
-    order = 1
+    found = symmetry_of(engine)
     if found.name != "C1":  # equivalent poses are one pose
         group = found.rotation.T @ point_group(found.name).float() @ found.rotation
         agreement = engine.agreement(group)
-        order = len(group)
-    effective = assigned["effective"] / order
+        effective = (effective / len(group)).clamp_min(1.0)
     evidence = _evidence(engine, agreement, effective)
-    symmetry = "C1" if config.symmetry == AUTO else config.symmetry
-    rotations, shifts = assigned["rotations"], assigned["shifts"]
-    if config.symmetry == AUTO and found.name != "C1":
-        scaled = replace(unmoved(1), rotation=found.rotation, shift=found.shift / engine.stack.pixel_size)
-        kept, note = _held_out(engine, found, scaled)
-        inputs = replace(inputs, warnings=(*inputs.warnings, note))
-        if kept:
-            symmetry = found.name
-            in_angstrom = replace(scaled, shift=found.shift)
-            poses = in_angstrom.framed(Poses(rotations.flatten(0, 1), shifts.flatten(0, 1)))
-            rotations, shifts = poses.rotations.view_as(rotations), poses.shifts.view_as(shifts)
-            maps = (scaled.moved(maps[0]), scaled.moved(maps[1]))
-            inputs = replace(inputs, symmetry=point_group(symmetry).float())
-    return Handover(inputs, maps, rotations, shifts, effective, agreement, evidence, symmetry)
+    return Handover(inputs, maps, assigned["rotations"], assigned["shifts"], effective, agreement, evidence)
 
 
 def _assign(engine: Marginal, path: Path, fingerprint: str) -> dict[str, Tensor]:
@@ -97,7 +81,7 @@ def _assign(engine: Marginal, path: Path, fingerprint: str) -> dict[str, Tensor]
 
 def _evidence(engine: Marginal, agreement: Agreement, effective: Float[Tensor, " n"]) -> Evidence:
     """What ab initio knows about itself; independent agreement is only what there was before the halves were joined."""
-    periods, posed = engine.periods(agreement.reach), agreement.posed
+    periods, posed = engine.periods(float(agreement.reach)), agreement.posed
     if bool(engine.joined):
         periods, posed = engine.at_pairing.tolist()
     return Evidence(bool(engine.joined), periods, posed, float(effective.median()), float(engine.intensity.std()))
@@ -114,35 +98,29 @@ def _settle_contrast(config: RunConfig, inputs: Inputs, engine: Marginal) -> tup
     return replace(inputs, particles=particles, warnings=(*inputs.warnings, found, DARK)), (-first, -second)
 
 
-def _symmetry_of(
-    engine: Marginal, maps: tuple[Tensor, Tensor], agreement: Agreement, mask_diameter: float
-) -> SymmetryFinding:
-    """Point group of the mean of the two maps, of a run that imposed none."""
+def symmetry_of(engine: Marginal) -> SymmetryFinding:
+    """Point group of the mean of the two maps of a run that imposed none; C1 for one that did."""
     nothing = SymmetryFinding("C1", torch.eye(3), torch.zeros(3), 1.0, ())
-    if len(engine.symmetry) > 1 or engine.stack.box < 16:
+    if len(engine.symmetry) > 1 or engine.stack.box < _SMALLEST_BOX:
         return nothing
-    mean = Volume(0.5 * (maps[0] + maps[1]).cpu(), engine.stack.pixel_size)
-    shells = torch.zeros(engine.stack.box // 2 + 1)
-    shells[: len(agreement.fsc)] = agreement.fsc
+    stack = engine.stack
+    first, second = engine.maps()
+    mean = (0.5 * (first + second)).cpu()
+    mean = mean * contrast_sign(mean, engine.mask_diameter, stack.pixel_size)
+    shells = torch.zeros(stack.box // 2 + 1)
+    shells[: len(engine.motion.fsc)] = engine.motion.fsc
     try:
-        return detect_symmetry(mean, mask_diameter=mask_diameter, fsc=shells)
+        return detect_symmetry(Volume(mean, stack.pixel_size), mask_diameter=engine.mask_diameter, fsc=shells)
     except DataError:  # no density to look at: a map of noise
         return nothing
 
 
-def _held_out(engine: Marginal, found: SymmetryFinding, axes: Agreement) -> tuple[bool, str]:
-    """Whether images of the other half are as likely under the symmetrised maps as under the maps as they are."""
-    group = point_group(found.name).float()
-    gains = torch.cat(
-        [
-            symmetry_gain(run, volume, engine.sample(3 - half), engine.grids(run, engine.radius()), group, axes)
-            for half, run, volume in zip(HALVES, engine.winners(), engine.maps(), strict=True)
-        ]
-    )
-    mean, error = float(gains.mean()), float(gains.std()) / len(gains) ** 0.5
+def symmetry_holds(plain: Marginal, symmetric: Marginal, found: SymmetryFinding) -> tuple[bool, str]:
+    """Whether images of the other half are as likely after a run that imposed the symmetry as after one that did not."""
+    gain = symmetric.held_out() - plain.held_out()
+    mean, error = float(gain.mean()), float(gain.std()) / len(gain) ** 0.5
     kept = mean > -_STANDARD_ERRORS * error
-    what = "imposed" if kept else "not imposed"
     return kept, (
-        f"symmetry {found.name} found (correlation {found.score:.2f}) and {what}: it changes the log likelihood of held-out images by "
-        f"{mean:.2f} +- {error:.2f} each (--symmetry {'C1' if kept else found.name} decides otherwise)"
+        f"symmetry {found.name} was found on the map (correlation {found.score:.2f}) and {'' if kept else 'not '}imposed: it changes the "
+        f"log likelihood of held-out images by {mean:+.2f} +- {error:.2f} (--symmetry {'C1' if kept else found.name} decides otherwise)"
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from cryorbit.errors import ConfigError, DataError
@@ -22,11 +22,11 @@ DARK = "particles.star points to the dark images as they are on disk: invert the
 
 @dataclass(frozen=True)
 class Inputs:
-    """The particles of a run and what was decided about them."""
+    """The particles of a run and what was decided about them; ``symmetry`` is the point group that is imposed, by name."""
 
     particles: ParticleSet
     mask_diameter: float
-    symmetry: Float[Tensor, "s 3 3"]
+    symmetry: str
     half_set: Int[Tensor, " n"]
     device: torch.device
     warnings: tuple[str, ...]
@@ -71,7 +71,8 @@ def prepare(config: RunConfig) -> Inputs:
     """Open and check the particles; everything that can be refused is refused here, before any work."""
     check(config)
     device = choose_device(config.device)
-    symmetry = point_group("C1" if config.symmetry == AUTO else config.symmetry).to(torch.float32)
+    symmetry = "C1" if config.symmetry == AUTO else config.symmetry
+    point_group(symmetry)  # an unknown name is refused here
     path = Path(config.particles)
     stated = {name: getattr(config, name) for name in ("voltage", "spherical_aberration", "amplitude_contrast")}
     options: dict[str, Any] = {

@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cryorbit.errors import DataError
 from cryorbit.groups import so3
+from cryorbit.groups.point import point_group
 from cryorbit.methods.marginal import Marginal
 from cryorbit.methods.refinement import Refinement
 from cryorbit.metrics.fsc import MaskedFSC, masked_fsc, resolution
@@ -20,8 +21,8 @@ from cryorbit.physics.cryoem import forward
 from cryorbit.physics.fourier import disk_to_images
 from cryorbit.physics.slicing import slicing_grid
 from cryorbit.pipeline import outputs
-from cryorbit.pipeline.config import RunConfig, to_toml
-from cryorbit.pipeline.handover import Handover, hand_over
+from cryorbit.pipeline.config import AUTO, RunConfig, to_toml
+from cryorbit.pipeline.handover import Handover, hand_over, symmetry_holds, symmetry_of
 from cryorbit.pipeline.inputs import Inputs, prepare
 from cryorbit.pipeline.rundir import locked, open_run
 from cryorbit.pipeline.verdict import judge, sentence
@@ -72,6 +73,8 @@ def _run(config: RunConfig, inputs: Inputs, output: Path, progress: Progress | N
     begun = time.monotonic()
     folder = output / "checkpoint"
     engine = _abinitio(config, inputs, folder, history, progress, fingerprint)
+    if config.symmetry == AUTO:
+        inputs, engine = _symmetric(config, inputs, engine, folder, history, progress, fingerprint)
     seconds["abinitio"] = time.monotonic() - begun
     begun = time.monotonic()
     start = hand_over(config, inputs, engine, folder, fingerprint)
@@ -102,13 +105,35 @@ def _abinitio(
         stack,
         settings,
         mask_diameter=inputs.mask_diameter,
-        symmetry=inputs.symmetry,
+        symmetry=point_group(inputs.symmetry).float(),
         half_set=inputs.half_set,
         seed=config.seed,
     )
-    path = folder / "abinitio.safetensors"
+    engine.name = "abinitio" if inputs.symmetry == config.symmetry else f"abinitio {inputs.symmetry}"
+    path = folder / f"{engine.name.replace(' ', '_')}.safetensors"
     run(engine, checkpoint=path, history=history, progress=progress, fingerprint=fingerprint)
     return engine
+
+
+def _symmetric(
+    config: RunConfig,
+    inputs: Inputs,
+    plain: Marginal,
+    folder: Path,
+    history: History,
+    progress: Progress | None,
+    fingerprint: str,
+) -> tuple[Inputs, Marginal]:
+    """Ab initio once more with the symmetry the map shows, if it shows one; the run that held-out images are likelier after."""
+    plain.agreement()
+    found = symmetry_of(plain)
+    if found.name == "C1":
+        return replace(inputs, warnings=(*inputs.warnings, "no symmetry was found on the map: C1")), plain
+    imposed = replace(inputs, symmetry=found.name)
+    symmetric = _abinitio(config, imposed, folder, history, progress, fingerprint)
+    kept, note = symmetry_holds(plain, symmetric, found)
+    chosen = (imposed, symmetric) if kept else (inputs, plain)
+    return replace(chosen[0], warnings=(*inputs.warnings, note)), chosen[1]
 
 
 def _refine(
@@ -131,7 +156,7 @@ def _refine(
         stack,
         config.refine,
         mask_diameter=start.inputs.mask_diameter,
-        symmetry=start.inputs.symmetry,
+        symmetry=point_group(start.inputs.symmetry).float(),
         start=start.maps,
         radius=engine.radius(),
         candidates=(start.rotations, start.shifts / stack.pixel_size),
@@ -183,7 +208,7 @@ def _summarise(
         "box": box,
         "particles": len(rotations),
         "mask_diameter_A": inputs.mask_diameter,
-        "symmetry": start.symmetry,
+        "symmetry": inputs.symmetry,
         "preset": config.preset,
         "seed": config.seed,
         "probability_right": verdict.probability,

@@ -159,7 +159,8 @@ def distinct_modes(
     Where fewer are far enough apart, the best of the others fill the row.
     """
     best, shift = result.best, result.best_shift
-    angle = so3.distance(rotations[best][:, :, None], rotations[best][:, None, :])
+    here = rotations[best]
+    angle = so3.distance(*torch.broadcast_tensors(here[:, :, None], here[:, None, :]))
     kept = torch.zeros_like(best, dtype=torch.bool)
     for m in range(best.shape[1]):
         near = (angle[:, m, :m] < apart) & kept[:, :m]

@@ -1,0 +1,91 @@
+"""The population of runs: selection, pairing across frames and hands, joining, intensity."""
+
+import pytest
+import torch
+
+from cryorbit.groups.so3 import distance, random_rotations
+from cryorbit.methods.halves import Agreement
+from cryorbit.methods.marginal import HALVES, Marginal, MarginalConfig
+from cryorbit.metrics.align import align_poses
+from cryorbit.metrics.resample import move_volume
+from cryorbit.physics.fourier import fourier_disk
+from cryorbit.physics.shift import phase_ramp
+from cryorbit.physics.slicing import slice_grid, slicing_grid
+from cryorbit.simulate.particles import SimulatedParticles, simulate_particles
+from cryorbit.simulate.phantom import phantom
+from cryorbit.training.dataset import ArrayParticles, FourierStack
+from cryorbit.training.loop import run
+from cryorbit.types import Poses
+
+APIX, DIAMETER, COUNT = 4.0, 70.0, 500
+
+
+@pytest.fixture(scope="module")
+def truth() -> SimulatedParticles:
+    return simulate_particles(phantom(), count=COUNT, box=24, pixel_size=APIX, snr_db=3.0, seed=3)
+
+
+def engine(truth: SimulatedParticles, images: torch.Tensor | None = None, **settings: object) -> Marginal:
+    images = truth.images if images is None else images
+    stack = FourierStack(ArrayParticles(images.numpy(), APIX), 11.0, mask_diameter=DIAMETER)
+    half = torch.arange(COUNT) % 2 + 1
+    config = MarginalConfig(**{"settle_steps": 3, **settings})
+    return Marginal(stack, config, mask_diameter=DIAMETER, symmetry=torch.eye(3)[None], half_set=half, seed=1)
+
+
+@pytest.fixture(scope="module")
+def finished(truth: SimulatedParticles) -> Marginal:
+    made = engine(truth)
+    run(made)
+    made.agreement()
+    return made
+
+
+def test_independent_halves_find_the_same_molecule_and_its_poses(finished, truth):
+    assert not bool(finished.joined)
+    assert {half: len(finished.runs[half]) for half in HALVES} == {1: 1, 2: 1}
+    found = finished.agreement()
+    assert found.posed > 0.8
+    assert finished.periods(float(found.reach)) > 6
+    rotations, shifts, effective = finished.assign(torch.arange(COUNT))
+    poses = Poses(rotations[:, 0].double(), shifts[:, 0].double())
+    error = torch.rad2deg(align_poses(poses, truth.poses).error)
+    assert float(error.median()) < 12
+    for half in HALVES:  # both halves in one frame
+        assert float(error[finished.half_set == half].median()) < 12
+    assert float(effective.median()) < 5
+
+
+def test_modes_of_a_particle_are_distinct(finished):
+    rotations, _, _ = finished.assign(torch.arange(40))
+    first, second = rotations[:, 0], rotations[:, 1]
+    assert torch.rad2deg(distance(first, second)).min() > 15
+
+
+def test_noise_joins_the_halves(truth, generator):
+    noise = torch.randn(truth.images.shape, generator=generator)
+    made = engine(truth, noise, batch=100, march_steps=6, settle_steps=1)
+    run(made)
+    assert bool(made.joined)
+    assert float(made.at_pairing[1]) < 0.2
+
+
+def test_intensity_follows_the_images(truth):
+    strong = torch.where(torch.arange(COUNT) % 4 < 2, 1.3, 0.7)
+    made = engine(truth, truth.images * strong[:, None, None])
+    run(made)
+    assert float(torch.corrcoef(torch.stack([made.intensity, strong]))[0, 1]) > 0.6
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_framed_poses_see_the_moved_map_as_the_old_poses_saw_the_old_one(mirrored, generator):
+    volume = simulate_particles(phantom(), count=1, box=24, pixel_size=APIX, snr_db=None, seed=0).volume.data.float()
+    rotation, shift = random_rotations(1, generator)[0], torch.tensor([0.7, -0.4, 0.5])
+    motion = Agreement(rotation, shift, mirrored, torch.ones(3), 2, 0.0, 1.0)
+    poses = Poses(random_rotations(6, generator), torch.randn(6, 2, generator=generator))
+    framed = motion.framed(poses)
+    disk = fourier_disk(24, 6.0)
+    old = slice_grid(slicing_grid(volume, 6.0), poses.rotations, disk) * phase_ramp(poses.shifts, disk)
+    moved = move_volume(volume, rotation, shift, mirrored)
+    new = slice_grid(slicing_grid(moved, 6.0), framed.rotations, disk) * phase_ramp(framed.shifts, disk)
+    assert float((new - old).abs().max()) < 0.02 * float(old.abs().max())

@@ -1,0 +1,36 @@
+"""The verdict: a chance that follows the evidence, and a sentence that says what to do."""
+
+from dataclasses import replace
+
+import pytest
+
+from cryorbit.pipeline.verdict import TRUSTED, WEIGHTS, Evidence, judge, probability, sentence
+
+GOOD = Evidence(joined=False, periods=9.5, posed=0.95, effective=1.1, intensity_sd=0.05)
+NOISE = Evidence(joined=True, periods=0.5, posed=0.02, effective=4000.0, intensity_sd=0.05)
+
+
+def test_good_evidence_is_trusted_and_noise_is_not():
+    assert judge(GOOD).level == "trust"
+    assert judge(NOISE).level == "do not trust"
+    assert probability(NOISE) < 0.1 < TRUSTED <= probability(GOOD)
+
+
+@pytest.mark.parametrize("change", [{"periods": 2.0, "posed": 0.1}, {"joined": True, "periods": 1.0, "posed": 0.05}])
+def test_worse_evidence_never_raises_the_chance(change):
+    assert probability(replace(GOOD, **change)) < probability(GOOD)
+
+
+def test_every_feature_has_a_weight():
+    assert GOOD.features().keys() == WEIGHTS.keys()
+
+
+def test_sentences():
+    text = sentence(judge(GOOD), 1000, 3.0, 3.4, 3.0)
+    assert text.startswith("Trust to 3.0 A")
+    assert "the limit of the pixel size" in text
+    assert "limit" not in sentence(judge(GOOD), 1000, 4.0, 4.4, 3.0)
+    text = sentence(judge(NOISE), 1000, 20.0, 30.0, 3.0)
+    assert text.startswith("Do not trust this map")
+    assert "different structures" in text
+    assert "--seed" in text
