@@ -227,7 +227,7 @@ def main() -> None:
     about = {"commit": commit, "device": "CPU, one thread per run, two runs at a time", "torch": torch.__version__}
     cells = [cell for cell in CELLS if cell.name in arguments.cells]
     left = list(jobs(cells, {(row["cell"], row["seed"]) for row in rows}))
-    with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn"), max_tasks_per_child=8) as pool:
+    with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
         running = {pool.submit(one, cell, seed, arguments.data.resolve()): (cell, seed) for cell, seed in left}
         for future in as_completed(running):
             row = future.result()

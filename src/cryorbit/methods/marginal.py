@@ -336,7 +336,7 @@ class Marginal:
         """
         radius, out = self.radius(), []
         for half, run in zip(HALVES, self.winners(), strict=True):
-            grids = replace(self.grids(run, radius), rotations=rotation_grid(self.config.order, torch.eye(3)[None]))
+            grids = replace(self.grids(run, radius), rotations=rotation_grid(self.config.order, self.symmetry[:1]))
             out.append(run.log_likelihood(self.sample(3 - half), grids).cpu())
         return torch.cat(out)
 
