@@ -31,6 +31,7 @@ from cryorbit.metrics.masks import mask_from_map
 from cryorbit.metrics.symmetry import detect_symmetry
 from cryorbit.pipeline.config import RunConfig
 from cryorbit.pipeline.reconstruct import reconstruct
+from cryorbit.simulate.atoms import AtomicModel
 from cryorbit.simulate.orientations import Orientations
 from cryorbit.simulate.particles import make_projector
 from cryorbit.simulate.settings import CTFSettings, SimulationSettings
@@ -112,10 +113,10 @@ CELLS = [
 def simulate(cell: Cell, molecule: str, count: int, seed: int, data: Path, folder: Path) -> None:
     """Write particles and truth of one molecule."""
     made = MOLECULES[molecule]
-    source = made.source if made.source == "4ake" else str(data / made.source)
-    opened = open_source(source)
-    if isinstance(opened, Volume):  # its header does not say
-        opened = Volume(opened.data, made.pixel_size)
+    if made.source.endswith(".mrc"):  # its header does not say the pixel size
+        opened: Volume | AtomicModel = Volume(torch.from_numpy(read_volume(data / made.source)[0]), made.pixel_size)
+    else:
+        opened = open_source(made.source if made.source == "4ake" else str(data / made.source))
     box = opened.box if isinstance(opened, Volume) else 64
     settings = SimulationSettings(
         count=count,

@@ -23,6 +23,10 @@ class CryorbitError(ValueError):
         self.hint = hint
         super().__init__(f"{code}: {message}" + (f"\n\nhint: {hint}" if hint else ""))
 
+    def __reduce__(self) -> tuple[type["CryorbitError"], tuple[str, str, str]]:
+        """Survive the way back from a worker process."""
+        return type(self), (self.code, self.message, self.hint)
+
 
 class FileError(CryorbitError):
     """A file is missing, unreadable, truncated, or not what its name says (codes ``FILE``, ``MRC``, ``STAR``, ``CS``, ``PKL``)."""
