@@ -2,11 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from cryorbit.conventions import rotvec_to_matrix
 from cryorbit.errors import ConfigError
-from cryorbit.groups.point import point_group
+from cryorbit.groups.point import keep_axes, point_group
 from cryorbit.groups.so3 import distance
 
 ORDERS = {
@@ -91,3 +93,17 @@ def test_unknown_name_is_an_error_that_lists_the_names(name: str) -> None:
 
 def test_name_may_be_lower_case() -> None:
     torch.testing.assert_close(point_group(" d2"), point_group("D2"))
+
+
+@pytest.mark.parametrize("name", ["C1", "C2", "C7", "D2", "D7", "T", "O", "I"])
+def test_kept_axes_map_the_group_to_itself_and_are_near(name: str) -> None:
+    group = point_group(name)
+    small = rotvec_to_matrix(np.array([0.02, -0.03, 0.04]))
+    for element in group[:: max(1, len(group) // 4)]:
+        rotation, shift = keep_axes(torch.from_numpy(small) @ element, torch.tensor([0.3, -0.2, 0.5]).double(), group)
+        moved = rotation @ group @ rotation.mT
+        gap = (moved[:, None] - group[None]).abs().amax(dim=(-1, -2)).amin(dim=1)
+        assert float(gap.max()) < (1e-5 if name != "C1" else 1.0)
+        assert float((rotation - element).abs().max()) < 0.06
+        expected = {"C1": [0.3, -0.2, 0.5], "C2": [0, 0, 0.5], "C7": [0, 0, 0.5]}.get(name, [0, 0, 0])
+        assert shift.tolist() == pytest.approx(expected, abs=1e-6)

@@ -16,7 +16,9 @@ def test_good_evidence_is_trusted_and_noise_is_not():
     assert probability(NOISE) < 0.1 < TRUSTED <= probability(GOOD)
 
 
-@pytest.mark.parametrize("change", [{"periods": 2.0, "posed": 0.1}, {"joined": True, "periods": 1.0, "posed": 0.05}])
+@pytest.mark.parametrize(
+    "change", [{"posed": 0.1}, {"periods": 2.0, "posed": 0.1}, {"joined": True, "periods": 1.0, "posed": 0.05}]
+)
 def test_worse_evidence_never_raises_the_chance(change):
     assert probability(replace(GOOD, **change)) < probability(GOOD)
 

@@ -106,3 +106,29 @@ def asymmetric_unit(rotations: Float[Tensor, "g 3 3"], group: Float[Tensor, "s 3
     views = rotations[:, 2]
     nearness = torch.einsum("gi,sij,j->gs", views, group.to(rotations), generic)
     return views @ generic >= nearness.amax(dim=1) - 1e-5
+
+
+def keep_axes(
+    rotation: Float[Tensor, "3 3"], shift: Float[Tensor, "3"], group: Float[Tensor, "s 3 3"]
+) -> tuple[Float[Tensor, "3 3"], Float[Tensor, "3"]]:
+    """The motion nearest to the one given that leaves the axes of ``group`` where they are: g G = G g, and no shift off them.
+
+    Any motion for C1; about and along z for C<n> (or upside down); for the others one of the rotations of a larger group that
+    turn this one into itself, and no shift.
+    """
+    if len(group) == 1:
+        return rotation, shift
+    if bool((group[:, 2, 2] > 0.999).all()):
+        up = torch.where(rotation[2, 2] < 0, -1.0, 1.0).to(rotation)
+        flip = torch.diag(torch.stack([torch.ones_like(up), up, up]))
+        rest = rotation @ flip
+        angle = torch.atan2(rest[1, 0] - rest[0, 1], rest[0, 0] + rest[1, 1])
+        c, s, z = torch.cos(angle), torch.sin(angle), torch.zeros_like(angle)
+        about = torch.stack([torch.stack([c, -s, z]), torch.stack([s, c, z]), torch.stack([z, z, z + 1])])
+        return about @ flip, shift * shift.new_tensor([0.0, 0.0, 1.0])
+    larger = torch.cat([group, *(point_group(name).to(group) for name in (f"D{len(group)}", "O"))])
+    turned = larger[:, None] @ group[None] @ larger.mT[:, None]
+    gap = (turned[:, :, None] - group[None, None]).abs().amax(dim=(-1, -2)).amin(dim=2).amax(dim=1)
+    allowed = larger[gap < 1e-3].to(rotation)
+    best = torch.einsum("gij,ij->g", allowed, rotation).argmax()
+    return allowed[best], torch.zeros_like(shift)

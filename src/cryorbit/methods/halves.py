@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cryorbit.groups import so3
+from cryorbit.groups.point import keep_axes
 from cryorbit.methods.online_em import Grids, OnlineEM
 from cryorbit.metrics.align import align_poses, improve_alignment
 from cryorbit.metrics.fsc import fsc
@@ -67,6 +68,7 @@ def compare(
     found = align_poses(two, one, symmetry.cpu().double())
     start = found.rotation.float(), found.shift.float(), found.mirrored
     rotation, shift, _ = improve_alignment(second[0].volume, first[0].volume, start)
+    rotation, shift = keep_axes(rotation, shift, first[0].symmetry.cpu())
     moved = move_volume(second[0].volume, rotation, shift, found.mirrored) * second[0].mask
     radius = first[1].radius
     curve = fsc(first[0].volume.cpu(), moved.cpu()).float()[: radius + 1]

@@ -230,6 +230,13 @@ class Marginal:
         fresh = (moments[0] / present + precision) / (moments[1] / present.square() + precision)
         self.intensity[where] = (0.5 * present + 0.5 * fresh).clamp(0.3, 3.0)
 
+    def intensities(self) -> Float[Tensor, " n"]:
+        """Of all particles, CPU, divided by the mean of their half: only ratios within a half mean something."""
+        out = self.intensity.cpu().clone()
+        for half in HALVES:
+            out[self.half_set == half] /= out[self.half_set == half].mean()
+        return out
+
     def _advance(self, effective: float) -> None:
         c = self.config
         if float(self.march) >= 1:
@@ -258,7 +265,7 @@ class Marginal:
                 self._judge(half, radius)
                 ranked = sorted(self.runs[half], key=lambda start: -float(self.runs[half][start].likelihood))
                 self.runs[half] = {start: self.runs[half][start] for start in sorted(ranked[:keep])}
-        if last and (keep < alive or index % _RETRY == 0 or self._must_join()):
+        if last and (keep < alive or index % _RETRY == 0 or float(self.march) >= _LAST_PAIRING):
             self._pair(radius)
 
     def sample(self, half: int) -> Int[Tensor, " b"]:
@@ -283,9 +290,6 @@ class Marginal:
         chosen = torch.cat([self.sample(half) for half in HALVES])
         return compare(first, second, chosen, self.symmetry if group is None else group)
 
-    def _must_join(self) -> bool:
-        return float(self.march) >= _LAST_PAIRING
-
     def _pair(self, radius: int) -> None:
         """Lay the two winners on each other; if they disagree to the last, the likelier one starts both halves."""
         agreement = self._compare(radius)
@@ -293,14 +297,14 @@ class Marginal:
         agreed = float(self.at_pairing[0]) >= _AGREED
         if agreed:
             self.motion = agreement
-        elif self._must_join():
-            for half in HALVES:
-                self._judge(half, radius)
+        elif float(self.march) >= _LAST_PAIRING:
             first, second = self.winners()
-            better, other = (first, second) if first.likelihood >= second.likelihood else (second, first)
+            both = torch.cat([self.sample(half) for half in HALVES])  # each has learnt from half of these
+            gain = [run.log_likelihood(both, self.grids(run, radius)).mean() for run in (first, second)]
+            better, other = (first, second) if gain[0] >= gain[1] else (second, first)
             other.start_from(better)
             self.joined = torch.ones_like(self.joined)
-        self.paired = torch.tensor(agreed or self._must_join())
+        self.paired = torch.tensor(agreed or float(self.march) >= _LAST_PAIRING)
 
     def maps(self) -> tuple[Float[Tensor, "d d d"], Float[Tensor, "d d d"]]:
         """The two winners' maps in the frame and hand of the first."""
@@ -329,12 +333,9 @@ class Marginal:
         self.motion = self._compare(self.radius())
         return self.motion
 
-    def held_out(self) -> Float[Tensor, " b"]:
-        """Log likelihood of each image of :meth:`sample` of either half, under the winner of the other half.
-
-        Over the whole grid whatever the symmetry, or a map without one would be read at more places between the grid's points.
-        """
-        radius, out = self.radius(), []
+    def held_out(self, radius: int) -> Float[Tensor, " b"]:
+        """Log likelihood of each image of :meth:`sample` under the winner of the other half, over the whole grid whatever the symmetry."""
+        out = []
         for half, run in zip(HALVES, self.winners(), strict=True):
             grids = replace(self.grids(run, radius), rotations=rotation_grid(self.config.order, self.symmetry[:1]))
             out.append(run.log_likelihood(self.sample(3 - half), grids).cpu())

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cryorbit.errors import DataError
 from cryorbit.groups import so3
+from cryorbit.groups.point import keep_axes
 from cryorbit.methods.online_em import rotation_grid
 from cryorbit.metrics.align import improve_alignment
 from cryorbit.metrics.fsc import masked_fsc
@@ -58,8 +59,8 @@ class RefinementConfig:
     fit_shift
         Whether shifts are refined.
     search_order, search_every
-        Every so many sweeps (0: never) each particle is scored against a whole grid of rotations of this HEALPix order, so that it can
-        leave a wrong mode.
+        Every so many sweeps (0, or shifts fixed: never) each particle is scored against a whole grid of rotations of this HEALPix order,
+        so that it can leave a wrong mode.
     """
 
     sweeps: int = 8
@@ -169,7 +170,7 @@ class Refinement:
             t["noise"] = self._initial_noise()
         before = t["rotations"].clone()
         every = self.config.search_every
-        search = bool(every) and index % every == 1
+        search = bool(every) and self.config.fit_shift and index % every == 1
         accumulators, power, count = [], torch.zeros_like(t["noise"]), 0
         for half in (1, 2):
             members = torch.nonzero(self.half_set == half)[:, 0]
@@ -262,7 +263,7 @@ class Refinement:
         """Refine from the best rotation of the whole grid the particles that fit there elsewhere than where they are; keep the better."""
         t, low = self.tensors, self.search_radius
         disk, keep, precision = self._precision(low)
-        spread = float(t["shifts"].std()) if self.config.fit_shift else 0.0
+        spread = float(t["shifts"].std())
         shifts = shift_grid(3 * spread, min(0.38 * self.stack.box / low, max(3 * spread, 1e-3)), spread)
         rotations = rotation_grid(self.config.search_order, self.symmetry)
         images, ctf = self.stack.images(chosen)[:, keep], self._ctf(chosen)[:, keep]
@@ -276,11 +277,12 @@ class Refinement:
             return
         others = chosen[away]
         start = best[away], shifts.points[found.best_shift[away, 0].cpu()]
-        r, s, loss = self._descend(grid, others, radius, *start)
-        _, _, now = self._descend(grid, others, radius, t["rotations"][others], t["shifts"][others])
-        win = loss < now
-        t["rotations"][others] = torch.where(win[:, None, None].cpu(), r.cpu(), t["rotations"][others])
-        t["shifts"][others] = torch.where(win[:, None].cpu(), s.cpu(), t["shifts"][others])
+        there = self._descend(grid, others, radius, *start)
+        here = self._descend(grid, others, radius, t["rotations"][others], t["shifts"][others])
+        win = there[2] < here[2]
+        t["rotations"][others] = torch.where(win[:, None, None], there[0], here[0]).cpu()
+        t["shifts"][others] = torch.where(win[:, None], there[1], here[1]).cpu()
+        t["log_likelihood"][others] = -torch.where(win, there[2], here[2]).to(torch.float32).cpu()
 
     def _residual(self, grid: SlicingGrid, chosen: Int[Tensor, " b"]) -> Float[Tensor, " k"]:
         """Power per shell of what the reference does not explain, summed over the particles."""
@@ -312,6 +314,7 @@ class Refinement:
         t, mask = self.tensors, self._solvent_mask()
         still = torch.eye(3), torch.zeros(3), False
         rotation, shift, _ = improve_alignment(t["half_2"] * mask, t["half_1"] * mask, still)
+        rotation, shift = keep_axes(rotation, shift, self.symmetry.cpu())
         angle = float(so3.distance(rotation, torch.eye(3)))
         if angle * self.limit < _ALIGNED_PX and float(shift.norm()) < _ALIGNED_PX:
             return False
@@ -333,7 +336,7 @@ class Refinement:
         trusted = torch.where(beyond, 0.0, t["fsc"])  # chance correlations past the crossing are noise
         correlation = torch.cat([trusted, trusted[-1:]]).clamp(1e-3, 0.999)
         correlation[0] = 0.999
-        ssnr = correlation / (1 - correlation)
+        ssnr = (correlation / (1 - correlation)).to(self.mask.device)
         for name, accumulator in (("reference_1", first), ("reference_2", second)):
             t[name] = volume_from_accumulator(accumulator, mean_weight(accumulator, shells) / ssnr) * mask
         both = first + second

@@ -84,7 +84,7 @@ def _evidence(engine: Marginal, agreement: Agreement, effective: Float[Tensor, "
     periods, posed = engine.periods(float(agreement.reach)), agreement.posed
     if bool(engine.joined):
         periods, posed = engine.at_pairing.tolist()
-    return Evidence(bool(engine.joined), periods, posed, float(effective.median()), float(engine.intensity.std()))
+    return Evidence(bool(engine.joined), periods, posed, float(effective.median()), float(engine.intensities().std()))
 
 
 def _settle_contrast(config: RunConfig, inputs: Inputs, engine: Marginal) -> tuple[Inputs, tuple[Tensor, Tensor]]:
@@ -117,9 +117,10 @@ def symmetry_of(engine: Marginal) -> SymmetryFinding:
 
 def symmetry_holds(plain: Marginal, symmetric: Marginal, found: SymmetryFinding) -> tuple[bool, str]:
     """Whether images of the other half are as likely after a run that imposed the symmetry as after one that did not."""
-    gain = symmetric.held_out() - plain.held_out()
+    radius = min(plain.radius(), symmetric.radius())
+    gain = symmetric.held_out(radius) - plain.held_out(radius)
     mean, error = float(gain.mean()), float(gain.std()) / len(gain) ** 0.5
-    kept = mean > -_STANDARD_ERRORS * error
+    kept = mean > -_STANDARD_ERRORS * error and not bool(symmetric.joined)
     return kept, (
         f"symmetry {found.name} was found on the map (correlation {found.score:.2f}) and {'' if kept else 'not '}imposed: it changes the "
         f"log likelihood of held-out images by {mean:+.2f} +- {error:.2f} (--symmetry {'C1' if kept else found.name} decides otherwise)"

@@ -89,18 +89,25 @@ def _run(config: RunConfig, inputs: Inputs, output: Path, progress: Progress | N
 
 
 def _abinitio(
-    config: RunConfig, inputs: Inputs, folder: Path, history: History, progress: Progress | None, fingerprint: str
+    config: RunConfig,
+    inputs: Inputs,
+    folder: Path,
+    history: History,
+    progress: Progress | None,
+    fingerprint: str,
+    stack: FourierStack | None = None,
 ) -> Marginal:
     settings = config.abinitio
     extent = inputs.particles.box * inputs.particles.pixel_size
     radius = min(settings.radius_end * extent / inputs.mask_diameter, 0.5 * inputs.particles.box - 1)
-    stack = FourierStack(
-        inputs.particles,
-        float(round(radius)),
-        mask_diameter=inputs.mask_diameter,
-        memory_gib=config.memory_gib,
-        device=inputs.device,
-    )
+    if stack is None:
+        stack = FourierStack(
+            inputs.particles,
+            float(round(radius)),
+            mask_diameter=inputs.mask_diameter,
+            memory_gib=config.memory_gib,
+            device=inputs.device,
+        )
     engine = Marginal(
         stack,
         settings,
@@ -128,9 +135,15 @@ def _symmetric(
     plain.agreement()
     found = symmetry_of(plain)
     if found.name == "C1":
-        return replace(inputs, warnings=(*inputs.warnings, "no symmetry was found on the map: C1")), plain
+        return replace(
+            inputs,
+            warnings=(
+                *inputs.warnings,
+                "no symmetry was found on the ab initio map: C1",
+            ),
+        ), plain
     imposed = replace(inputs, symmetry=found.name)
-    symmetric = _abinitio(config, imposed, folder, history, progress, fingerprint)
+    symmetric = _abinitio(config, imposed, folder, history, progress, fingerprint, plain.stack)
     kept, note = symmetry_holds(plain, symmetric, found)
     chosen = (imposed, symmetric) if kept else (inputs, plain)
     return replace(chosen[0], warnings=(*inputs.warnings, note)), chosen[1]
@@ -161,7 +174,7 @@ def _refine(
         radius=engine.radius(),
         candidates=(start.rotations, start.shifts / stack.pixel_size),
         half_set=start.inputs.half_set,
-        intensity=engine.intensity,
+        intensity=engine.intensities(),
     )
     run(
         refinement,

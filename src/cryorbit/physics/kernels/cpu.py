@@ -11,6 +11,7 @@ from cryorbit.physics.kernels.interface import NormalEquations, Posterior
 
 _TASKS_PER_THREAD = 8
 _NEGLIGIBLE = 1e-5  # weight of a pose that may be left out of the sums
+_ENOUGH = 0.999  # of an image's mass must be in the sums
 _SPARSE = 0.05  # share of the poses below which the sums visit them one by one
 _LAUNCHED: int = numba.get_num_threads()
 
@@ -153,10 +154,10 @@ def posterior(
     threads = _use_torch_threads()
     count, shifts, halves = even.shape
     scores = tuple(t.numpy() for t in (even, odd, power, log_prior))
-    top, total, squares, cross, energy = torch.empty(5, count, dtype=torch.float64).unbind()
+    top, total, squares, cross, energy, mass = torch.empty(6, count, dtype=torch.float64).unbind()
     by_shift = torch.empty(count, shifts)
     best, best_shift, kept = (torch.empty(count, dtype=torch.int64) for _ in range(3))
-    summary = tuple(t.numpy() for t in (top, total, squares, cross, energy, by_shift, best, best_shift, kept))
+    summary = tuple(t.numpy() for t in (top, total, squares, cross, energy, by_shift, best, best_shift, kept, mass))
     cpu_posterior.summarise(*scores, _NEGLIGIBLE, *summary)
     modal, modal_shift = best[:, None], best_shift[:, None]
     if modes > 1:
@@ -166,7 +167,7 @@ def posterior(
         modal_shift = shift.gather(1, modal)
     if out is not None:
         entries = int(kept.sum())
-        if entries < _SPARSE * even.numel():
+        if entries < _SPARSE * even.numel() and float(mass.min()) > _ENOUGH:
             rows, where = torch.zeros(2, entries, dtype=torch.int64).unbind()
             sums, differences = torch.zeros(2, entries).unbind()
             listed = tuple(t.numpy() for t in (rows, where, sums, differences))

@@ -17,11 +17,12 @@ _SUMS = {"reassoc", "nsz", "contract"}
 @njit(cache=True, nogil=True, parallel=True, fastmath=_SUMS)
 @no_type_check
 def summarise(
-    even, odd, power, prior, weight_floor, top, total, squares, cross, energy, by_shift, best, best_shift, count
+    even, odd, power, prior, weight_floor, top, total, squares, cross, energy, by_shift, best, best_shift, count, mass
 ):
     """Per image: best score and where, sum of exponentials, of their squares, of cross terms and model powers, sums by shift.
 
-    ``count``: entries whose share of the total may exceed ``weight_floor``. Sums are relative to ``exp(top)``.
+    ``count``: entries whose share of the total may exceed ``weight_floor``, ``mass``: the share they hold together.
+    Sums are relative to ``exp(top)``.
     """
     n, shifts, half = even.shape
     for i in prange(n):
@@ -50,13 +51,15 @@ def summarise(
             whole += here
         total[i], squares[i], cross[i], energy[i] = whole, second, crossed / whole, energies / whole
         floor = math.log(weight_floor * whole)
-        number = 0
+        number, held = 0, 0.0
         for s in range(shifts):
             by_shift[i, s] /= whole
             for h in range(half):
-                if even[i, s, h] + abs(odd[i, s, h]) - power[i, h] + prior[s] - high > floor:
+                base, turn = even[i, s, h] - power[i, h] + prior[s] - high, odd[i, s, h]
+                if base + abs(turn) > floor:
                     number += 1
-        count[i] = number
+                    held += math.exp(base + turn) + math.exp(base - turn)
+        count[i], mass[i] = number, held / whole
 
 
 @njit(cache=True, nogil=True, parallel=True, fastmath=_SUMS)
