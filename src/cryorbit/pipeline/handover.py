@@ -120,8 +120,9 @@ def symmetry_holds(plain: Marginal, symmetric: Marginal, found: SymmetryFinding)
     radius = min(plain.radius(), symmetric.radius())
     gain = symmetric.held_out(radius) - plain.held_out(radius)
     mean, error = float(gain.mean()), float(gain.std()) / len(gain) ** 0.5
-    kept = mean > -_STANDARD_ERRORS * error and not bool(symmetric.joined)
+    kept = mean > -_STANDARD_ERRORS * error
+    images = "images both halves have learnt from (they were joined)" if bool(symmetric.joined) else "held-out images"
     return kept, (
         f"symmetry {found.name} was found on the map (correlation {found.score:.2f}) and {'' if kept else 'not '}imposed: it changes the "
-        f"log likelihood of held-out images by {mean:+.2f} +- {error:.2f} (--symmetry {'C1' if kept else found.name} decides otherwise)"
+        f"log likelihood of {images} by {mean:+.2f} +- {error:.2f} (--symmetry {'C1' if kept else found.name} decides otherwise)"
     )
