@@ -146,7 +146,7 @@ def particles_of(cell: Cell, seed: int, data: Path, folder: Path) -> Path:
     return folder / "both.star"
 
 
-def one(cell: Cell, seed: int, data: Path) -> dict[str, object]:
+def one(cell: Cell, seed: int, data: Path, commit: str) -> dict[str, object]:
     """Simulate, reconstruct from the files, judge."""
     torch.set_num_threads(1)
     molecule = MOLECULES[cell.molecule]
@@ -161,6 +161,7 @@ def one(cell: Cell, seed: int, data: Path) -> dict[str, object]:
         row: dict[str, object] = {
             "cell": cell.name,
             "seed": seed,
+            "commit": commit,
             "seconds": time.perf_counter() - wall,
             "cpu_seconds": time.process_time() - cpu,
             "hopeless": cell.hopeless,
@@ -225,11 +226,11 @@ def main() -> None:
         print(fit(rows, arguments.fit))
         return
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    about = {"commit": commit, "device": "CPU, one thread per run, two runs at a time", "torch": torch.__version__}
+    about = {"device": f"CPU, one thread per run, {arguments.workers} runs at a time", "torch": torch.__version__}
     cells = [cell for cell in CELLS if cell.name in arguments.cells]
     left = list(jobs(cells, {(row["cell"], row["seed"]) for row in rows}))
     with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
-        running = {pool.submit(one, cell, seed, arguments.data.resolve()): (cell, seed) for cell, seed in left}
+        running = {pool.submit(one, cell, seed, arguments.data.resolve(), commit): (cell, seed) for cell, seed in left}
         for future in as_completed(running):
             row = future.result()
             rows.append(row)

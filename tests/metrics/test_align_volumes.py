@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cryorbit.errors import DataError
+from cryorbit.groups.point import point_group
 from cryorbit.groups.so3 import distance, random_rotations
 from cryorbit.metrics.align import align_poses, align_volumes, mirror_rotations
 from cryorbit.metrics.masks import lowpass
@@ -82,3 +83,18 @@ def test_coarse_noisy_maps_find_their_place(
     assert found.mirrored is mirrored
     assert math.degrees(float(distance(found.rotation.double(), rotation))) < 4.0
     assert float((found.shift / 2.0 - shift).norm()) < 0.5
+
+
+def test_round_molecule_finds_its_place(generator: torch.Generator, draw_atoms: Callable[..., Tensor]) -> None:
+    """A shell of 24 equal subunits looks like a ball at low resolution; its orientation and hand show only further out."""
+    group = point_group("O").to(torch.float64)
+    subunit = torch.nn.functional.normalize(torch.randn(10, 3, generator=generator, dtype=torch.float64), dim=-1)
+    here = 14 * torch.einsum("sij,nj->sni", group, subunit).reshape(-1, 3)
+    rotation = random_rotations(1, generator)[0].double()
+    reference, moving = draw_atoms(here, 48), draw_atoms(-here @ rotation, 48)
+    wrong = draw_atoms((here @ random_rotations(6, generator).double()).reshape(-1, 3), 48) / 6
+    moving = moving + 0.5 * wrong + 1.5 * moving.std() * torch.randn(moving.shape, generator=generator)
+    found = align_volumes(Volume(moving, 2.0), Volume(reference, 2.0))
+    assert found.mirrored
+    nearest = distance((found.rotation.double() @ rotation.T).expand_as(group), group).min()
+    assert math.degrees(float(nearest)) < 0.5

@@ -6,8 +6,8 @@ import pytest
 
 from cryorbit.pipeline.verdict import TRUSTED, WEIGHTS, Evidence, judge, probability, sentence
 
-GOOD = Evidence(joined=False, periods=9.5, posed=0.95, effective=1.1, intensity_sd=0.05)
-NOISE = Evidence(joined=True, periods=0.5, posed=0.02, effective=4000.0, intensity_sd=0.05)
+GOOD = Evidence(joined=False, periods=9.5, posed=0.95, pose_difference_deg=8.0, effective=1.1, intensity_sd=0.05)
+NOISE = Evidence(joined=True, periods=0.5, posed=0.02, pose_difference_deg=120.0, effective=4000.0, intensity_sd=0.05)
 
 
 def test_good_evidence_is_trusted_and_noise_is_not():

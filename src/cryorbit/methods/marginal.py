@@ -40,6 +40,7 @@ _CAPPED_AT = 0.143  # correlation of the halves that carries the radius outwards
 _MARGIN = 2
 _INTENSITY_SD = 0.2
 _PATIENCE = 5  # broad steps before batches grow
+_MORE_STARTS = 4  # at most, with an imposed symmetry
 
 
 _SCALARS = tuple("march settled batch intensity paired joined at_pairing correlation still broad".split())
@@ -52,13 +53,14 @@ class MarginalConfig:
     Attributes
     ----------
     starts
-        Runs from random starts on each half.
+        Runs from random starts on each half; with a symmetry of 4 or more elements four times as many, each the cheaper for it.
     batch
         Images per run and step at first; grows by a quarter with every step that leaves posteriors broad.
     order
         HEALPix order of the rotation grid (2: 4,608 rotations, 15 degrees apart).
     radius_start, radius_end
-        Fourier radius at the first step and at the end, in units of 1 / particle diameter.
+        Fourier radius at the first step and at the end, in units of 1 / particle diameter. With an imposed symmetry of S elements the
+        first is ``S**(1/4)`` times as large (not beyond the last): a symmetric map has that much less to tell at low resolution.
     march_steps
         Steps from the first radius to the last while posteriors are sharp; four times as many while they are broad.
     settle_steps
@@ -127,7 +129,9 @@ class Marginal:
         self.half_set = half_set
         self.members = {half: torch.nonzero(half_set == half)[:, 0] for half in HALVES}
         self.mask = soft_sphere(stack.box, 0.5 * mask_diameter / stack.pixel_size, 3.0).to(stack.device)
-        self.runs = {half: {start: self._new_run() for start in range(config.starts)} for half in HALVES}
+        self.starts = config.starts * min(len(symmetry), _MORE_STARTS)
+        self.radius_start = min(config.radius_start * len(symmetry) ** 0.25, config.radius_end)
+        self.runs = {half: {start: self._new_run() for start in range(self.starts)} for half in HALVES}
         self.march = torch.zeros(())
         self.settled = torch.zeros((), dtype=torch.int64)
         self.batch = torch.tensor(float(config.batch))
@@ -135,7 +139,9 @@ class Marginal:
         self.motion = unmoved(stack.box // 2 + 1)  # of map 2 onto map 1
         self.paired = torch.zeros((), dtype=torch.bool)
         self.joined = torch.zeros((), dtype=torch.bool)
-        self.at_pairing = torch.zeros(2)  # periods and share of equal poses when the winners were laid on each other
+        self.at_pairing = torch.zeros(
+            3
+        )  # periods, share of equal poses and pose difference when the winners were laid on each other
         self.correlation = torch.ones(stack.box // 2 + 1)
         self.still = torch.zeros((), dtype=torch.int64)
         self.broad = torch.zeros((), dtype=torch.int64)
@@ -152,13 +158,13 @@ class Marginal:
     def radius(self) -> int:
         """Current Fourier radius in pixels of the working box."""
         c = self.config
-        periods = c.radius_start + (c.radius_end - c.radius_start) * float(self.march)
+        periods = self.radius_start + (c.radius_end - self.radius_start) * float(self.march)
         return min(round(periods / self.periods(1.0)), int(self.stack.disk.radius), self._cap())
 
     def _cap(self) -> int:
         """Where the halves' correlation ends, plus a margin; never below half the march."""
         c = self.config
-        least = round((c.radius_start + (c.radius_end - c.radius_start) * _ROUNDS[-1]) / self.periods(1.0))
+        least = round((self.radius_start + (c.radius_end - self.radius_start) * _ROUNDS[-1]) / self.periods(1.0))
         below = torch.nonzero(self.correlation[1:] < _CAPPED_AT)
         reach = int(below[0]) if len(below) else len(self.correlation)
         return max(reach + _MARGIN, least)
@@ -185,8 +191,7 @@ class Marginal:
 
     def step(self, index: int) -> dict[str, float | str]:
         """One minibatch for every run of either half; then selection, pairing or the halves' correlation."""
-        radius = self.radius()
-        effective = []
+        radius, effective = self.radius(), []
         for half in HALVES:
             for start, run in self.runs[half].items():
                 generator = torch.Generator().manual_seed(((self.seed * 1_000 + start) * 2 + half) * 100_003 + index)
@@ -213,9 +218,7 @@ class Marginal:
         return {
             "radius": float(radius),
             "resolution_A": box_a / radius,
-            "effective_poses": sharpest
-            if math.isfinite(sharpest)
-            else 2.0 * len(rotation_grid(self.config.order, self.symmetry)),
+            "effective_poses": min(sharpest, 2.0 * len(rotation_grid(self.config.order, self.symmetry))),
             "shift_sigma_A": float(runs[0].shift_sigma) * self.stack.pixel_size,
             "noise_fraction": min(noise),
             "runs": float(len(runs)),
@@ -257,7 +260,7 @@ class Marginal:
         alive = max(len(runs) for runs in self.runs.values())
         keep = alive
         if float(self.march) >= _ROUNDS[0]:
-            keep = min(keep, max(1, math.ceil(self.config.starts / 2)))
+            keep = min(keep, max(1, math.ceil(self.starts / 2)))
         last = float(self.march) >= _ROUNDS[1]
         keep = 1 if last else keep
         if keep < alive:
@@ -293,7 +296,7 @@ class Marginal:
     def _pair(self, radius: int) -> None:
         """Lay the two winners on each other; if they disagree to the last, the likelier one starts both halves."""
         agreement = self._compare(radius)
-        self.at_pairing = torch.tensor([self.periods(float(agreement.reach)), agreement.posed])
+        self.at_pairing = torch.tensor([self.periods(float(agreement.reach)), agreement.posed, agreement.pose_deg])
         agreed = float(self.at_pairing[0]) >= _AGREED
         if agreed:
             self.motion = agreement

@@ -313,7 +313,7 @@ class Refinement:
         """Turn and shift the poses of half 2 so that its map lies on that of half 1: nothing else holds the two together."""
         t, mask = self.tensors, self._solvent_mask()
         still = torch.eye(3), torch.zeros(3), False
-        rotation, shift, _ = improve_alignment(t["half_2"] * mask, t["half_1"] * mask, still)
+        rotation, shift, _ = improve_alignment(t["half_2"] * mask, t["half_1"] * mask, still, rounds=1)
         rotation, shift = keep_axes(rotation, shift, self.symmetry.cpu())
         angle = float(so3.distance(rotation, torch.eye(3)))
         if angle * self.limit < _ALIGNED_PX and float(shift.norm()) < _ALIGNED_PX:

@@ -1,12 +1,11 @@
 """Find the rotation, shift and hand that lay one map on another. Call it through ``metrics/align.py``.
 
-1. Both maps' transforms to a small radius: every rotation of a HEALPix grid, both hands, and *all* shifts at once (one
-small inverse
-   transform per rotation and hand), once with the shells whitened and once nearly as they are.
-2. The best few distinct rotations of each hand are refined together with the shift by L-BFGS through the differentiable
-transform. 3. They are compared by the information the maps share, ``-sum n_s ln(1 - FSC_s^2)``: it needs no choice of
-weights or of a radius, shells of
-   noise add the same to every candidate, and its gradient is what step 4 climbs.
+1. Both maps' transforms to a small radius, and a larger one where that leaves the hand undecided: every rotation of a HEALPix grid,
+   both hands, and *all* shifts at once (one small inverse transform per rotation and hand), once with the shells whitened and once
+   nearly as they are.
+2. The best few distinct rotations of each hand are refined together with the shift by L-BFGS through the differentiable transform.
+3. They are compared by the information the maps share, ``-sum n_s ln(1 - FSC_s^2)``: it needs no choice of weights or of a radius,
+   shells of noise add the same to every candidate, and its gradient is what step 4 climbs.
 4. The best of each hand are refined further, every shell weighted by what its FSC says it is worth.
 """
 
@@ -28,7 +27,9 @@ from cryorbit.metrics.resample import Spectrum, move_volume, spectrum
 from cryorbit.physics.fourier import fourier_to_volume
 from cryorbit.types import Volume
 
-_SEARCH_RADIUS, _MIDDLE_RADIUS, _LARGEST_RADIUS = 7, 14, 40
+# The second where the first leaves the hand undecided: a round molecule shows its shape only there.
+_SEARCH_RADII = (7, 10)
+_MIDDLE_RADIUS, _LARGEST_RADIUS = 14, 40
 _WHITENINGS = (0.5, 0.15)  # half: all voxels count alike; less: shells the moving map does not reach count little
 _HIGHEST = 0.97  # FSC beyond which a shell is worth no more
 _UNDECIDED = 0.05
@@ -269,31 +270,39 @@ def improve_alignment(
     return motion
 
 
+def _trials(coarse: _Pair, radius: int, candidates: int) -> list[Motion]:
+    """The best few rotations of the grid for each hand and each whitening, refined a little."""
+    grid, found = healpix_grid(2), []
+    for power in _WHITENINGS:
+        score, shift = _search(coarse, power, radius)
+        for hand in (0, 1):
+            for i in _distinct(score[hand], candidates):
+                trial = grid[i], shift[hand, i], bool(hand)
+                found.append(_refine(coarse, coarse.whitening ** (2 * power), trial, iterations=12))
+    return found
+
+
 def _best_motion(
     a: Float[Tensor, "d d d"], b: Float[Tensor, "d d d"], start: Motion | None, candidates: int
 ) -> tuple[Float[Tensor, "3 3"], Float[Tensor, "3"], bool, float, float]:
     """Rotation, shift in pixels and hand that lay ``a`` on ``b``, and the scores of this hand and the other."""
     nyquist = b.shape[-1] // 2 - 1
-    low, middle = min(_SEARCH_RADIUS, nyquist), min(_MIDDLE_RADIUS, nyquist)
-    coarse, finer, grid = _pair(a, b, low), _pair(a, b, middle), healpix_grid(2)
-    trials: list[Motion] = []
-    for power in _WHITENINGS:
-        score, shift = _search(coarse, power, low)
-        for hand in (0, 1):
-            for i in _distinct(score[hand], candidates):
-                trial = grid[i], shift[hand, i], bool(hand)
-                trials.append(_refine(coarse, coarse.whitening ** (2 * power), trial, iterations=12))
-    if start is not None:
-        trials.append(start)
-    best = {}
-    for mirrored in (False, True):
-        ranked = sorted((t for t in trials if t[2] == mirrored), key=finer.information, reverse=True)[:3]
-        for _ in range(2):
-            ranked = [_refine(finer, finer.worth(t), t) for t in ranked]
-        best[mirrored] = max(ranked, key=finer.information)
-    mirrored = finer.information(best[True]) > finer.information(best[False])
-    motion, other = best[mirrored], best[not mirrored]
-    final, final_other = finer.information(motion), finer.information(other)
+    middle = min(_MIDDLE_RADIUS, nyquist)
+    finer = _pair(a, b, middle)
+    trials: list[Motion] = [] if start is None else [start]
+    for low in sorted({min(radius, nyquist) for radius in _SEARCH_RADII}):
+        trials += _trials(_pair(a, b, low), low, candidates)
+        best = {}
+        for mirrored in (False, True):
+            ranked = sorted((t for t in trials if t[2] == mirrored), key=finer.information, reverse=True)[:3]
+            for _ in range(2):
+                ranked = [_refine(finer, finer.worth(t), t) for t in ranked]
+            best[mirrored] = max(ranked, key=finer.information)
+        mirrored = finer.information(best[True]) > finer.information(best[False])
+        motion, other = best[mirrored], best[not mirrored]
+        final, final_other = finer.information(motion), finer.information(other)
+        if final - final_other > _UNDECIDED * final:
+            break
     if finer.reach(motion) == middle:
         finer = _pair(a, b, min(_LARGEST_RADIUS, nyquist))
         finer = _pair(a, b, finer.reach(motion))

@@ -45,7 +45,7 @@ _PROMISING, _WORTH_A_LOOK = 0.25, 0.4  # least correlation of an element on the 
 _ENOUGH = 0.35  # of the information the noise allows, beyond that at rotations outside the group
 _APART = 0.1  # least distance from them: a map round about an axis has no fold that can be told
 _SURE = 25.0  # nats an element must share; the best rotation of pure noise shares up to 9
-_EVEN = 0.6  # least information of an element as a fraction of the best one's
+_EVEN = 0.5  # least information of an element as a fraction of the best one's
 
 
 @dataclass(frozen=True)

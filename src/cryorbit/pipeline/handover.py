@@ -38,8 +38,8 @@ class Handover:
         (N, M, 3, 3) and (N, M, 2) angstrom, the most probable pose of each particle first.
     effective
         (N,) effective number of poses.
-    agreement, evidence
-        How the halves compare, and what follows for the verdict.
+    evidence
+        How the halves compare, for the verdict.
     """
 
     inputs: Inputs
@@ -47,7 +47,6 @@ class Handover:
     rotations: Float[Tensor, "n m 3 3"]
     shifts: Float[Tensor, "n m 2"]
     effective: Float[Tensor, " n"]
-    agreement: Agreement
     evidence: Evidence
 
 
@@ -63,7 +62,7 @@ def hand_over(config: RunConfig, inputs: Inputs, engine: Marginal, folder: Path,
         agreement = engine.agreement(group)
         effective = (effective / len(group)).clamp_min(1.0)
     evidence = _evidence(engine, agreement, effective)
-    return Handover(inputs, maps, assigned["rotations"], assigned["shifts"], effective, agreement, evidence)
+    return Handover(inputs, maps, assigned["rotations"], assigned["shifts"], effective, evidence)
 
 
 def _assign(engine: Marginal, path: Path, fingerprint: str) -> dict[str, Tensor]:
@@ -81,10 +80,11 @@ def _assign(engine: Marginal, path: Path, fingerprint: str) -> dict[str, Tensor]
 
 def _evidence(engine: Marginal, agreement: Agreement, effective: Float[Tensor, " n"]) -> Evidence:
     """What ab initio knows about itself; independent agreement is only what there was before the halves were joined."""
-    periods, posed = engine.periods(float(agreement.reach)), agreement.posed
+    periods, posed, apart = engine.periods(float(agreement.reach)), agreement.posed, agreement.pose_deg
     if bool(engine.joined):
-        periods, posed = engine.at_pairing.tolist()
-    return Evidence(bool(engine.joined), periods, posed, float(effective.median()), float(engine.intensities().std()))
+        periods, posed, apart = engine.at_pairing.tolist()
+    spread = float(engine.intensities().std())
+    return Evidence(bool(engine.joined), periods, posed, apart, float(effective.median()), spread)
 
 
 def _settle_contrast(config: RunConfig, inputs: Inputs, engine: Marginal) -> tuple[Inputs, tuple[Tensor, Tensor]]:

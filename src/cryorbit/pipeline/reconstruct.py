@@ -233,7 +233,7 @@ def _summarise(
         "halves_periods": evidence.periods,
         "halves_same_pose": evidence.posed,
         "intensity_sd": evidence.intensity_sd,
-        "halves_pose_difference_deg": start.agreement.pose_deg,
+        "halves_pose_difference_deg": evidence.pose_difference_deg,
         "contrast": "dark" if inputs.particles.sign < 0 else "light",
         "hand_flipped": config.flip_hand,
         "pose_change_deg": float(torch.rad2deg(t["pose_change"])),

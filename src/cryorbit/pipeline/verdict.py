@@ -22,6 +22,8 @@ class Evidence:
         Fourier periods per particle diameter to which the halves' ab initio maps correlate by 0.5; before the join where there was one.
     posed
         Share of images to which the two ab initio maps give poses within 20 degrees; likewise.
+    pose_difference_deg
+        Median angle between those poses, degrees; likewise.
     effective
         Median effective number of poses per particle that ab initio left, over the asymmetric unit.
     intensity_sd
@@ -31,6 +33,7 @@ class Evidence:
     joined: bool
     periods: float
     posed: float
+    pose_difference_deg: float
     effective: float
     intensity_sd: float
 
