@@ -49,6 +49,19 @@ def test_overwrite_removes_our_files_only(tmp_path):
     assert from_toml((run / "config.toml").read_text()).particles == "y"
 
 
+def test_run_of_another_version_can_be_overwritten_not_continued(tmp_path):
+    run = tmp_path / "run"
+    open_run(run, RunConfig(particles="x"), overwrite=False)
+    (run / "config.toml").write_text("a_setting_of_old = 3\n" + (run / "config.toml").read_text())
+    (run / "map.mrc").write_text("old")
+    with pytest.raises(RunError, match=r"RUN004.*a_setting_of_old"):
+        open_run(run, RunConfig(particles="x"), overwrite=False)
+    assert (run / "map.mrc").exists()
+    open_run(run, RunConfig(particles="y"), overwrite=True)
+    assert not (run / "map.mrc").exists()
+    assert from_toml((run / "config.toml").read_text()).particles == "y"
+
+
 @pytest.mark.parametrize("text", ["[tool]\nx = 1\n", "", "seed = 0\n", "not toml ["])
 def test_foreign_or_damaged_config_is_never_overwritten(tmp_path, text):
     (tmp_path / "config.toml").write_text(text)

@@ -133,3 +133,23 @@ def test_engine_grid_spacing_is_as_documented():
     angle = torch.rad2deg(torch.arccos(((relative - 1) / 2).clamp(-1, 1)))
     nearest = angle.topk(2, largest=False).values[:, 1]
     assert float(nearest.max()) == pytest.approx(15.0, abs=1.5)
+
+
+@pytest.mark.parametrize("sharpness", [0.3, 3.0, 30.0], ids=["broad", "usual", "sharp"])
+def test_backends_agree_on_a_grid_of_many_rotations(sharpness, generator):
+    """150 rotations: two whole runs of the CPU kernel and part of one."""
+    even, odd = (sharpness * torch.randn(2, 7, 9, 150, generator=generator)).unbind()
+    power, prior = (
+        sharpness * torch.rand(7, 150, generator=generator),
+        torch.randn(9, generator=generator).log_softmax(0),
+    )
+    real, imag = torch.randn(2, 63, 11, generator=generator).unbind()
+    ctf2 = torch.rand(7, 11, generator=generator)
+    found = []
+    for backend in BACKENDS:
+        out = tuple(torch.zeros(150, 11) for _ in range(3))
+        scores = even.clone(), odd.clone(), power, prior, real, imag, ctf2
+        found.append((*kernels.select(even.device, backend).posterior(*scores, out, 4), *out))
+    for other in found[1:]:
+        for mine, theirs in zip(other, found[0], strict=True):
+            torch.testing.assert_close(mine, theirs, atol=3e-3, rtol=1e-3)

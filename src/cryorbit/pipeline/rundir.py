@@ -2,6 +2,7 @@
 
 import fcntl
 import shutil
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,13 +38,27 @@ def _config_of(folder: Path) -> RunConfig:
         raise RunError(
             "RUN004",
             f"{folder / 'config.toml'} is not the configuration of a cryorbit run ({error})",
-            "choose a new --output folder; if it is a run whose config.toml was damaged, remove that folder yourself",
+            "choose a new --output folder, or pass --overwrite if it is a run of another version that may go",
         ) from error
+
+
+def _must_be_ours(folder: Path) -> None:
+    """A configuration of any version will do: settings come and go."""
+    try:
+        settings = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError):
+        settings = {}
+    if not {"particles", "abinitio", "refine"} <= settings.keys():
+        raise RunError(
+            "RUN004",
+            f"{folder / 'config.toml'} is not the configuration of a cryorbit run",
+            "choose a new --output folder; if it is a run whose config.toml was damaged, remove that folder yourself",
+        )
 
 
 def _clear(folder: Path, config: RunConfig) -> None:
     """Remove what a previous run wrote, and nothing else."""
-    _config_of(folder)
+    _must_be_ours(folder)
     kept = Path(config.particles).resolve()
     for name in OURS:
         path = folder / name
