@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -91,7 +91,10 @@ CELLS = [
     Cell("no shifts, no CTF, 0 dB", snr_db=0.0, shift_sigma_px=0.0, defocus=None),
     Cell("-10 dB", seeds=20),
     Cell("-15 dB", snr_db=-15.0, seeds=20),
+    Cell("-17 dB", snr_db=-17.0),
     Cell("-20 dB", snr_db=-20.0),
+    Cell("500 images", count=500),
+    Cell("1k, -15 dB", count=1000, snr_db=-15.0),
     Cell("shifts 4 px", shift_sigma_px=4.0),
     Cell("far defocus", defocus=FAR),
     Cell("preferred views", preferred=True),
@@ -217,6 +220,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--cells", nargs="+", default=[cell.name for cell in CELLS])
+    parser.add_argument("--seeds", type=int, default=100, help="No more than so many per cell.")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--fit", type=Path, help="Do not run: fit the verdict and draw its reliability diagram here.")
     arguments = parser.parse_args()
@@ -227,7 +231,7 @@ def main() -> None:
         return
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     about = {"device": f"CPU, one thread per run, {arguments.workers} runs at a time", "torch": torch.__version__}
-    cells = [cell for cell in CELLS if cell.name in arguments.cells]
+    cells = [replace(cell, seeds=min(cell.seeds, arguments.seeds)) for cell in CELLS if cell.name in arguments.cells]
     left = list(jobs(cells, {(row["cell"], row["seed"]) for row in rows}))
     with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
         running = {pool.submit(one, cell, seed, arguments.data.resolve(), commit): (cell, seed) for cell, seed in left}
