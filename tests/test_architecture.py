@@ -30,6 +30,8 @@ METHODS_SHARED = {
     "registry",
     "checks",
     "online_em",
+    "marginal_config",
+    "symmetric",
     "halves",
 }  # what the method files of one folder may look at or be looked at by
 MAX_LINES = 400

@@ -29,7 +29,7 @@ def build(name: str, truth: SimulatedParticles, seed: int = 0) -> Method:
     half = torch.arange(60) % 2 + 1
     common = {"mask_diameter": DIAMETER, "symmetry": torch.eye(3)[None], "half_set": half}
     if name == "abinitio":
-        return cls(stack, config(batch=20, order=1, march_steps=4, settle_steps=2), seed=seed, **common)
+        return cls(stack, config(batch=20, order=1, march_steps=4, settle_steps=2, heats=1), seed=seed, **common)
     if name == "refine":
         generator = torch.Generator().manual_seed(seed)
         candidates = (random_rotations(120, generator).view(60, 2, 3, 3), torch.zeros(60, 2, 2))

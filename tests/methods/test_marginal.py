@@ -1,16 +1,21 @@
 """The population of runs: selection, pairing across frames and hands, joining, intensity."""
 
+import itertools
+
 import pytest
 import torch
 
 from cryorbit.groups.so3 import distance, random_rotations
 from cryorbit.methods.halves import Agreement
-from cryorbit.methods.marginal import HALVES, Marginal, MarginalConfig
+from cryorbit.methods.marginal import HALVES, Marginal
+from cryorbit.methods.marginal_config import MarginalConfig
 from cryorbit.metrics.align import align_poses
 from cryorbit.metrics.resample import move_volume
+from cryorbit.metrics.symmetry import SymmetryFinding
 from cryorbit.physics.fourier import fourier_disk
 from cryorbit.physics.shift import phase_ramp
 from cryorbit.physics.slicing import slice_grid, slicing_grid
+from cryorbit.pipeline.handover import assign, symmetry_holds
 from cryorbit.simulate.particles import SimulatedParticles, simulate_particles
 from cryorbit.simulate.phantom import phantom
 from cryorbit.training.dataset import ArrayParticles, FourierStack
@@ -47,7 +52,7 @@ def test_independent_halves_find_the_same_molecule_and_its_poses(finished, truth
     found = finished.agreement()
     assert found.posed > 0.8
     assert finished.periods(float(found.reach)) > 6
-    rotations, shifts, effective = finished.assign(torch.arange(COUNT))
+    rotations, shifts, effective = assign(finished, torch.arange(COUNT))
     poses = Poses(rotations[:, 0].double(), shifts[:, 0].double())
     error = torch.rad2deg(align_poses(poses, truth.poses).error)
     assert float(error.median()) < 12
@@ -57,14 +62,39 @@ def test_independent_halves_find_the_same_molecule_and_its_poses(finished, truth
 
 
 def test_modes_of_a_particle_are_distinct(finished):
-    rotations, _, _ = finished.assign(torch.arange(40))
+    rotations, _, _ = assign(finished, torch.arange(40))
     first, second = rotations[:, 0], rotations[:, 1]
     assert torch.rad2deg(distance(first, second)).min() > 15
 
 
+def test_a_symmetry_the_molecule_lacks_is_refused_by_held_out_images(finished):
+    false = SymmetryFinding("C2", torch.eye(3), torch.zeros(3), 0.9, ())
+    kept, why = symmetry_holds(finished, false)
+    assert not kept
+    assert "not imposed" in why
+
+
+def test_halves_that_disagree_are_challenged_and_the_likelier_run_of_each_is_kept(truth):
+    made = engine(truth, starts=1, heats=2)
+    wrong = torch.randn(made.stack.box, made.stack.box, made.stack.box) * made.mask
+    steps = itertools.count()
+    while int(made.heat) == 0:
+        for never_learns in made.runs[2].values():
+            never_learns.volume = wrong
+        made.step(next(steps))
+    resumed = engine(truth, starts=1, heats=2)
+    resumed.load_state(made.state())
+    first = {half: next(iter(resumed.best[half].values())) for half in HALVES}
+    while not resumed.finished():
+        resumed.step(next(steps))
+    winners = dict(zip(HALVES, resumed.winners(), strict=True))
+    assert winners[2] is not first[2]
+    assert resumed.agreement().posed > 0.6
+
+
 def test_noise_joins_the_halves(truth, generator):
     noise = torch.randn(truth.images.shape, generator=generator)
-    made = engine(truth, noise, batch=100, march_steps=6, settle_steps=1)
+    made = engine(truth, noise, batch=100, march_steps=6, settle_steps=1, heats=1, order=1)
     run(made)
     assert bool(made.joined)
     assert float(made.at_pairing[1]) < 0.2
@@ -74,7 +104,7 @@ def test_intensity_follows_the_images(truth):
     strong = torch.where(torch.arange(COUNT) % 4 < 2, 1.3, 0.7)
     made = engine(truth, truth.images * strong[:, None, None])
     run(made)
-    assert float(torch.corrcoef(torch.stack([made.intensity, strong]))[0, 1]) > 0.6
+    assert float(torch.corrcoef(torch.stack([made.intensities(), strong]))[0, 1]) > 0.6
 
 
 @pytest.mark.parametrize("mirrored", [False, True])

@@ -27,6 +27,7 @@ from cryorbit.types import Poses, Volume
 QUICK = [
     "mask_diameter=70",
     "abinitio.starts=1",
+    "abinitio.heats=1",
     "abinitio.march_steps=16",
     "abinitio.settle_steps=4",
     "refine.sweeps=3",
@@ -71,7 +72,8 @@ def test_pure_noise_is_not_trusted(tmp_path, generator):
     noise = torch.randn(400, 24, 24, generator=generator).numpy()
     with StackWriter(tmp_path / "noise.mrcs", 400, 24, 4.0) as writer:
         writer.write(noise)
-    result = reconstruct(override(RunConfig(particles=str(tmp_path / "noise.mrcs")), QUICK), tmp_path / "run")
+    config = override(RunConfig(particles=str(tmp_path / "noise.mrcs")), [*QUICK, "abinitio.order=1"])
+    result = reconstruct(config, tmp_path / "run")
     assert result.status.startswith("Do not trust this map")
 
 

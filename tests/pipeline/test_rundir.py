@@ -20,6 +20,7 @@ from cryorbit.training.history import History
 SMALL = [
     "mask_diameter=70",
     "abinitio.starts=1",
+    "abinitio.heats=1",
     "abinitio.march_steps=2",
     "abinitio.settle_steps=1",
     "abinitio.order=1",

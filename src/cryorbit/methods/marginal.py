@@ -7,14 +7,15 @@
 The particles are split in two halves before anything else; a run sees images of one half only. The Fourier radius marches outwards, faster
 once posteriors are sharp. On the way the runs of a half are compared by the likelihood of images of the *other* half, and the losers
 dropped. Then the two winners are laid on each other by the poses they give the same images (both hands), and from there the radius
-follows their correlation. Two runs that agree found the same molecule twice, from different images and different starts; when they
-disagree, the likelier one becomes the start of both halves and the result says so.
+follows their correlation. Two runs that agree found the same molecule twice, from different images and different starts. Two that end
+with different poses of the same images did not: fresh starts then challenge them, in up to ``heats`` rounds. When they still disagree, the
+likelier one becomes the start of both halves and the result says so.
 
 Measured behaviour and sources in docs/methods/marginal.md.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -22,74 +23,32 @@ from torch import Tensor
 
 from cryorbit.groups import so3
 from cryorbit.methods.halves import Agreement, compare, unmoved
+from cryorbit.methods.marginal_config import MarginalConfig
 from cryorbit.methods.online_em import Grids, OnlineEM, rotation_grid
+from cryorbit.methods.symmetric import find_symmetry, group_of
 from cryorbit.metrics.fsc import fsc
 from cryorbit.metrics.masks import soft_sphere
-from cryorbit.poses.grid import distinct_modes, shift_grid, with_half_turns
+from cryorbit.metrics.symmetry import SymmetryFinding
+from cryorbit.poses.grid import shift_grid
 from cryorbit.training.checkpoint import State
 from cryorbit.training.dataset import FourierStack
-from cryorbit.types import Poses
 
 HALVES = (1, 2)
 _ROUNDS = (0.25, 0.5)  # of the march: where half of the runs are dropped, and where one is left for each half
-_LAST_PAIRING = 0.85  # of the march: winners that still disagree here are joined
+_LAST_PAIRING = (
+    0.85  # of the march: one more attempt to pair here, and where halves that never agreed go on once joined
+)
 _RETRY = 3  # steps between attempts to pair
+_SURE = 0.6  # of the images with the same pose in both halves: below, another round of starts
 _SAMPLE = 400  # images by which runs are compared and laid on each other
 _AGREED = 5.0  # Fourier periods per particle diameter to which two runs must correlate by 0.5 to count as one
 _CAPPED_AT = 0.143  # correlation of the halves that carries the radius outwards, with _MARGIN shells to spare
 _MARGIN = 2
-_INTENSITY_SD = 0.2
 _PATIENCE = 5  # broad steps before batches grow
 _MORE_STARTS = 4  # at most, with an imposed symmetry
 
 
-_SCALARS = tuple("march settled batch intensity paired joined at_pairing correlation still broad".split())
-
-
-@dataclass(frozen=True)
-class MarginalConfig:
-    """Settings of the ab initio engine. Radii count Fourier pixels of a box as wide as the particle, so they hold for any pixel size.
-
-    Attributes
-    ----------
-    starts
-        Runs from random starts on each half; with a symmetry of 4 or more elements four times as many, each the cheaper for it.
-    batch
-        Images per run and step at first; grows by a quarter with every step that leaves posteriors broad.
-    order
-        HEALPix order of the rotation grid (2: 4,608 rotations, 15 degrees apart).
-    radius_start, radius_end
-        Fourier radius at the first step and at the end, in units of 1 / particle diameter. With an imposed symmetry of S elements the
-        first is ``S**(1/4)`` times as large (not beyond the last): a symmetric map has that much less to tell at low resolution.
-    march_steps
-        Steps from the first radius to the last while posteriors are sharp; four times as many while they are broad.
-    settle_steps
-        Most steps at the last radius, with slowly forgotten statistics; fewer when the halves' correlation stands still.
-    decay, settle_decay
-        Factor on the old statistics at each step, while marching and while settling.
-    sharp
-        Posteriors count as sharp when the median effective number of poses is below this.
-    shift_range
-        Largest shift searched, in particle diameters; 0 searches none.
-    tau_fudge
-        Factor on the signal power in the Wiener prior (larger: noisier, more detailed map).
-    modes
-        Distinct poses per image handed to refinement.
-    """
-
-    starts: int = 2
-    batch: int = 200
-    order: int = 2
-    radius_start: float = 4.4
-    radius_end: float = 10.5
-    march_steps: int = 24
-    settle_steps: int = 8
-    decay: float = 0.6
-    settle_decay: float = 0.8
-    sharp: float = 50.0
-    shift_range: float = 0.1
-    tau_fudge: float = 0.5
-    modes: int = 6
+_SCALARS = tuple("march settled batch heat done paired joined at_pairing correlation still broad".split())
 
 
 class Marginal:
@@ -131,20 +90,28 @@ class Marginal:
         self.mask = soft_sphere(stack.box, 0.5 * mask_diameter / stack.pixel_size, 3.0).to(stack.device)
         self.starts = config.starts * min(len(symmetry), _MORE_STARTS)
         self.radius_start = min(config.radius_start * len(symmetry) ** 0.25, config.radius_end)
-        self.runs = {half: {start: self._new_run() for start in range(self.starts)} for half in HALVES}
-        self.march = torch.zeros(())
-        self.settled = torch.zeros((), dtype=torch.int64)
-        self.batch = torch.tensor(float(config.batch))
-        self.intensity = torch.ones(len(stack), device=stack.device)
-        self.motion = unmoved(stack.box // 2 + 1)  # of map 2 onto map 1
-        self.paired = torch.zeros((), dtype=torch.bool)
         self.joined = torch.zeros((), dtype=torch.bool)
+        self.done = torch.zeros((), dtype=torch.bool)
         self.at_pairing = torch.zeros(
             3
-        )  # periods, share of equal poses and pose difference when the winners were laid on each other
-        self.correlation = torch.ones(stack.box // 2 + 1)
-        self.still = torch.zeros((), dtype=torch.int64)
-        self.broad = torch.zeros((), dtype=torch.int64)
+        )  # periods, share of equal poses and pose difference when the winners were last compared
+        self.motion = unmoved(stack.box // 2 + 1)  # of map 2 onto map 1
+        self.best: dict[int, dict[int, OnlineEM]] = {half: {} for half in HALVES}  # of the heats before this one
+        self._begin(0)
+
+    def _begin(self, heat: int) -> None:
+        """Fresh starts on both halves, at the first radius."""
+        starts = range(heat * self.starts, (heat + 1) * self.starts)
+        self.runs = {half: {start: self._new_run() for start in starts} for half in HALVES}
+        self.heat = torch.tensor(heat)
+        self.batch = torch.tensor(float(self.config.batch))
+        self._march_from(0.0)
+
+    def _march_from(self, march: float) -> None:
+        self.march = torch.tensor(march)
+        self.settled, self.still, self.broad = (torch.zeros((), dtype=torch.int64) for _ in range(3))
+        self.paired = torch.zeros((), dtype=torch.bool)
+        self.correlation = torch.ones(self.stack.box // 2 + 1)
 
     def _new_run(self) -> OnlineEM:
         return OnlineEM(self.stack, self.mask, self.symmetry, self.config.tau_fudge, 0.5 * self._shift_limit())
@@ -180,17 +147,19 @@ class Marginal:
         return Grids(rotation_grid(self.config.order, self.symmetry, turn), shifts, radius)
 
     def total_steps(self) -> int:
-        """Steps if posteriors stay broad throughout."""
-        return 4 * self.config.march_steps + self.config.settle_steps
+        """Steps if posteriors stay broad throughout and the halves never agree."""
+        c = self.config
+        joined = math.ceil(4 * (1 - _LAST_PAIRING) * c.march_steps) + c.settle_steps
+        return c.heats * (4 * c.march_steps + c.settle_steps) + joined
 
     def finished(self) -> bool:
-        """Whether the last radius has been reached and nothing changes there any more."""
-        return int(self.settled) >= self.config.settle_steps or int(self.still) >= 3
+        """Whether the halves agree, or every heat has been run and the winners been joined."""
+        return bool(self.done)
 
     # -- one step ---------------------------------------------------------------------------------------------------------------
 
     def step(self, index: int) -> dict[str, float | str]:
-        """One minibatch for every run of either half; then selection, pairing or the halves' correlation."""
+        """One minibatch for every run of either half; then selection, pairing or the halves' correlation; at last the verdict on a heat."""
         radius, effective = self.radius(), []
         for half in HALVES:
             for start, run in self.runs[half].items():
@@ -198,22 +167,19 @@ class Marginal:
                 members = self.members[half]
                 chosen = members[torch.randperm(len(members), generator=generator)[: int(self.batch)]]
                 grids = self.grids(run, radius, so3.random_rotations(1, generator)[0])
-                if index == 0:
+                if run.statistics is None:
                     run.start(chosen, grids, generator)
                     continue
-                intensity = self.intensity[chosen.to(self.intensity.device)] if bool(self.paired) else None
                 decay = self.config.settle_decay if float(self.march) >= 1 else self.config.decay
-                result = run.step(chosen, grids, decay, intensity)
+                result = run.step(chosen, grids, decay, intensities=bool(self.paired))
                 effective.append(float(result.effective.median()))
-                if bool(self.paired):
-                    self._update_intensity(chosen, result.intensity)
         sharpest = min(effective, default=float("inf"))
         self._select(index, radius)
         if bool(self.paired):
             self._follow(radius)
+        runs = [run for half in HALVES for run in self.runs[half].values()]
         self._advance(sharpest)
         box_a = self.stack.box * self.stack.pixel_size
-        runs = [run for half in HALVES for run in self.runs[half].values()]
         noise = [float(r.noise[1 : radius + 1].mean() / r.initial_noise[1 : radius + 1].mean()) for r in runs]
         return {
             "radius": float(radius),
@@ -225,19 +191,12 @@ class Marginal:
             "batch": float(int(self.batch)),
         }
 
-    def _update_intensity(self, chosen: Int[Tensor, " b"], moments: Float[Tensor, "2 b"]) -> None:
-        """How much stronger each image is than the map says, shrunk towards 1 (a Gaussian prior of 0.2)."""
-        where = chosen.to(self.intensity.device)
-        present = self.intensity[where]
-        precision = _INTENSITY_SD**-2  # cross and energy are taken with the present factor in the CTF
-        fresh = (moments[0] / present + precision) / (moments[1] / present.square() + precision)
-        self.intensity[where] = (0.5 * present + 0.5 * fresh).clamp(0.3, 3.0)
-
     def intensities(self) -> Float[Tensor, " n"]:
         """Of all particles, CPU, divided by the mean of their half: only ratios within a half mean something."""
-        out = self.intensity.cpu().clone()
-        for half in HALVES:
-            out[self.half_set == half] /= out[self.half_set == half].mean()
+        out = torch.ones(len(self.stack))
+        for half, run in zip(HALVES, self.winners(), strict=True):
+            own = run.intensity.cpu()[self.members[half]]
+            out[self.members[half]] = own / own.mean()
         return out
 
     def _advance(self, effective: float) -> None:
@@ -250,12 +209,14 @@ class Marginal:
             largest = max(len(m) for m in self.members.values())
             self.batch = torch.minimum(1.25 * self.batch, torch.tensor(float(largest)))
         self.march = (self.march + (1.0 if sharp else 0.25) / c.march_steps).clamp(max=1.0)
+        if int(self.settled) >= c.settle_steps or int(self.still) >= 3:
+            self._end_heat()
 
     # -- selection and pairing --------------------------------------------------------------------------------------------------
 
     def _select(self, index: int, radius: int) -> None:
         """Drop runs at the two rounds of the march, judged by images of the other half; then pair the winners."""
-        if bool(self.paired) or index == 0:
+        if bool(self.paired):
             return
         alive = max(len(runs) for runs in self.runs.values())
         keep = alive
@@ -268,7 +229,8 @@ class Marginal:
                 self._judge(half, radius)
                 ranked = sorted(self.runs[half], key=lambda start: -float(self.runs[half][start].likelihood))
                 self.runs[half] = {start: self.runs[half][start] for start in sorted(ranked[:keep])}
-        if last and (keep < alive or index % _RETRY == 0 or float(self.march) >= _LAST_PAIRING):
+        late = _LAST_PAIRING <= float(self.march) < _LAST_PAIRING + 1 / self.config.march_steps
+        if last and (keep < alive or index % _RETRY == 0 or late):
             self._pair(radius)
 
     def sample(self, half: int) -> Int[Tensor, " b"]:
@@ -277,11 +239,13 @@ class Marginal:
         generator = torch.Generator().manual_seed(self.seed * 7 + half)
         return members[torch.randperm(len(members), generator=generator)[:_SAMPLE]]
 
-    def _judge(self, half: int, radius: int) -> None:
-        """Mean log likelihood of images of the other half, for each run of ``half``."""
+    def _judge(self, half: int, radius: int, *, refit: bool = False) -> None:
+        """Mean log likelihood of images of the other half, for each run of ``half``; ``refit`` the noise where their ages differ."""
         held_out = self.sample(3 - half)
         for run in self.runs[half].values():
-            run.likelihood = run.log_likelihood(held_out, self.grids(run, radius)).mean().cpu()
+            grids = self.grids(run, radius)
+            judged = run.with_noise_of(held_out, grids) if refit else run
+            run.likelihood = judged.log_likelihood(held_out, grids).mean().cpu()
 
     def winners(self) -> tuple[OnlineEM, OnlineEM]:
         """The likeliest run of each half."""
@@ -294,20 +258,51 @@ class Marginal:
         return compare(first, second, chosen, self.symmetry if group is None else group)
 
     def _pair(self, radius: int) -> None:
-        """Lay the two winners on each other; if they disagree to the last, the likelier one starts both halves."""
+        """Lay the two winners on each other, if they are maps of one molecule."""
         agreement = self._compare(radius)
-        self.at_pairing = torch.tensor([self.periods(float(agreement.reach)), agreement.posed, agreement.pose_deg])
-        agreed = float(self.at_pairing[0]) >= _AGREED
-        if agreed:
+        if self.periods(float(agreement.reach)) >= _AGREED:
             self.motion = agreement
-        elif float(self.march) >= _LAST_PAIRING:
-            first, second = self.winners()
-            both = torch.cat([self.sample(half) for half in HALVES])  # each has learnt from half of these
-            gain = [run.log_likelihood(both, self.grids(run, radius)).mean() for run in (first, second)]
-            better, other = (first, second) if gain[0] >= gain[1] else (second, first)
-            other.start_from(better)
-            self.joined = torch.ones_like(self.joined)
-        self.paired = torch.tensor(agreed or float(self.march) >= _LAST_PAIRING)
+            self.paired = torch.ones_like(self.paired)
+
+    def _end_heat(self) -> None:
+        """Keep the best run of each half; fresh starts if their poses differ, and in the end one map for both halves."""
+        last = int(self.heat) + 1 >= self.config.heats
+        contested = any(self.best.values())
+        if contested:
+            self._march_from(1.0)  # to the full radius, whatever the correlation of this heat's winners
+            for half in HALVES:
+                self.runs[half] |= self.best[half]
+                self._judge(half, self.radius(), refit=True)
+        for half, run in zip(HALVES, self.winners(), strict=True):
+            self.runs[half] = {start: other for start, other in self.runs[half].items() if other is run}
+        agreement = self.agreement()
+        if contested:
+            self._follow(self.radius())
+        if agreement.posed < _SURE and (found := self.found_symmetry()).name != "C1":  # equivalent poses are one pose
+            agreement = self.agreement(group_of(found))
+        periods = self.periods(float(agreement.reach))
+        if not bool(self.joined):
+            self.at_pairing = torch.tensor([periods, agreement.posed, agreement.pose_deg])
+        if bool(self.joined) or agreement.posed >= _SURE or (last and periods >= _AGREED):
+            self.done = torch.ones_like(self.done)
+        elif last:
+            self._join()
+        else:
+            self.best = self.runs
+            self._begin(int(self.heat) + 1)
+
+    def _join(self) -> None:
+        """Start both halves from the likelier winner, late in the march."""
+        first, second = self.winners()
+        both = torch.cat([self.sample(half) for half in HALVES])  # each has learnt from half of these
+        grids = [self.grids(run, self.radius()) for run in (first, second)]
+        gain = [run.log_likelihood(both, g).mean() for run, g in zip((first, second), grids, strict=True)]
+        better, other = (first, second) if gain[0] >= gain[1] else (second, first)
+        other.start_from(better)
+        self.motion = unmoved(self.stack.box // 2 + 1)
+        self.best = {half: {} for half in HALVES}
+        self._march_from(_LAST_PAIRING)
+        self.paired, self.joined = torch.ones_like(self.paired), torch.ones_like(self.joined)
 
     def maps(self) -> tuple[Float[Tensor, "d d d"], Float[Tensor, "d d d"]]:
         """The two winners' maps in the frame and hand of the first."""
@@ -327,7 +322,7 @@ class Marginal:
     # -- hand-over and resume ---------------------------------------------------------------------------------------------------
 
     def agreement(self, group: Float[Tensor, "s 3 3"] | None = None) -> Agreement:
-        """How the two winners compare at the end; from now on :meth:`maps` and :meth:`assign` use this motion.
+        """How the two winners compare at the end; from now on :meth:`maps` and ``assign`` use this motion.
 
         With ``group``, rotations that leave the first map as it is, only the comparison counts equivalent poses as one.
         """
@@ -336,65 +331,40 @@ class Marginal:
         self.motion = self._compare(self.radius())
         return self.motion
 
-    def held_out(self, radius: int) -> Float[Tensor, " b"]:
-        """Log likelihood of each image of :meth:`sample` under the winner of the other half, over the whole grid whatever the symmetry."""
-        out = []
-        for half, run in zip(HALVES, self.winners(), strict=True):
-            grids = replace(self.grids(run, radius), rotations=rotation_grid(self.config.order, self.symmetry[:1]))
-            out.append(run.log_likelihood(self.sample(3 - half), grids).cpu())
-        return torch.cat(out)
-
-    def assign(
-        self, chosen: Int[Tensor, " b"]
-    ) -> tuple[Float[Tensor, "b m 3 3"], Float[Tensor, "b m 2"], Float[Tensor, " b"]]:
-        """Distinct probable poses of the particles ``chosen`` under the map of their own half, in the frame of the first.
-
-        Rotations (most probable first), shifts in angstrom, effective number of poses.
-        """
-        rotations = torch.empty(len(chosen), self.config.modes, 3, 3)
-        shifts = torch.empty(len(chosen), self.config.modes, 2)
-        effective = torch.empty(len(chosen))
-        radius = self.radius()
-        for half, run in zip(HALVES, self.winners(), strict=True):
-            own = torch.nonzero(self.half_set[chosen] == half)[:, 0]
-            if not len(own):
-                continue
-            grids = self.grids(run, radius)
-            every = with_half_turns(grids.rotations)
-            intensity = self.intensity[chosen[own].to(self.intensity.device)]
-            result = run.expect(chosen[own], grids, intensity, modes=8 * self.config.modes)
-            best, best_shift = distinct_modes(
-                result, every, self.config.modes, 1.2 * so3.grid_spacing(self.config.order)
-            )
-            found = Poses(every[best.flatten()].cpu(), grids.shifts.points[best_shift.flatten().cpu()])
-            if half == 2:
-                found = self.motion.framed(found)
-            rotations[own] = found.rotations.view(len(own), -1, 3, 3)
-            shifts[own] = found.shifts.view(len(own), -1, 2) * self.stack.pixel_size
-            effective[own] = result.effective.cpu()
-        return rotations, shifts, effective
+    def found_symmetry(self) -> SymmetryFinding:
+        """Point group of the two winners' maps, as they were last laid on each other; C1 for an engine that imposes one."""
+        if len(self.symmetry) > 1:
+            return SymmetryFinding("C1", torch.eye(3), torch.zeros(3), 1.0, ())
+        return find_symmetry(self.maps(), self.motion.fsc, self.mask_diameter, self.stack.pixel_size)
 
     def state(self) -> State:
         """Tensors that continue the run exactly."""
         state: State = {name: getattr(self, name) for name in _SCALARS}
         m = self.motion
         state["motion"] = torch.cat([m.rotation.flatten(), m.shift, torch.tensor([float(m.mirrored)])])
-        for half in HALVES:
-            for start, run in self.runs[half].items():
-                state |= {f"{half}.{start}.{name}": value for name, value in run.state().items()}
+        for kind, halves in (("runs", self.runs), ("best", self.best)):
+            for half, runs in halves.items():
+                for start, run in runs.items():
+                    if run.statistics is None:  # a start of a heat not begun yet
+                        continue
+                    state |= {f"{kind}.{half}.{start}.{name}": value for name, value in run.state().items()}
         return state
 
     def load_state(self, state: State) -> None:
         """Inverse of :meth:`state`."""
         for name in _SCALARS:
             setattr(self, name, state[name])
-        self.intensity = self.intensity.to(self.stack.device)
         m = state["motion"]
         self.motion = replace(
             unmoved(self.stack.box // 2 + 1), rotation=m[:9].view(3, 3), shift=m[9:12], mirrored=bool(m[12])
         )
-        self.runs = {half: {} for half in HALVES}
-        for half, start in sorted({tuple(map(int, key.split(".")[:2])) for key in state if "." in key}):
-            run = self.runs[half][start] = self._new_run()
-            prefix = f"{half}.{start}."
+        self.runs, self.best = {half: {} for half in HALVES}, {half: {} for half in HALVES}
+        for kind, half, start in sorted(
+            {(k, int(h), int(n)) for k, h, n, *_ in (key.split(".") for key in state if "." in key)}
+        ):
+            run = self._new_run()
+            prefix = f"{kind}.{half}.{start}."
             run.load_state({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+            (self.runs if kind == "runs" else self.best)[half][start] = run
+        if not any(self.runs.values()):
+            self._begin(int(self.heat))

@@ -4,6 +4,7 @@ The noise variance starts at the images' own power, so the first posteriors are 
 images: nothing is annealed by hand. Stochastic EM of the RELION/cryoSPARC school (Scheres 2012; Punjani et al. 2017).
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +22,20 @@ from cryorbit.training.dataset import FourierStack
 from cryorbit.types import Poses
 
 _NOISE_RATE = 0.3
+_NOISE_ROUNDS = 3  # of fitting it to given images
+_INTENSITY_SD = 0.2
 _START_PRIOR = 0.05  # of the mean weight, while there is no map to take a signal power from
-_TENSORS = ("volume", "noise", "initial_noise", "shift_sigma", "numerator", "weight", "radius", "likelihood")
+_TENSORS = (
+    "volume",
+    "noise",
+    "initial_noise",
+    "shift_sigma",
+    "numerator",
+    "weight",
+    "radius",
+    "likelihood",
+    "intensity",
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,7 @@ class OnlineEM:
         self.initial_noise = self.noise.clone()
         self.shift_sigma = torch.tensor(shift_sigma)
         self.likelihood = torch.tensor(float("-inf"))
+        self.intensity = torch.ones(len(stack), device=device)  # how much stronger each image is than the map
         self.statistics: Accumulator | None = None
 
     # -- E-step -----------------------------------------------------------------------------------------------------------------
@@ -84,6 +98,10 @@ class OnlineEM:
         """Images and CTF of the particles ``chosen`` inside ``radius``."""
         disk, keep = self.stack.at_radius(radius)
         return self.stack.images(chosen)[:, keep], self.stack.ctf(chosen)[:, keep], disk
+
+    def intensity_of(self, chosen: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """Of the particles ``chosen``."""
+        return self.intensity[chosen.to(self.intensity.device)]
 
     def expect(
         self,
@@ -112,6 +130,20 @@ class OnlineEM:
         quadratic = (images.abs().square() * (disk.weight / variance)).sum(dim=1)
         return evidence - 0.5 * quadratic - 0.5 * (disk.weight * variance.log()).sum()
 
+    def with_map(self, volume: Float[Tensor, "d d d"]) -> "OnlineEM":
+        """This run with another map."""
+        changed = copy.copy(self)
+        changed.volume = volume
+        return changed
+
+    def with_noise_of(self, chosen: Int[Tensor, " b"], grids: Grids) -> "OnlineEM":
+        """This run with the noise spectrum that makes the images ``chosen`` likeliest, as runs of different ages are to be compared."""
+        fitted = copy.copy(self)
+        disk, _ = self.stack.at_radius(grids.radius)
+        for _ in range(_NOISE_ROUNDS):
+            fitted._update_noise(fitted.expect(chosen, grids, sums=True).power / len(chosen), disk, grids.radius, 1.0)
+        return fitted
+
     def top_poses(self, chosen: Int[Tensor, " b"], grids: Grids) -> Poses:
         """The most probable pose of each particle, on the grid; shifts in pixels of the working box, float64."""
         result = self.expect(chosen, grids)
@@ -137,13 +169,13 @@ class OnlineEM:
         if self.statistics is not None:
             self.statistics = self.statistics.scaled(0.0)
 
-    def step(
-        self, chosen: Int[Tensor, " b"], grids: Grids, decay: float, intensity: Float[Tensor, " b"] | None = None
-    ) -> Expectation:
-        """E-step on the particles ``chosen``, noise and shift prior, M-step with the old statistics times ``decay``."""
-        result = self.expect(chosen, grids, intensity, sums=True)
+    def step(self, chosen: Int[Tensor, " b"], grids: Grids, decay: float, *, intensities: bool = False) -> Expectation:
+        """E-step on the particles ``chosen``, noise and shift prior, M-step with the old statistics times ``decay``; or intensities too."""
+        result = self.expect(chosen, grids, self.intensity_of(chosen) if intensities else None, sums=True)
+        if intensities:
+            self._update_intensity(chosen, result.intensity)
         disk, _ = self.stack.at_radius(grids.radius)
-        self._update_noise(result.power / len(chosen), disk, grids.radius)
+        self._update_noise(result.power / len(chosen), disk, grids.radius, _NOISE_RATE)
         floor = 0.1 * self.stack.box / grids.radius
         self.shift_sigma = (
             ((1 - _NOISE_RATE) * self.shift_sigma**2 + _NOISE_RATE * result.shift_variance).sqrt().clamp_min(floor)
@@ -155,10 +187,16 @@ class OnlineEM:
         self._maximise(grids.radius)
         return result
 
-    def _update_noise(self, power: Float[Tensor, " p"], disk: FourierDisk, radius: int) -> None:
+    def _update_intensity(self, chosen: Int[Tensor, " b"], moments: Float[Tensor, "2 b"]) -> None:
+        """Shrunk towards 1 (a Gaussian prior of 0.2); cross and energy are taken with the present factor in the CTF."""
+        present, precision = self.intensity_of(chosen), _INTENSITY_SD**-2
+        fresh = (moments[0] / present + precision) / (moments[1] / present.square() + precision)
+        self.intensity[chosen.to(self.intensity.device)] = (0.5 * present + 0.5 * fresh).clamp(0.3, 3.0)
+
+    def _update_noise(self, power: Float[Tensor, " p"], disk: FourierDisk, radius: int, rate: float) -> None:
         fresh = torch.maximum(shell_mean(power, disk, len(self.noise)), 1e-4 * self.initial_noise)
         inside = torch.arange(len(self.noise), device=self.noise.device) <= radius
-        self.noise = torch.where(inside, (1 - _NOISE_RATE) * self.noise + _NOISE_RATE * fresh, self.noise)
+        self.noise = torch.where(inside, (1 - rate) * self.noise + rate * fresh, self.noise)
 
     def _insert(self, values: Tensor, weights: Tensor, rotations: Tensor, disk: FourierDisk) -> None:
         out = None if self.statistics is None else resized(self.statistics, disk.radius)
@@ -196,6 +234,7 @@ class OnlineEM:
             s.weight,
             torch.tensor(s.radius),
             self.likelihood,
+            self.intensity,
         )
         return dict(zip(_TENSORS, values, strict=True))
 
@@ -203,5 +242,7 @@ class OnlineEM:
         """Inverse of :meth:`state`."""
         moved = {k: v.to(self.stack.device) if v.ndim else v for k, v in state.items()}
         self.volume, self.noise, self.initial_noise = (moved[k] for k in ("volume", "noise", "initial_noise"))
-        self.shift_sigma, self.likelihood = moved["shift_sigma"], moved["likelihood"]
+        self.shift_sigma, self.likelihood, self.intensity = (
+            moved[k] for k in ("shift_sigma", "likelihood", "intensity")
+        )
         self.statistics = Accumulator(moved["numerator"], moved["weight"], self.stack.box, 2, float(moved["radius"]))

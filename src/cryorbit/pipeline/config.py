@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import tomli_w
 
 from cryorbit.errors import ConfigError
-from cryorbit.methods.marginal import MarginalConfig
+from cryorbit.methods.marginal_config import MarginalConfig
 from cryorbit.methods.refinement import RefinementConfig
 
 T = TypeVar("T")
@@ -188,6 +188,7 @@ def check(config: RunConfig) -> None:
         "amplitude_contrast": 0 <= config.amplitude_contrast < 1,
         "seed": 0 <= config.seed < 2**31,
         "contrast": config.contrast in CONTRASTS,
+        "abinitio.heats": 1 <= config.abinitio.heats <= 100,
         "abinitio.starts": 1 <= config.abinitio.starts <= 100,
         "abinitio.batch": config.abinitio.batch > 0,
         "abinitio.march_steps": config.abinitio.march_steps > 0,

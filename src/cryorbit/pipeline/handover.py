@@ -4,23 +4,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from cryorbit.errors import DataError
-from cryorbit.groups.point import point_group
+from cryorbit.groups import so3
 from cryorbit.methods.halves import Agreement
-from cryorbit.methods.marginal import Marginal
+from cryorbit.methods.marginal import HALVES, Marginal
+from cryorbit.methods.symmetric import group_of, symmetrised
 from cryorbit.metrics.masks import contrast_sign
-from cryorbit.metrics.symmetry import SymmetryFinding, detect_symmetry
+from cryorbit.metrics.symmetry import SymmetryFinding
 from cryorbit.pipeline.config import AUTO, RunConfig
 from cryorbit.pipeline.inputs import DARK, Inputs
 from cryorbit.pipeline.verdict import Evidence
+from cryorbit.poses.grid import distinct_modes, with_half_turns
 from cryorbit.training.checkpoint import load_checkpoint, save_checkpoint
-from cryorbit.types import Volume
+from cryorbit.types import Poses
 
 _ASSIGN_BATCH = 2000
-_SMALLEST_BOX = 16  # in which a symmetry is looked for
 _STANDARD_ERRORS = 2.0  # by which a symmetry may lower the held-out likelihood and still be kept
 
 
@@ -56,9 +56,9 @@ def hand_over(config: RunConfig, inputs: Inputs, engine: Marginal, folder: Path,
     assigned = _assign(engine, folder / "assigned.safetensors", fingerprint)
     effective = assigned["effective"]
     inputs, maps = _settle_contrast(config, inputs, engine)
-    found = symmetry_of(engine)
+    found = engine.found_symmetry()
     if found.name != "C1":  # equivalent poses are one pose
-        group = found.rotation.T @ point_group(found.name).float() @ found.rotation
+        group = group_of(found)
         agreement = engine.agreement(group)
         effective = (effective / len(group)).clamp_min(1.0)
     evidence = _evidence(engine, agreement, effective)
@@ -71,11 +71,50 @@ def _assign(engine: Marginal, path: Path, fingerprint: str) -> dict[str, Tensor]
         tensors, meta = load_checkpoint(path)
         if meta.get("fingerprint") == fingerprint:
             return tensors
-    parts = [engine.assign(chosen) for chosen in torch.arange(len(engine.stack)).split(_ASSIGN_BATCH)]
+    parts = [assign(engine, chosen) for chosen in torch.arange(len(engine.stack)).split(_ASSIGN_BATCH)]
     rotations, shifts, effective = (torch.cat([p[i].cpu() for p in parts]) for i in range(3))
     tensors = {"rotations": rotations.contiguous(), "shifts": shifts.contiguous(), "effective": effective}
     save_checkpoint(path, tensors, {"fingerprint": fingerprint})
     return tensors
+
+
+def assign(
+    engine: Marginal, chosen: Int[Tensor, " b"]
+) -> tuple[Float[Tensor, "b m 3 3"], Float[Tensor, "b m 2"], Float[Tensor, " b"]]:
+    """Distinct probable poses of the particles ``chosen`` under the map of their own half, in the frame of the first.
+
+    Parameters
+    ----------
+    engine
+        A finished engine, its halves laid on each other (:meth:`Marginal.agreement`).
+    chosen
+        (B,) particles.
+
+    Returns
+    -------
+    rotations, shifts, effective
+        (B, M, 3, 3) the most probable first, (B, M, 2) angstrom, (B,) effective number of poses.
+    """
+    modes = engine.config.modes
+    rotations = torch.empty(len(chosen), modes, 3, 3)
+    shifts = torch.empty(len(chosen), modes, 2)
+    effective = torch.empty(len(chosen))
+    radius = engine.radius()
+    for half, run in zip(HALVES, engine.winners(), strict=True):
+        own = torch.nonzero(engine.half_set[chosen] == half)[:, 0]
+        if not len(own):
+            continue
+        grids = engine.grids(run, radius)
+        every = with_half_turns(grids.rotations)
+        result = run.expect(chosen[own], grids, run.intensity_of(chosen[own]), modes=8 * modes)
+        best, best_shift = distinct_modes(result, every, modes, 1.2 * so3.grid_spacing(engine.config.order))
+        found = Poses(every[best.flatten()].cpu(), grids.shifts.points[best_shift.flatten().cpu()])
+        if half == 2:
+            found = engine.motion.framed(found)
+        rotations[own] = found.rotations.view(len(own), -1, 3, 3)
+        shifts[own] = found.shifts.view(len(own), -1, 2) * engine.stack.pixel_size
+        effective[own] = result.effective.cpu()
+    return rotations, shifts, effective
 
 
 def _evidence(engine: Marginal, agreement: Agreement, effective: Float[Tensor, " n"]) -> Evidence:
@@ -98,31 +137,24 @@ def _settle_contrast(config: RunConfig, inputs: Inputs, engine: Marginal) -> tup
     return replace(inputs, particles=particles, warnings=(*inputs.warnings, found, DARK)), (-first, -second)
 
 
-def symmetry_of(engine: Marginal) -> SymmetryFinding:
-    """Point group of the mean of the two maps of a run that imposed none; C1 for one that did."""
-    nothing = SymmetryFinding("C1", torch.eye(3), torch.zeros(3), 1.0, ())
-    if len(engine.symmetry) > 1 or engine.stack.box < _SMALLEST_BOX:
-        return nothing
-    stack = engine.stack
-    first, second = engine.maps()
-    mean = (0.5 * (first + second)).cpu()
-    mean = mean * contrast_sign(mean, engine.mask_diameter, stack.pixel_size)
-    shells = torch.zeros(stack.box // 2 + 1)
-    shells[: len(engine.motion.fsc)] = engine.motion.fsc
-    try:
-        return detect_symmetry(Volume(mean, stack.pixel_size), mask_diameter=engine.mask_diameter, fsc=shells)
-    except DataError:  # no density to look at: a map of noise
-        return nothing
-
-
-def symmetry_holds(plain: Marginal, symmetric: Marginal, found: SymmetryFinding) -> tuple[bool, str]:
-    """Whether images of the other half are as likely after a run that imposed the symmetry as after one that did not."""
-    radius = min(plain.radius(), symmetric.radius())
-    gain = symmetric.held_out(radius) - plain.held_out(radius)
+def symmetry_holds(plain: Marginal, found: SymmetryFinding) -> tuple[bool, str]:
+    """Whether images of the other half are as likely under each half's map averaged over the symmetry as under the map itself."""
+    radius = plain.radius()
+    gains = []
+    for half, run, volume in zip(HALVES, plain.winners(), plain.maps(), strict=True):
+        averaged = symmetrised(volume, found, plain.stack.pixel_size)
+        held_out, grids = plain.sample(3 - half), plain.grids(run, radius)
+        likelihood = [
+            changed.with_noise_of(held_out, grids).log_likelihood(held_out, grids)
+            for changed in (run.with_map(averaged), run.with_map(volume))
+        ]
+        gains.append((likelihood[0] - likelihood[1]).cpu())
+    gain = torch.cat(gains)
     mean, error = float(gain.mean()), float(gain.std()) / len(gain) ** 0.5
     kept = mean > -_STANDARD_ERRORS * error
-    images = "images both halves have learnt from (they were joined)" if bool(symmetric.joined) else "held-out images"
+    images = "images both halves have learnt from (they were joined)" if bool(plain.joined) else "held-out images"
     return kept, (
-        f"symmetry {found.name} was found on the map (correlation {found.score:.2f}) and {'' if kept else 'not '}imposed: it changes the "
-        f"log likelihood of {images} by {mean:+.2f} +- {error:.2f} (--symmetry {'C1' if kept else found.name} decides otherwise)"
+        f"symmetry {found.name} was found on the map (correlation {found.score:.2f}) and {'' if kept else 'not '}imposed: averaging the map "
+        f"over it changes the log likelihood of {images} by {mean:+.2f} +- {error:.2f} (--symmetry {'C1' if kept else found.name} decides "
+        "otherwise)"
     )

@@ -22,7 +22,7 @@ from cryorbit.physics.fourier import disk_to_images
 from cryorbit.physics.slicing import slicing_grid
 from cryorbit.pipeline import outputs
 from cryorbit.pipeline.config import AUTO, RunConfig, to_toml
-from cryorbit.pipeline.handover import Handover, hand_over, symmetry_holds, symmetry_of
+from cryorbit.pipeline.handover import Handover, hand_over, symmetry_holds
 from cryorbit.pipeline.inputs import Inputs, prepare
 from cryorbit.pipeline.rundir import locked, open_run
 from cryorbit.pipeline.verdict import judge, sentence
@@ -131,9 +131,9 @@ def _symmetric(
     progress: Progress | None,
     fingerprint: str,
 ) -> tuple[Inputs, Marginal]:
-    """Ab initio once more with the symmetry the map shows, if it shows one; the run that held-out images are likelier after."""
+    """Ab initio once more with the symmetry the map shows, if it shows one that held-out images agree with."""
     plain.agreement()
-    found = symmetry_of(plain)
+    found = plain.found_symmetry()
     if found.name == "C1":
         return replace(
             inputs,
@@ -142,11 +142,12 @@ def _symmetric(
                 "no symmetry was found on the ab initio map: C1",
             ),
         ), plain
+    kept, note = symmetry_holds(plain, found)
+    inputs = replace(inputs, warnings=(*inputs.warnings, note))
+    if not kept:
+        return inputs, plain
     imposed = replace(inputs, symmetry=found.name)
-    symmetric = _abinitio(config, imposed, folder, history, progress, fingerprint, plain.stack)
-    kept, note = symmetry_holds(plain, symmetric, found)
-    chosen = (imposed, symmetric) if kept else (inputs, plain)
-    return replace(chosen[0], warnings=(*inputs.warnings, note)), chosen[1]
+    return imposed, _abinitio(config, imposed, folder, history, progress, fingerprint, plain.stack)
 
 
 def _refine(

@@ -1,0 +1,52 @@
+"""Settings of the ab initio engine."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MarginalConfig:
+    """Settings of the ab initio engine. Radii count Fourier pixels of a box as wide as the particle, so they hold for any pixel size.
+
+    Attributes
+    ----------
+    starts
+        Runs from random starts on each half; with a symmetry of 4 or more elements four times as many, each the cheaper for it.
+    heats
+        Most rounds of starts; another follows while the halves give less than 60 % of the images the same pose.
+    batch
+        Images per run and step at first; grows by a quarter with every step that leaves posteriors broad.
+    order
+        HEALPix order of the rotation grid (2: 4,608 rotations, 15 degrees apart).
+    radius_start, radius_end
+        Fourier radius at the first step and at the end, in units of 1 / particle diameter. With an imposed symmetry of S elements the
+        first is ``S**(1/4)`` times as large (not beyond the last): a symmetric map has that much less to tell at low resolution.
+    march_steps
+        Steps from the first radius to the last while posteriors are sharp; four times as many while they are broad.
+    settle_steps
+        Most steps at the last radius, with slowly forgotten statistics; fewer when the halves' correlation stands still.
+    decay, settle_decay
+        Factor on the old statistics at each step, while marching and while settling.
+    sharp
+        Posteriors count as sharp when the median effective number of poses is below this.
+    shift_range
+        Largest shift searched, in particle diameters; 0 searches none.
+    tau_fudge
+        Factor on the signal power in the Wiener prior (larger: noisier, more detailed map).
+    modes
+        Distinct poses per image handed to refinement.
+    """
+
+    starts: int = 2
+    heats: int = 3
+    batch: int = 200
+    order: int = 2
+    radius_start: float = 4.4
+    radius_end: float = 10.5
+    march_steps: int = 24
+    settle_steps: int = 8
+    decay: float = 0.6
+    settle_decay: float = 0.8
+    sharp: float = 50.0
+    shift_range: float = 0.1
+    tau_fudge: float = 0.5
+    modes: int = 6

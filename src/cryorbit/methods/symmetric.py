@@ -1,0 +1,57 @@
+"""The point group an ab initio map shows, and what follows from it for maps and poses."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cryorbit.errors import DataError
+from cryorbit.groups.point import point_group
+from cryorbit.metrics.masks import contrast_sign
+from cryorbit.metrics.resample import move_volume
+from cryorbit.metrics.symmetry import SymmetryFinding, detect_symmetry
+from cryorbit.types import Volume
+
+_SMALLEST_BOX = 16  # in which a symmetry is looked for
+
+
+def find_symmetry(
+    maps: tuple[Float[Tensor, "d d d"], Float[Tensor, "d d d"]],
+    fsc: Float[Tensor, " shells"],
+    mask_diameter: float,
+    pixel_size: float,
+) -> SymmetryFinding:
+    """Point group of the mean of two half maps in one frame, of either contrast; C1 where there is nothing to look at.
+
+    Parameters
+    ----------
+    maps
+        Two (D, D, D) maps.
+    fsc
+        Of the two, as far as it was computed.
+    mask_diameter, pixel_size
+        Angstrom.
+    """
+    mean = (0.5 * (maps[0] + maps[1])).cpu()
+    nothing = SymmetryFinding("C1", torch.eye(3), torch.zeros(3), 1.0, ())
+    box = mean.shape[-1]
+    if box < _SMALLEST_BOX:
+        return nothing
+    mean = mean * contrast_sign(mean, mask_diameter, pixel_size)
+    shells = torch.zeros(box // 2 + 1)
+    shells[: len(fsc)] = fsc
+    try:
+        return detect_symmetry(Volume(mean, pixel_size), mask_diameter=mask_diameter, fsc=shells)
+    except DataError:  # no density to look at: a map of noise
+        return nothing
+
+
+def group_of(found: SymmetryFinding) -> Float[Tensor, "s 3 3"]:
+    """The rotations that leave the map as it is, in the map's own frame."""
+    return found.rotation.T @ point_group(found.name).float() @ found.rotation
+
+
+def symmetrised(volume: Float[Tensor, "d d d"], found: SymmetryFinding, pixel_size: float) -> Float[Tensor, "d d d"]:
+    """The map averaged over its point group, in its own frame: r -> R^T (g (R r + t) - t) for each g."""
+    middle = found.rotation.T @ found.shift / pixel_size
+    moved = [move_volume(volume, g, g @ middle - middle) for g in group_of(found)]
+    return torch.stack(moved).mean(dim=0).to(volume)
