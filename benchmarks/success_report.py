@@ -14,10 +14,10 @@ Row = dict[str, object]
 
 
 def table(rows: list[Row]) -> str:
-    """One Markdown row per cell: successes, poses, resolution, the verdict's mean chance, CPU time."""
+    """One Markdown row per cell: successes (and without the mask), poses, resolution in the mask, the verdict's mean chance, CPU time."""
     lines = [
-        "| cell | right | poses, median of medians (deg) | FSC 0.5 (A) | known poses (A) | mean P(right) | CPU-s |",
-        "|---|---|---|---|---|---|---|",
+        "| cell | right | right, no mask | poses, median of medians (deg) | FSC 0.5 (A) | known poses (A) | mean P(right) | CPU-s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for cell in dict.fromkeys(str(row["cell"]) for row in rows):
         here = [row for row in rows if row["cell"] == cell]
@@ -26,11 +26,11 @@ def table(rows: list[Row]) -> str:
             values = [float(str(row[key])) for row in here if key in row]
             return f"{np.median(values):.2f}" if values else "-"
 
-        right = sum(bool(row["success"]) for row in here)
+        right, unmasked = (sum(bool(row[key]) for row in here) for key in ("success", "success_unmasked"))
         chance = np.mean([float(str(row["probability_right"])) for row in here])
         lines.append(
-            f"| {cell} | {right} of {len(here)} | {middle('median_deg')} | {middle('fsc_0.5_A')} | {middle('known_poses_A')} | "
-            f"{chance:.2f} | {middle('cpu_seconds')} |"
+            f"| {cell} | {right} of {len(here)} | {unmasked} | {middle('median_deg')} | {middle('fsc_0.5_masked_A')} | "
+            f"{middle('known_poses_masked_A')} | {chance:.2f} | {middle('cpu_seconds')} |"
         )
     return "\n".join(lines)
 

@@ -27,6 +27,9 @@ def reconstruct(
     ),
     no_ctf: bool = typer.Option(False, "--no-ctf", help="Take the images as unmodulated, whatever the file says."),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
+    memory: float = typer.Option(
+        4.0, "--memory", help="GiB of Fourier pixels kept in memory; a larger stack is read again at each pass."
+    ),
     seed: int = typer.Option(0, "--seed", help="Random start; another seed is another independent attempt."),
     set_: list[str] = typer.Option(
         [], "--set", help="Any other setting, as section.key=value (see config.toml).", metavar="KEY=VALUE"
@@ -45,6 +48,7 @@ def reconstruct(
         preset=preset,
         seed=seed,
         device=device,
+        memory_gib=memory,
         pixel_size=pixel_size,
         contrast=contrast,
         flip_hand=flip_hand,
