@@ -266,7 +266,6 @@ class Marginal:
 
     def _end_heat(self) -> None:
         """Keep the best run of each half; fresh starts if their poses differ, and in the end one map for both halves."""
-        last = int(self.heat) + 1 >= self.config.heats
         contested = any(self.best.values())
         if contested:
             self._march_from(1.0)  # to the full radius, whatever the correlation of this heat's winners
@@ -275,6 +274,10 @@ class Marginal:
                 self._judge(half, self.radius(), refit=True)
         for half, run in zip(HALVES, self.winners(), strict=True):
             self.runs[half] = {start: other for start, other in self.runs[half].items() if other is run}
+        beaten = (
+            contested and self.runs == self.best
+        )  # by both earlier winners: no further start is likely to do better
+        last = beaten or int(self.heat) + 1 >= self.config.heats
         agreement = self.agreement()
         if contested:
             self._follow(self.radius())

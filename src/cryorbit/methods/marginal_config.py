@@ -12,7 +12,8 @@ class MarginalConfig:
     starts
         Runs from random starts on each half; with a symmetry of 4 or more elements four times as many, each the cheaper for it.
     heats
-        Most rounds of starts; another follows while the halves give less than 60 % of the images the same pose.
+        Most rounds of starts; another follows while the halves give less than 60 % of the images the same pose and the last
+        one found a likelier map.
     batch
         Images per run and step at first; grows by a quarter with every step that leaves posteriors broad.
     order
