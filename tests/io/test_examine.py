@@ -152,7 +152,7 @@ def test_a_big_stack_is_examined_in_a_moment(tmp_path: Path) -> None:
     found = examine(tmp_path / "s.mrcs")
     assert time.perf_counter() - start < 8
     assert found.facts["particles"] == 200_000
-    assert "499 of 500 images looked at are constant: 401" in messages(found, "warning")
+    assert "499 of 500 images looked at are constant: 401" in messages(found, "error")
 
 
 def test_maps(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from cryorbit.errors import ConfigError, CryorbitError, RunError
+from cryorbit.errors import ConfigError, CryorbitError, DataError, RunError
+from cryorbit.io.star import read_star, write_star
 from cryorbit.pipeline.config import RunConfig, from_toml, override, to_toml
 from cryorbit.pipeline.inputs import choose_device
 from cryorbit.pipeline.reconstruct import reconstruct
@@ -144,3 +145,28 @@ def test_unusable_settings_leave_no_folder(star, tmp_path):
         with pytest.raises(CryorbitError):
             reconstruct(config(star, text), tmp_path / "run")
         assert not (tmp_path / "run").exists()
+
+
+def test_a_run_at_work_is_not_overwritten(tmp_path):
+    open_run(tmp_path / "run", RunConfig(particles="x.star"), overwrite=False)
+    with locked(tmp_path / "run"), pytest.raises(RunError, match="RUN005"):
+        open_run(tmp_path / "run", RunConfig(particles="x.star"), overwrite=True)
+    assert (tmp_path / "run" / "config.toml").is_file()
+
+
+def test_rows_of_one_image_cannot_make_two_halves(star, tmp_path):
+    file = read_star(star)
+    names = file.blocks["particles"].columns["rlnImageName"]
+    names[:] = [names[0]] * len(names)
+    repeated = star.with_name("repeated.star")
+    write_star(repeated, file)
+    with pytest.raises(DataError, match="DATA043"):
+        reconstruct(config(repeated), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_symmetry_too_high_for_the_grid_is_refused(star, tmp_path):
+    with pytest.raises(ConfigError, match=r"(?s)CONF023.*abinitio.order=2"):
+        reconstruct(config(star, "symmetry=I"), tmp_path / "run")
+    with pytest.raises(ConfigError, match="CONF112"):
+        reconstruct(config(star, "symmetry=C999"), tmp_path / "run")

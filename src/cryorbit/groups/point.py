@@ -21,6 +21,9 @@ _GOLDEN = (1 + math.sqrt(5.0)) / 2
 _TWO_FIVE = math.atan(1 / _GOLDEN)  # angle between neighbouring 2-fold and 5-fold axes of an icosahedron
 
 
+_LARGEST_FOLD = 100
+
+
 def _xz(angle: float) -> tuple[float, float, float]:
     return math.sin(angle), 0.0, math.cos(angle)
 
@@ -80,6 +83,10 @@ def point_group(name: str) -> Float[Tensor, "s 3 3"]:
     key = name.strip().upper()
     key = "I2" if key == "I" else key
     cyclic = re.fullmatch(r"([CD])([1-9]\d{0,2})", key)
+    if cyclic and int(cyclic[2]) > _LARGEST_FOLD:
+        raise ConfigError(
+            "CONF112", f"symmetry {name!r} is beyond {_LARGEST_FOLD}-fold", "the largest are C100 and D100"
+        )
     if cyclic:
         generators = [_rotation(int(cyclic[2]), (0.0, 0.0, 1.0))]
         if cyclic[1] == "D":

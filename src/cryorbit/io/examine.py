@@ -170,10 +170,12 @@ def _images(found: Examination, checks: ImageChecks, box: int) -> None:
             "DATA014",
         )
     if checks.constant and not flat:
+        most = 2 * len(checks.constant) > checks.sampled
         found.add(
-            "warning",
+            "error" if most else "warning",
             f"{len(checks.constant)} {sampled} are constant: {_few(checks.constant)}",
             "drop these rows from the metadata",
+            "DATA013" if most else "",
         )
     if checks.protein == "dark":
         found.add(

@@ -8,8 +8,8 @@ The particles are split in two halves before anything else; a run sees images of
 once posteriors are sharp. On the way the runs of a half are compared by the likelihood of images of the *other* half, and the losers
 dropped. Then the two winners are laid on each other by the poses they give the same images (both hands), and from there the radius
 follows their correlation. Two runs that agree found the same molecule twice, from different images and different starts. Two that end
-with different poses of the same images did not: fresh starts then challenge them, in up to ``heats`` rounds. When they still disagree, the
-likelier one becomes the start of both halves and the result says so.
+with different poses of the same images did not: fresh starts then challenge them, in up to ``heats`` rounds. When even the maps still
+disagree, the likelier one becomes the start of both halves and the result says so.
 
 Measured behaviour and sources in docs/methods/marginal.md.
 """
@@ -25,7 +25,7 @@ from cryorbit.groups import so3
 from cryorbit.methods.halves import Agreement, compare, unmoved
 from cryorbit.methods.marginal_config import MarginalConfig
 from cryorbit.methods.online_em import Grids, OnlineEM, rotation_grid
-from cryorbit.methods.symmetric import find_symmetry, group_of
+from cryorbit.methods.symmetric import confirmed, find_symmetry, group_of, symmetrised
 from cryorbit.metrics.fsc import fsc
 from cryorbit.metrics.masks import soft_sphere
 from cryorbit.metrics.symmetry import SymmetryFinding
@@ -150,7 +150,8 @@ class Marginal:
         """Steps if posteriors stay broad throughout and the halves never agree."""
         c = self.config
         joined = math.ceil(4 * (1 - _LAST_PAIRING) * c.march_steps) + c.settle_steps
-        return c.heats * (4 * c.march_steps + c.settle_steps) + joined
+        heat = 4 * c.march_steps + 1 + c.settle_steps  # sums of 0.25 / march_steps may end just below 1
+        return c.heats * heat + joined + 1
 
     def finished(self) -> bool:
         """Whether the halves agree, or every heat has been run and the winners been joined."""
@@ -160,7 +161,7 @@ class Marginal:
 
     def step(self, index: int) -> dict[str, float | str]:
         """One minibatch for every run of either half; then selection, pairing or the halves' correlation; at last the verdict on a heat."""
-        radius, effective = self.radius(), []
+        radius, heat, effective = self.radius(), int(self.heat), []
         for half in HALVES:
             for start, run in self.runs[half].items():
                 generator = torch.Generator().manual_seed(((self.seed * 1_000 + start) * 2 + half) * 100_003 + index)
@@ -188,6 +189,7 @@ class Marginal:
             "shift_sigma_A": float(runs[0].shift_sigma) * self.stack.pixel_size,
             "noise_fraction": min(noise),
             "runs": float(len(runs)),
+            "heat": float(heat),
             "batch": float(int(self.batch)),
         }
 
@@ -279,15 +281,16 @@ class Marginal:
         )  # by both earlier winners: no further start is likely to do better
         last = beaten or int(self.heat) + 1 >= self.config.heats
         agreement = self.agreement()
-        if contested:
+        if contested or not bool(self.paired):
             self._follow(self.radius())
-        if agreement.posed < _SURE and (found := self.found_symmetry()).name != "C1":  # equivalent poses are one pose
-            agreement = self.agreement(group_of(found))
+        if agreement.posed < _SURE:
+            agreement = self.agreement_of_equivalents(agreement)
         periods = self.periods(float(agreement.reach))
         if not bool(self.joined):
             self.at_pairing = torch.tensor([periods, agreement.posed, agreement.pose_deg])
         if bool(self.joined) or agreement.posed >= _SURE or (last and periods >= _AGREED):
             self.done = torch.ones_like(self.done)
+            self.best = {half: {} for half in HALVES}
         elif last:
             self._join()
         else:
@@ -299,7 +302,8 @@ class Marginal:
         first, second = self.winners()
         both = torch.cat([self.sample(half) for half in HALVES])  # each has learnt from half of these
         grids = [self.grids(run, self.radius()) for run in (first, second)]
-        gain = [run.log_likelihood(both, g).mean() for run, g in zip((first, second), grids, strict=True)]
+        refitted = [run.with_noise_of(both, g) for run, g in zip((first, second), grids, strict=True)]
+        gain = [run.log_likelihood(both, g).mean() for run, g in zip(refitted, grids, strict=True)]
         better, other = (first, second) if gain[0] >= gain[1] else (second, first)
         other.start_from(better)
         self.motion = unmoved(self.stack.box // 2 + 1)
@@ -339,6 +343,27 @@ class Marginal:
         if len(self.symmetry) > 1:
             return SymmetryFinding("C1", torch.eye(3), torch.zeros(3), 1.0, ())
         return find_symmetry(self.maps(), self.motion.fsc, self.mask_diameter, self.stack.pixel_size)
+
+    def symmetry_gain(self, found: SymmetryFinding) -> tuple[float, float]:
+        """Change of the mean log likelihood of images of the other half when each half's map is averaged over ``found``; standard error."""
+        radius, gains = self.radius(), []
+        for half, run, volume in zip(HALVES, self.winners(), self.maps(), strict=True):
+            chosen, grids = self.sample(3 - half), self.grids(run, radius)
+            averaged = run.with_map(symmetrised(volume, found, self.stack.pixel_size))
+            ours, plain = (
+                changed.with_noise_of(chosen, grids).log_likelihood(chosen, grids)
+                for changed in (averaged, run.with_map(volume))
+            )
+            gains.append((ours - plain).cpu())
+        gain = torch.cat(gains)
+        return float(gain.mean()), float(gain.std()) / len(gain) ** 0.5
+
+    def agreement_of_equivalents(self, agreement: Agreement) -> Agreement:
+        """``agreement`` with equivalent poses counted as one, where the maps show a symmetry that held-out images confirm."""
+        found = self.found_symmetry()
+        if found.name == "C1" or not confirmed(*self.symmetry_gain(found)):
+            return agreement
+        return self.agreement(group_of(found))
 
     def state(self) -> State:
         """Tensors that continue the run exactly."""

@@ -120,12 +120,10 @@ class OnlineEM:
         precision = disk.weight / self.noise[disk.shell]
         return expectation(images, ctf, slices, precision, grids.shifts, disk, modes=modes, sums=sums)
 
-    def log_likelihood(
-        self, chosen: Int[Tensor, " b"], grids: Grids, intensity: Float[Tensor, " b"] | None = None
-    ) -> Float[Tensor, " b"]:
+    def log_likelihood(self, chosen: Int[Tensor, " b"], grids: Grids) -> Float[Tensor, " b"]:
         """Log density of each image under map, noise and pose prior, in nats, up to a constant of the pixels inside the radius."""
         images, _, disk = self.batch(chosen, grids.radius)
-        evidence = self.expect(chosen, grids, intensity).log_evidence
+        evidence = self.expect(chosen, grids).log_evidence
         variance = self.noise[disk.shell]
         quadratic = (images.abs().square() * (disk.weight / variance)).sum(dim=1)
         return evidence - 0.5 * quadratic - 0.5 * (disk.weight * variance.log()).sum()

@@ -12,6 +12,7 @@ from cryorbit.metrics.symmetry import SymmetryFinding, detect_symmetry
 from cryorbit.types import Volume
 
 _SMALLEST_BOX = 16  # in which a symmetry is looked for
+_STANDARD_ERRORS = 2.0  # by which averaging over a symmetry must raise the held-out likelihood
 
 
 def find_symmetry(
@@ -45,6 +46,11 @@ def find_symmetry(
         return nothing
 
 
+def confirmed(gain: float, error: float) -> bool:
+    """Whether held-out images speak for a symmetry: a true one averages noise away, and maps of noise prove nothing."""
+    return gain > _STANDARD_ERRORS * error
+
+
 def group_of(found: SymmetryFinding) -> Float[Tensor, "s 3 3"]:
     """The rotations that leave the map as it is, in the map's own frame."""
     return found.rotation.T @ point_group(found.name).float() @ found.rotation
@@ -52,6 +58,6 @@ def group_of(found: SymmetryFinding) -> Float[Tensor, "s 3 3"]:
 
 def symmetrised(volume: Float[Tensor, "d d d"], found: SymmetryFinding, pixel_size: float) -> Float[Tensor, "d d d"]:
     """The map averaged over its point group, in its own frame: r -> R^T (g (R r + t) - t) for each g."""
-    middle = found.rotation.T @ found.shift / pixel_size
-    moved = [move_volume(volume, g, g @ middle - middle) for g in group_of(found)]
+    offset = found.rotation.T @ found.shift / pixel_size
+    moved = [move_volume(volume, g, g @ offset - offset) for g in group_of(found)]
     return torch.stack(moved).mean(dim=0).to(volume)

@@ -150,6 +150,14 @@ def override(config: RunConfig, assignments: list[str] | tuple[str, ...]) -> Run
                     _nearest(section, [k for k, v in values.items() if isinstance(v, dict)]),
                 )
             target = target[section]
+        if name.strip() == "preset":
+            raise ConfigError("CONF018", "a preset cannot be --set, it sets other settings", "pass --preset instead")
+        if isinstance(target.get(key), dict):
+            raise ConfigError(
+                "CONF012",
+                f"{name.strip()} is a section, found {value.strip()!r}",
+                f"write --set {name.strip()}.key=value",
+            )
         if key not in target:
             raise ConfigError("CONF010", f"unknown setting {name.strip()}", _nearest(key, list(target)))
         target[key] = value.strip()
@@ -194,7 +202,7 @@ def check(config: RunConfig) -> None:
         "abinitio.march_steps": config.abinitio.march_steps > 0,
         "abinitio.settle_steps": config.abinitio.settle_steps > 0,
         "abinitio.order": 1 <= config.abinitio.order <= 4,
-        "abinitio.radius_start": 0 < config.abinitio.radius_start <= config.abinitio.radius_end,
+        "abinitio.radius_start": 1 <= config.abinitio.radius_start <= config.abinitio.radius_end,
         "abinitio.shift_range": 0 <= config.abinitio.shift_range <= 0.5,
         "abinitio.decay": 0 <= config.abinitio.decay < 1,
         "abinitio.settle_decay": 0 <= config.abinitio.settle_decay < 1,

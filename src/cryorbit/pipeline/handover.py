@@ -10,7 +10,7 @@ from torch import Tensor
 from cryorbit.groups import so3
 from cryorbit.methods.halves import Agreement
 from cryorbit.methods.marginal import HALVES, Marginal
-from cryorbit.methods.symmetric import group_of, symmetrised
+from cryorbit.methods.symmetric import confirmed, group_of
 from cryorbit.metrics.masks import contrast_sign
 from cryorbit.metrics.symmetry import SymmetryFinding
 from cryorbit.pipeline.config import AUTO, RunConfig
@@ -21,7 +21,7 @@ from cryorbit.training.checkpoint import load_checkpoint, save_checkpoint
 from cryorbit.types import Poses
 
 _ASSIGN_BATCH = 2000
-_STANDARD_ERRORS = 2.0  # by which a symmetry may lower the held-out likelihood and still be kept
+_POSED_MARGIN = 0.1  # by which a run with the symmetry imposed may pose fewer images alike than the plain one
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def hand_over(config: RunConfig, inputs: Inputs, engine: Marginal, folder: Path,
     effective = assigned["effective"]
     inputs, maps = _settle_contrast(config, inputs, engine)
     found = engine.found_symmetry()
-    if found.name != "C1":  # equivalent poses are one pose
+    if found.name != "C1" and confirmed(*engine.symmetry_gain(found)):  # equivalent poses are one pose
         group = group_of(found)
         agreement = engine.agreement(group)
         effective = (effective / len(group)).clamp_min(1.0)
@@ -138,23 +138,19 @@ def _settle_contrast(config: RunConfig, inputs: Inputs, engine: Marginal) -> tup
 
 
 def symmetry_holds(plain: Marginal, found: SymmetryFinding) -> tuple[bool, str]:
-    """Whether images of the other half are as likely under each half's map averaged over the symmetry as under the map itself."""
-    radius = plain.radius()
-    gains = []
-    for half, run, volume in zip(HALVES, plain.winners(), plain.maps(), strict=True):
-        averaged = symmetrised(volume, found, plain.stack.pixel_size)
-        held_out, grids = plain.sample(3 - half), plain.grids(run, radius)
-        likelihood = [
-            changed.with_noise_of(held_out, grids).log_likelihood(held_out, grids)
-            for changed in (run.with_map(averaged), run.with_map(volume))
-        ]
-        gains.append((likelihood[0] - likelihood[1]).cpu())
-    gain = torch.cat(gains)
-    mean, error = float(gain.mean()), float(gain.std()) / len(gain) ** 0.5
-    kept = mean > -_STANDARD_ERRORS * error
-    images = "images both halves have learnt from (they were joined)" if bool(plain.joined) else "held-out images"
-    return kept, (
-        f"symmetry {found.name} was found on the map (correlation {found.score:.2f}) and {'' if kept else 'not '}imposed: averaging the map "
-        f"over it changes the log likelihood of {images} by {mean:+.2f} +- {error:.2f} (--symmetry {'C1' if kept else found.name} decides "
-        "otherwise)"
+    """Whether held-out images confirm a symmetry found on the maps, and the sentence that says so."""
+    gain, error = plain.symmetry_gain(found)
+    kept = confirmed(gain, error)
+    images = (
+        "images both halves have learnt from (they were joined)" if bool(plain.joined) else "images of the other half"
     )
+    return kept, (
+        f"symmetry {found.name} was found on the map (correlation {found.score:.2f}) and {'' if kept else 'not '}imposed: averaging each "
+        f"half's map over it changes the log likelihood of {images} by {gain:+.2f} +- {error:.2f} (--symmetry "
+        f"{'C1' if kept else found.name} decides otherwise)"
+    )
+
+
+def rerun_holds(plain: Marginal, symmetric: Marginal, found: SymmetryFinding) -> bool:
+    """Whether a run with the symmetry imposed ended with halves that agree as well as the plain run's, up to equivalent poses."""
+    return symmetric.agreement().posed >= plain.agreement(group_of(found)).posed - _POSED_MARGIN

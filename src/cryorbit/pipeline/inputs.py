@@ -14,9 +14,11 @@ from cryorbit.groups.point import point_group
 from cryorbit.io.examine import examine_particles
 from cryorbit.io.particle_set import duplicate_groups
 from cryorbit.io.particles import ParticleSet, open_particles
+from cryorbit.methods.online_em import rotation_grid
 from cryorbit.pipeline.config import AUTO, RunConfig, check
 
 FEWEST_PARTICLES = 20
+_FEWEST_ROTATIONS = 8
 DARK = "particles.star points to the dark images as they are on disk: invert them before RELION refines from it"
 
 
@@ -72,7 +74,16 @@ def prepare(config: RunConfig) -> Inputs:
     check(config)
     device = choose_device(config.device)
     symmetry = "C1" if config.symmetry == AUTO else config.symmetry
-    point_group(symmetry)  # an unknown name is refused here
+    group = point_group(symmetry).float()  # an unknown name is refused here
+    order = config.abinitio.order
+    rotations = len(rotation_grid(order, group))
+    if rotations < _FEWEST_ROTATIONS:
+        raise ConfigError(
+            "CONF023",
+            f"symmetry {symmetry} leaves {rotations} rotations of the grid of HEALPix order {order}, at least "
+            f"{_FEWEST_ROTATIONS} are needed",
+            f"pass --set abinitio.order={order + 1}, or impose a smaller group",
+        )
     path = Path(config.particles)
     stated = {name: getattr(config, name) for name in ("voltage", "spherical_aberration", "amplitude_contrast")}
     options: dict[str, Any] = {
@@ -107,8 +118,19 @@ def prepare(config: RunConfig) -> Inputs:
             f"the CTF of {path.name} is incomplete: {', '.join(particles.ctf_missing)} missing",
             "say it with --set (voltage=300, spherical_aberration=2.7, amplitude_contrast=0.1), or pass --no-ctf",
         )
+    half_set = split_halves(particles, config.seed)
+    smallest = min(int((half_set == half).sum()) for half in (1, 2))
+    if smallest < FEWEST_PARTICLES // 2:
+        raise DataError(
+            "DATA043",
+            f"one half of {config.particles} would hold {smallest} particles, at least {FEWEST_PARTICLES // 2} are needed: many rows name "
+            "the same image, and such rows share a half",
+            "remove repeated rows",
+        )
+    if particles.half_set is not None and not torch.equal(half_set, torch.as_tensor(particles.half_set)):
+        warnings.append("the half sets of the file are too uneven to use; a balanced random split is used instead")
     if not config.mask_diameter:
         warnings.append(f"no --mask-diameter given: {diameter:.0f} A (85 % of the box) is used")
     if config.contrast == "dark":
         warnings.append(DARK)
-    return Inputs(particles, diameter, symmetry, split_halves(particles, config.seed), device, tuple(warnings))
+    return Inputs(particles, diameter, symmetry, half_set, device, tuple(warnings))

@@ -22,7 +22,7 @@ from cryorbit.physics.fourier import disk_to_images
 from cryorbit.physics.slicing import slicing_grid
 from cryorbit.pipeline import outputs
 from cryorbit.pipeline.config import AUTO, RunConfig, to_toml
-from cryorbit.pipeline.handover import Handover, hand_over, symmetry_holds
+from cryorbit.pipeline.handover import Handover, hand_over, rerun_holds, symmetry_holds
 from cryorbit.pipeline.inputs import Inputs, prepare
 from cryorbit.pipeline.rundir import locked, open_run
 from cryorbit.pipeline.verdict import judge, sentence
@@ -143,11 +143,17 @@ def _symmetric(
             ),
         ), plain
     kept, note = symmetry_holds(plain, found)
-    inputs = replace(inputs, warnings=(*inputs.warnings, note))
     if not kept:
-        return inputs, plain
-    imposed = replace(inputs, symmetry=found.name)
-    return imposed, _abinitio(config, imposed, folder, history, progress, fingerprint, plain.stack)
+        return replace(inputs, warnings=(*inputs.warnings, note)), plain
+    imposed = replace(inputs, symmetry=found.name, warnings=(*inputs.warnings, note))
+    symmetric = _abinitio(config, imposed, folder, history, progress, fingerprint, plain.stack)
+    if rerun_holds(plain, symmetric, found):
+        return imposed, symmetric
+    lost = (
+        f"symmetry {found.name} was found on the map and held-out images agree with it, but the halves of a run that imposed it agreed "
+        f"worse than without; it was not imposed (--symmetry {found.name} does)"
+    )
+    return replace(inputs, warnings=(*inputs.warnings, lost)), plain
 
 
 def _refine(

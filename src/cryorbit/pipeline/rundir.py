@@ -19,7 +19,6 @@ OURS = (
     "fsc.csv",
     "metrics.json",
     "history.jsonl",
-    "config.toml",
     "provenance.json",
     "report.html",
     "report_data.npz",
@@ -27,8 +26,9 @@ OURS = (
     "map_aligned.mrc",
     "checkpoint",
     "figures",
+    "config.toml",
 )
-"""Everything this program writes into a run folder, and so all that --overwrite removes."""
+"""Everything this program writes into a run folder, and so all that --overwrite removes; last what says that it is one."""
 
 
 def _config_of(folder: Path) -> RunConfig:
@@ -59,6 +59,9 @@ def _must_be_ours(folder: Path) -> None:
 def _clear(folder: Path, config: RunConfig) -> None:
     """Remove what a previous run wrote, and nothing else."""
     _must_be_ours(folder)
+    if (folder / "checkpoint" / "lock").exists():
+        with locked(folder):  # by nobody else
+            pass
     kept = Path(config.particles).resolve()
     for name in OURS:
         path = folder / name

@@ -148,5 +148,5 @@ def run(
             if caught or is_last or time.monotonic() - last_saved > checkpoint_seconds:
                 save(index + 1)
                 last_saved = time.monotonic()
-            if caught and not is_last:
+            if caught:
                 raise Stopped(f"{method.name} stopped after step {index + 1}")
