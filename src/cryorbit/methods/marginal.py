@@ -212,7 +212,7 @@ class Marginal:
             self.batch = torch.minimum(1.25 * self.batch, torch.tensor(float(largest)))
         self.march = (self.march + (1.0 if sharp else 0.25) / c.march_steps).clamp(max=1.0)
         if int(self.settled) >= c.settle_steps or int(self.still) >= 3:
-            self._end_heat()
+            self._end_heat(sharp)
 
     # -- selection and pairing --------------------------------------------------------------------------------------------------
 
@@ -266,7 +266,7 @@ class Marginal:
             self.motion = agreement
             self.paired = torch.ones_like(self.paired)
 
-    def _end_heat(self) -> None:
+    def _end_heat(self, sharp: bool) -> None:
         """Keep the best run of each half; fresh starts if their poses differ, and in the end one map for both halves."""
         contested = any(self.best.values())
         if contested:
@@ -279,7 +279,7 @@ class Marginal:
         beaten = (
             contested and self.runs == self.best
         )  # by both earlier winners: no further start is likely to do better
-        last = beaten or int(self.heat) + 1 >= self.config.heats
+        last = beaten or not sharp or int(self.heat) + 1 >= self.config.heats
         agreement = self.agreement()
         if contested or not bool(self.paired):
             self._follow(self.radius())

@@ -56,8 +56,18 @@ def group_of(found: SymmetryFinding) -> Float[Tensor, "s 3 3"]:
     return found.rotation.T @ point_group(found.name).float() @ found.rotation
 
 
-def symmetrised(volume: Float[Tensor, "d d d"], found: SymmetryFinding, pixel_size: float) -> Float[Tensor, "d d d"]:
-    """The map averaged over its point group, in its own frame: r -> R^T (g (R r + t) - t) for each g."""
-    offset = found.rotation.T @ found.shift / pixel_size
-    moved = [move_volume(volume, g, g @ offset - offset) for g in group_of(found)]
+def symmetrised(
+    volume: Float[Tensor, "d d d"], found: SymmetryFinding, pixel_size: float, *, framed: bool = False
+) -> Float[Tensor, "d d d"]:
+    """The map averaged over its point group.
+
+    In its own frame, r -> R^T (g (R r + t) - t) for each g, or ``framed`` with the axes where ``groups/point.py`` has them, r -> g (R r + t).
+    """
+    turn, shift = found.rotation, found.shift / pixel_size
+    moved = []
+    for g in point_group(found.name).float():
+        if framed:
+            moved.append(move_volume(volume, g @ turn, g @ shift))
+        else:
+            moved.append(move_volume(volume, turn.T @ g @ turn, turn.T @ (g @ shift - shift)))
     return torch.stack(moved).mean(dim=0).to(volume)

@@ -8,9 +8,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cryorbit.groups import so3
-from cryorbit.methods.halves import Agreement
+from cryorbit.groups.point import point_group
+from cryorbit.methods.halves import Agreement, unmoved
 from cryorbit.methods.marginal import HALVES, Marginal
-from cryorbit.methods.symmetric import confirmed, group_of
+from cryorbit.methods.symmetric import confirmed, group_of, symmetrised
 from cryorbit.metrics.masks import contrast_sign
 from cryorbit.metrics.symmetry import SymmetryFinding
 from cryorbit.pipeline.config import AUTO, RunConfig
@@ -21,7 +22,6 @@ from cryorbit.training.checkpoint import load_checkpoint, save_checkpoint
 from cryorbit.types import Poses
 
 _ASSIGN_BATCH = 2000
-_POSED_MARGIN = 0.1  # by which a run with the symmetry imposed may pose fewer images alike than the plain one
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,10 @@ def symmetry_holds(plain: Marginal, found: SymmetryFinding) -> tuple[bool, str]:
     )
 
 
-def rerun_holds(plain: Marginal, symmetric: Marginal, found: SymmetryFinding) -> bool:
-    """Whether a run with the symmetry imposed ended with halves that agree as well as the plain run's, up to equivalent poses."""
-    return symmetric.agreement().posed >= plain.agreement(group_of(found)).posed - _POSED_MARGIN
+def impose(engine: Marginal, found: SymmetryFinding) -> None:
+    """Average each half's map over the symmetry, its axes where they belong; from now on the engine imposes the group."""
+    group = point_group(found.name).float().to(engine.stack.device)
+    for run, volume in zip(engine.winners(), engine.maps(), strict=True):
+        run.volume = symmetrised(volume, found, engine.stack.pixel_size, framed=True) * run.mask
+        run.symmetry = group
+    engine.symmetry, engine.motion = group, unmoved(engine.stack.box // 2 + 1)

@@ -22,7 +22,7 @@ from cryorbit.physics.fourier import disk_to_images
 from cryorbit.physics.slicing import slicing_grid
 from cryorbit.pipeline import outputs
 from cryorbit.pipeline.config import AUTO, RunConfig, to_toml
-from cryorbit.pipeline.handover import Handover, hand_over, rerun_holds, symmetry_holds
+from cryorbit.pipeline.handover import Handover, hand_over, impose, symmetry_holds
 from cryorbit.pipeline.inputs import Inputs, prepare
 from cryorbit.pipeline.rundir import locked, open_run
 from cryorbit.pipeline.verdict import judge, sentence
@@ -74,7 +74,7 @@ def _run(config: RunConfig, inputs: Inputs, output: Path, progress: Progress | N
     folder = output / "checkpoint"
     engine = _abinitio(config, inputs, folder, history, progress, fingerprint)
     if config.symmetry == AUTO:
-        inputs, engine = _symmetric(config, inputs, engine, folder, history, progress, fingerprint)
+        inputs = _symmetric(inputs, engine)
     seconds["abinitio"] = time.monotonic() - begun
     begun = time.monotonic()
     start = hand_over(config, inputs, engine, folder, fingerprint)
@@ -95,19 +95,17 @@ def _abinitio(
     history: History,
     progress: Progress | None,
     fingerprint: str,
-    stack: FourierStack | None = None,
 ) -> Marginal:
     settings = config.abinitio
     extent = inputs.particles.box * inputs.particles.pixel_size
     radius = min(settings.radius_end * extent / inputs.mask_diameter, 0.5 * inputs.particles.box - 1)
-    if stack is None:
-        stack = FourierStack(
-            inputs.particles,
-            float(round(radius)),
-            mask_diameter=inputs.mask_diameter,
-            memory_gib=config.memory_gib,
-            device=inputs.device,
-        )
+    stack = FourierStack(
+        inputs.particles,
+        float(round(radius)),
+        mask_diameter=inputs.mask_diameter,
+        memory_gib=config.memory_gib,
+        device=inputs.device,
+    )
     engine = Marginal(
         stack,
         settings,
@@ -116,44 +114,21 @@ def _abinitio(
         half_set=inputs.half_set,
         seed=config.seed,
     )
-    engine.name = "abinitio" if inputs.symmetry == config.symmetry else f"abinitio {inputs.symmetry}"
-    path = folder / f"{engine.name.replace(' ', '_')}.safetensors"
-    run(engine, checkpoint=path, history=history, progress=progress, fingerprint=fingerprint)
+    checkpoint = folder / f"{engine.name}.safetensors"
+    run(engine, checkpoint=checkpoint, history=history, progress=progress, fingerprint=fingerprint)
     return engine
 
 
-def _symmetric(
-    config: RunConfig,
-    inputs: Inputs,
-    plain: Marginal,
-    folder: Path,
-    history: History,
-    progress: Progress | None,
-    fingerprint: str,
-) -> tuple[Inputs, Marginal]:
-    """Ab initio once more with the symmetry the map shows, if it shows one that held-out images agree with."""
-    plain.agreement()
-    found = plain.found_symmetry()
+def _symmetric(inputs: Inputs, engine: Marginal) -> Inputs:
+    """Impose the symmetry that the ab initio maps show, if they show one that held-out images agree with."""
+    engine.agreement()
+    found = engine.found_symmetry()
     if found.name == "C1":
-        return replace(
-            inputs,
-            warnings=(
-                *inputs.warnings,
-                "no symmetry was found on the ab initio map: C1",
-            ),
-        ), plain
-    kept, note = symmetry_holds(plain, found)
-    if not kept:
-        return replace(inputs, warnings=(*inputs.warnings, note)), plain
-    imposed = replace(inputs, symmetry=found.name, warnings=(*inputs.warnings, note))
-    symmetric = _abinitio(config, imposed, folder, history, progress, fingerprint, plain.stack)
-    if rerun_holds(plain, symmetric, found):
-        return imposed, symmetric
-    lost = (
-        f"symmetry {found.name} was found on the map and held-out images agree with it, but the halves of a run that imposed it agreed "
-        f"worse than without; it was not imposed (--symmetry {found.name} does)"
-    )
-    return replace(inputs, warnings=(*inputs.warnings, lost)), plain
+        return replace(inputs, warnings=(*inputs.warnings, "no symmetry was found on the ab initio map: C1"))
+    kept, note = symmetry_holds(engine, found)
+    if kept:
+        impose(engine, found)
+    return replace(inputs, symmetry=found.name if kept else inputs.symmetry, warnings=(*inputs.warnings, note))
 
 
 def _refine(
