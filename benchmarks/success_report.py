@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from cryorbit.pipeline.verdict import DOUBTED, TRUSTED, Evidence
+from cryorbit.pipeline.verdict import DOUBTED, TRUSTED, Evidence, probability
 
 Row = dict[str, object]
 
@@ -27,7 +27,7 @@ def table(rows: list[Row]) -> str:
             return f"{np.median(values):.2f}" if values else "-"
 
         right, unmasked = (sum(bool(row[key]) for row in here) for key in ("success", "success_unmasked"))
-        chance = np.mean([float(str(row["probability_right"])) for row in here])
+        chance = np.mean([probability(Evidence(**row["evidence"])) for row in here])  # type: ignore[arg-type]
         lines.append(
             f"| {cell} | {right} of {len(here)} | {unmasked} | {middle('median_deg')} | {middle('fsc_0.5_masked_A')} | "
             f"{middle('known_poses_masked_A')} | {chance:.2f} | {middle('cpu_seconds')} |"
@@ -35,14 +35,23 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+SIGNS = {"constant": 0, "joined": -1, "periods": 1, "posed": 1, "sharpness": 1, "unevenness": -1}
+"""Which way each piece of evidence may count: no fit shall take agreement for a bad sign."""
+
+
 def _logistic(x: NDArray[np.float64], y: NDArray[np.float64], ridge: float = 0.05) -> NDArray[np.float64]:
-    """Weights of a logistic regression, slightly shrunk (not the constant)."""
+    """Weights of a logistic regression in the order of ``SIGNS``, of these signs, slightly shrunk (not the constant)."""
     sign = 2 * y - 1
+    bounds = [(None, None) if s == 0 else (0, None) if s > 0 else (None, 0) for s in SIGNS.values()]
 
     def loss(w: NDArray[np.float64]) -> float:
         return float(np.logaddexp(0, -sign * (x @ w)).sum() + ridge * (w[1:] ** 2).sum())
 
-    return np.asarray(minimize(loss, np.zeros(x.shape[1]), method="BFGS").x)
+    return np.asarray(
+        minimize(
+            loss, np.zeros(x.shape[1]), method="L-BFGS-B", bounds=bounds, options={"maxiter": 10_000, "ftol": 1e-12}
+        ).x
+    )
 
 
 def _auc(score: NDArray[np.float64], y: NDArray[np.float64]) -> float:
@@ -56,22 +65,31 @@ def _bins(chance: NDArray[np.float64], y: NDArray[np.float64]) -> list[tuple[flo
     return [(chance[index == b].mean(), y[index == b].mean(), int((index == b).sum())) for b in np.unique(index)]
 
 
+def _evidence(rows: list[Row]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Features, one column for each of ``SIGNS``, and whether each run was right."""
+    features = [Evidence(**row["evidence"]).features() for row in rows]  # type: ignore[arg-type]
+    x = np.array([[f[name] for name in SIGNS] for f in features])
+    return x, np.array([float(bool(row["success"])) for row in rows])
+
+
+def weights_of(rows: list[Row]) -> dict[str, float]:
+    """The verdict's weights, fitted to all runs."""
+    return dict(zip(SIGNS, (_logistic(*_evidence(rows)).round(2) + 0.0).tolist(), strict=True))
+
+
 def fit(rows: list[Row], picture: Path) -> str:
     """Weights on all runs; AUC, expected calibration error and diagram from leaving each cell out in turn."""
-    features = [Evidence(**row["evidence"]).features() for row in rows]  # type: ignore[arg-type]
-    names = list(features[0])
-    x = np.array([[f[n] for n in names] for f in features])
-    y = np.array([float(bool(row["success"])) for row in rows])
+    x, y = _evidence(rows)
     cells = np.array([str(row["cell"]) for row in rows])
     left_out = np.empty(len(y))
     for cell in np.unique(cells):
         w = _logistic(x[cells != cell], y[cells != cell])
         left_out[cells == cell] = 1 / (1 + np.exp(-x[cells == cell] @ w))
-    weights = _logistic(x, y)
+    weights = weights_of(rows)
     bins = _bins(left_out, y)
     ece = sum(n * abs(p - q) for p, q, n in bins) / len(y)
     hopeless = np.array([bool(row["hopeless"]) for row in rows])
-    chance = 1 / (1 + np.exp(-x @ weights))
+    chance = 1 / (1 + np.exp(-x @ np.array(list(weights.values()))))
     figure = Figure(figsize=(4.2, 4.2), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="#9aa1a9", lw=1)
@@ -84,10 +102,11 @@ def fit(rows: list[Row], picture: Path) -> str:
     figure.savefig(picture, dpi=130)
     return "\n".join(
         [
-            "WEIGHTS = {" + ", ".join(f'"{n}": {w:.2f}' for n, w in zip(names, weights, strict=True)) + "}",
+            "WEIGHTS = {" + ", ".join(f'"{name}": {weight}' for name, weight in weights.items()) + "}",
             f"{len(y)} runs, {int(y.sum())} right. Cell left out: AUC {_auc(left_out, y):.3f}, calibration error {ece:.3f}",
             f"trusted (>= {TRUSTED}): {int((chance >= TRUSTED).sum())}, wrong among them {int(((chance >= TRUSTED) & (y == 0)).sum())}",
             f"not trusted (< {DOUBTED}): {int((chance < DOUBTED).sum())}, right among them {int(((chance < DOUBTED) & (y == 1)).sum())}",
-            f"largest chance given to a hopeless run: {chance[hopeless].max() if hopeless.any() else math.nan:.3f}",
+            f"largest chance given to a hopeless run: {chance[hopeless].max() if hopeless.any() else math.nan:.3f}, "
+            f"cell left out {left_out[hopeless].max() if hopeless.any() else math.nan:.3f}",
         ]
     )

@@ -1,10 +1,13 @@
 """The verdict: a chance that follows the evidence, and a sentence that says what to do."""
 
+import importlib.util
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from cryorbit.pipeline.verdict import TRUSTED, WEIGHTS, Evidence, judge, probability, sentence
+from cryorbit.pipeline.verdict import RUNS, TRUSTED, WEIGHTS, Evidence, judge, probability, sentence
 
 GOOD = Evidence(joined=False, periods=9.5, posed=0.95, pose_difference_deg=8.0, effective=1.1, intensity_sd=0.05)
 NOISE = Evidence(joined=True, periods=0.5, posed=0.02, pose_difference_deg=120.0, effective=4000.0, intensity_sd=0.05)
@@ -25,6 +28,19 @@ def test_worse_evidence_never_raises_the_chance(change):
 
 def test_every_feature_has_a_weight():
     assert GOOD.features().keys() == WEIGHTS.keys()
+
+
+def test_weights_are_those_fitted_to_the_committed_runs_and_no_hopeless_run_is_trusted():
+    benchmarks = Path(__file__).parents[2] / "benchmarks"
+    spec = importlib.util.spec_from_file_location("success_report", benchmarks / "success_report.py")
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    rows = json.loads((benchmarks / "results" / "success_rate.json").read_text())["rows"]
+    assert len(rows) == RUNS
+    assert report.weights_of(rows) == pytest.approx(WEIGHTS, abs=0.05)
+    hopeless = [probability(Evidence(**row["evidence"])) for row in rows if row["hopeless"]]
+    assert len(hopeless) > 5
+    assert max(hopeless) < TRUSTED
 
 
 def test_sentences():

@@ -25,7 +25,7 @@ from cryorbit.groups import so3
 from cryorbit.methods.halves import Agreement, compare, unmoved
 from cryorbit.methods.marginal_config import MarginalConfig
 from cryorbit.methods.online_em import Grids, OnlineEM, rotation_grid
-from cryorbit.methods.symmetric import confirmed, find_symmetry, group_of, symmetrised
+from cryorbit.methods.symmetric import find_symmetry, group_of, symmetrised
 from cryorbit.metrics.fsc import fsc
 from cryorbit.metrics.masks import soft_sphere
 from cryorbit.metrics.symmetry import SymmetryFinding
@@ -35,9 +35,7 @@ from cryorbit.training.dataset import FourierStack
 
 HALVES = (1, 2)
 _ROUNDS = (0.25, 0.5)  # of the march: where half of the runs are dropped, and where one is left for each half
-_LAST_PAIRING = (
-    0.85  # of the march: one more attempt to pair here, and where halves that never agreed go on once joined
-)
+_LAST_PAIRING = 0.85  # of the march: a last attempt to pair, and where halves that were joined go on
 _RETRY = 3  # steps between attempts to pair
 _SURE = 0.6  # of the images with the same pose in both halves: below, another round of starts
 _SAMPLE = 400  # images by which runs are compared and laid on each other
@@ -45,6 +43,7 @@ _AGREED = 5.0  # Fourier periods per particle diameter to which two runs must co
 _CAPPED_AT = 0.143  # correlation of the halves that carries the radius outwards, with _MARGIN shells to spare
 _MARGIN = 2
 _PATIENCE = 5  # broad steps before batches grow
+_CLEAR = 2.0  # standard errors of a change of the held-out likelihood
 _MORE_STARTS = 4  # at most, with an imposed symmetry
 
 
@@ -276,9 +275,7 @@ class Marginal:
                 self._judge(half, self.radius(), refit=True)
         for half, run in zip(HALVES, self.winners(), strict=True):
             self.runs[half] = {start: other for start, other in self.runs[half].items() if other is run}
-        beaten = (
-            contested and self.runs == self.best
-        )  # by both earlier winners: no further start is likely to do better
+        beaten = contested and self.runs == self.best  # by both earlier winners
         last = beaten or not sharp or int(self.heat) + 1 >= self.config.heats
         agreement = self.agreement()
         if contested or not bool(self.paired):
@@ -358,12 +355,16 @@ class Marginal:
         gain = torch.cat(gains)
         return float(gain.mean()), float(gain.std()) / len(gain) ** 0.5
 
+    def confirms(self, found: SymmetryFinding) -> tuple[bool, float, float]:
+        """Whether held-out images allow ``found``: they are likelier with it, or as likely while the halves then pose images alike."""
+        gain, error = self.symmetry_gain(found)
+        alike = self.agreement(group_of(found)).posed >= _SURE
+        return gain > (-_CLEAR if alike else _CLEAR) * error, gain, error
+
     def agreement_of_equivalents(self, agreement: Agreement) -> Agreement:
-        """``agreement`` with equivalent poses counted as one, where the maps show a symmetry that held-out images confirm."""
+        """``agreement`` with equivalent poses counted as one, where the maps show a symmetry that held-out images allow."""
         found = self.found_symmetry()
-        if found.name == "C1" or not confirmed(*self.symmetry_gain(found)):
-            return agreement
-        return self.agreement(group_of(found))
+        return agreement if found.name == "C1" or not self.confirms(found)[0] else self.agreement(group_of(found))
 
     def state(self) -> State:
         """Tensors that continue the run exactly."""

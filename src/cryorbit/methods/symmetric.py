@@ -12,7 +12,6 @@ from cryorbit.metrics.symmetry import SymmetryFinding, detect_symmetry
 from cryorbit.types import Volume
 
 _SMALLEST_BOX = 16  # in which a symmetry is looked for
-_STANDARD_ERRORS = 2.0  # by which averaging over a symmetry must raise the held-out likelihood
 
 
 def find_symmetry(
@@ -44,11 +43,6 @@ def find_symmetry(
         return detect_symmetry(Volume(mean, pixel_size), mask_diameter=mask_diameter, fsc=shells)
     except DataError:  # no density to look at: a map of noise
         return nothing
-
-
-def confirmed(gain: float, error: float) -> bool:
-    """Whether held-out images speak for a symmetry: a true one averages noise away, and maps of noise prove nothing."""
-    return gain > _STANDARD_ERRORS * error
 
 
 def group_of(found: SymmetryFinding) -> Float[Tensor, "s 3 3"]:

@@ -11,7 +11,7 @@ from cryorbit.groups import so3
 from cryorbit.groups.point import point_group
 from cryorbit.methods.halves import Agreement, unmoved
 from cryorbit.methods.marginal import HALVES, Marginal
-from cryorbit.methods.symmetric import confirmed, group_of, symmetrised
+from cryorbit.methods.symmetric import group_of, symmetrised
 from cryorbit.metrics.masks import contrast_sign
 from cryorbit.metrics.symmetry import SymmetryFinding
 from cryorbit.pipeline.config import AUTO, RunConfig
@@ -57,7 +57,7 @@ def hand_over(config: RunConfig, inputs: Inputs, engine: Marginal, folder: Path,
     effective = assigned["effective"]
     inputs, maps = _settle_contrast(config, inputs, engine)
     found = engine.found_symmetry()
-    if found.name != "C1" and confirmed(*engine.symmetry_gain(found)):  # equivalent poses are one pose
+    if found.name != "C1" and engine.confirms(found)[0]:  # equivalent poses are one pose
         group = group_of(found)
         agreement = engine.agreement(group)
         effective = (effective / len(group)).clamp_min(1.0)
@@ -138,9 +138,8 @@ def _settle_contrast(config: RunConfig, inputs: Inputs, engine: Marginal) -> tup
 
 
 def symmetry_holds(plain: Marginal, found: SymmetryFinding) -> tuple[bool, str]:
-    """Whether held-out images confirm a symmetry found on the maps, and the sentence that says so."""
-    gain, error = plain.symmetry_gain(found)
-    kept = confirmed(gain, error)
+    """Whether held-out images allow a symmetry found on the maps, and the sentence that says so."""
+    kept, gain, error = plain.confirms(found)
     images = (
         "images both halves have learnt from (they were joined)" if bool(plain.joined) else "images of the other half"
     )
