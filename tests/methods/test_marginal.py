@@ -15,7 +15,7 @@ from cryorbit.metrics.symmetry import SymmetryFinding
 from cryorbit.physics.fourier import fourier_disk
 from cryorbit.physics.shift import phase_ramp
 from cryorbit.physics.slicing import slice_grid, slicing_grid
-from cryorbit.pipeline.handover import assign, symmetry_holds
+from cryorbit.pipeline.handover import assign, symmetry_note
 from cryorbit.simulate.particles import SimulatedParticles, simulate_particles
 from cryorbit.simulate.phantom import phantom
 from cryorbit.training.dataset import ArrayParticles, FourierStack
@@ -69,9 +69,9 @@ def test_modes_of_a_particle_are_distinct(finished):
 
 def test_a_symmetry_the_molecule_lacks_is_refused_by_held_out_images(finished):
     false = SymmetryFinding("C2", torch.eye(3), torch.zeros(3), 0.9, ())
-    kept, why = symmetry_holds(finished, false)
-    assert not kept
-    assert "not imposed" in why
+    test = finished.test_symmetry(false)
+    assert not test.allowed
+    assert "not imposed" in symmetry_note(finished, test)
 
 
 def test_each_half_keeps_the_likelier_run_of_two_heats_and_a_resumed_run_too(truth, generator):

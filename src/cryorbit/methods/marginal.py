@@ -25,10 +25,10 @@ from cryorbit.groups import so3
 from cryorbit.methods.halves import Agreement, compare, unmoved
 from cryorbit.methods.marginal_config import MarginalConfig
 from cryorbit.methods.online_em import Grids, OnlineEM, rotation_grid
-from cryorbit.methods.symmetric import find_symmetry, group_of, symmetrised
+from cryorbit.methods.symmetric import SymmetryTest, find_symmetry, group_of, symmetrised
 from cryorbit.metrics.fsc import fsc
 from cryorbit.metrics.masks import soft_sphere
-from cryorbit.metrics.symmetry import SymmetryFinding
+from cryorbit.metrics.symmetry import SymmetryFinding, no_symmetry
 from cryorbit.poses.grid import shift_grid
 from cryorbit.training.checkpoint import State
 from cryorbit.training.dataset import FourierStack
@@ -93,7 +93,7 @@ class Marginal:
         self.done = torch.zeros((), dtype=torch.bool)
         self.at_pairing = torch.zeros(
             3
-        )  # periods, share of equal poses and pose difference when the winners were last compared
+        )  # periods, share of equal poses and their difference before the halves were joined
         self.motion = unmoved(stack.box // 2 + 1)  # of map 2 onto map 1
         self.best: dict[int, dict[int, OnlineEM]] = {half: {} for half in HALVES}  # of the heats before this one
         self._begin(0)
@@ -280,15 +280,15 @@ class Marginal:
         agreement = self.agreement()
         if contested or not bool(self.paired):
             self._follow(self.radius())
-        if agreement.posed < _SURE:
-            agreement = self.agreement_of_equivalents(agreement)
+        if agreement.posed < _SURE and (found := self.found_symmetry()).name != "C1":
+            test = self.test_symmetry(found)
+            agreement = test.agreement if test.allowed else agreement
         periods = self.periods(float(agreement.reach))
-        if not bool(self.joined):
-            self.at_pairing = torch.tensor([periods, agreement.posed, agreement.pose_deg])
+        self.best = {half: {} for half in HALVES}
         if bool(self.joined) or agreement.posed >= _SURE or (last and periods >= _AGREED):
             self.done = torch.ones_like(self.done)
-            self.best = {half: {} for half in HALVES}
         elif last:
+            self.at_pairing = torch.tensor([periods, agreement.posed, agreement.pose_deg])
             self._join()
         else:
             self.best = self.runs
@@ -304,7 +304,6 @@ class Marginal:
         better, other = (first, second) if gain[0] >= gain[1] else (second, first)
         other.start_from(better)
         self.motion = unmoved(self.stack.box // 2 + 1)
-        self.best = {half: {} for half in HALVES}
         self._march_from(_LAST_PAIRING)
         self.paired, self.joined = torch.ones_like(self.paired), torch.ones_like(self.joined)
 
@@ -325,24 +324,21 @@ class Marginal:
 
     # -- hand-over and resume ---------------------------------------------------------------------------------------------------
 
-    def agreement(self, group: Float[Tensor, "s 3 3"] | None = None) -> Agreement:
-        """How the two winners compare at the end; from now on :meth:`maps` and ``assign`` use this motion.
-
-        With ``group``, rotations that leave the first map as it is, only the comparison counts equivalent poses as one.
-        """
-        if group is not None:
-            return self._compare(self.radius(), group)
+    def agreement(self) -> Agreement:
+        """How the two winners compare at the end; from now on :meth:`maps` and ``assign`` use this motion."""
         self.motion = self._compare(self.radius())
         return self.motion
 
     def found_symmetry(self) -> SymmetryFinding:
         """Point group of the two winners' maps, as they were last laid on each other; C1 for an engine that imposes one."""
         if len(self.symmetry) > 1:
-            return SymmetryFinding("C1", torch.eye(3), torch.zeros(3), 1.0, ())
+            return no_symmetry()
         return find_symmetry(self.maps(), self.motion.fsc, self.mask_diameter, self.stack.pixel_size)
 
-    def symmetry_gain(self, found: SymmetryFinding) -> tuple[float, float]:
-        """Change of the mean log likelihood of images of the other half when each half's map is averaged over ``found``; standard error."""
+    def test_symmetry(self, found: SymmetryFinding) -> SymmetryTest:
+        """Average each half's map over ``found``: images of the other half must be likelier for it, or as likely while the halves, equivalent
+        poses being one, pose images alike.
+        """
         radius, gains = self.radius(), []
         for half, run, volume in zip(HALVES, self.winners(), self.maps(), strict=True):
             chosen, grids = self.sample(3 - half), self.grids(run, radius)
@@ -352,19 +348,11 @@ class Marginal:
                 for changed in (averaged, run.with_map(volume))
             )
             gains.append((ours - plain).cpu())
-        gain = torch.cat(gains)
-        return float(gain.mean()), float(gain.std()) / len(gain) ** 0.5
-
-    def confirms(self, found: SymmetryFinding) -> tuple[bool, float, float]:
-        """Whether held-out images allow ``found``: they are likelier with it, or as likely while the halves then pose images alike."""
-        gain, error = self.symmetry_gain(found)
-        alike = self.agreement(group_of(found)).posed >= _SURE
-        return gain > (-_CLEAR if alike else _CLEAR) * error, gain, error
-
-    def agreement_of_equivalents(self, agreement: Agreement) -> Agreement:
-        """``agreement`` with equivalent poses counted as one, where the maps show a symmetry that held-out images allow."""
-        found = self.found_symmetry()
-        return agreement if found.name == "C1" or not self.confirms(found)[0] else self.agreement(group_of(found))
+        both = torch.cat(gains)
+        gain, error = float(both.mean()), float(both.std()) / len(both) ** 0.5
+        agreement = self._compare(radius, group_of(found))
+        least = -_CLEAR if agreement.posed >= _SURE else _CLEAR
+        return SymmetryTest(found, gain, error, agreement, gain > least * error)
 
     def state(self) -> State:
         """Tensors that continue the run exactly."""

@@ -168,7 +168,10 @@ class OnlineEM:
             self.statistics = self.statistics.scaled(0.0)
 
     def step(self, chosen: Int[Tensor, " b"], grids: Grids, decay: float, *, intensities: bool = False) -> Expectation:
-        """E-step on the particles ``chosen``, noise and shift prior, M-step with the old statistics times ``decay``; or intensities too."""
+        """E-step on the particles ``chosen``, noise and shift prior, M-step with the old statistics times ``decay``.
+
+        With ``intensities`` each image is weighed with its own, which is then estimated anew.
+        """
         result = self.expect(chosen, grids, self.intensity_of(chosen) if intensities else None, sums=True)
         if intensities:
             self._update_intensity(chosen, result.intensity)

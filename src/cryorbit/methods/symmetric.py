@@ -1,17 +1,33 @@
 """The point group an ab initio map shows, and what follows from it for maps and poses."""
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from cryorbit.errors import DataError
 from cryorbit.groups.point import point_group
+from cryorbit.methods.halves import Agreement
 from cryorbit.metrics.masks import contrast_sign
 from cryorbit.metrics.resample import move_volume
-from cryorbit.metrics.symmetry import SymmetryFinding, detect_symmetry
+from cryorbit.metrics.symmetry import SymmetryFinding, detect_symmetry, no_symmetry
 from cryorbit.types import Volume
 
 _SMALLEST_BOX = 16  # in which a symmetry is looked for
+
+
+@dataclass(frozen=True)
+class SymmetryTest:
+    """What held-out images say of a symmetry: ``gain`` of their mean log likelihood when each half's map is averaged over it, its standard
+    ``error``, how the halves agree when equivalent poses are one (``agreement``), and whether it is ``allowed``.
+    """
+
+    found: SymmetryFinding
+    gain: float
+    error: float
+    agreement: Agreement
+    allowed: bool
 
 
 def find_symmetry(
@@ -32,17 +48,16 @@ def find_symmetry(
         Angstrom.
     """
     mean = (0.5 * (maps[0] + maps[1])).cpu()
-    nothing = SymmetryFinding("C1", torch.eye(3), torch.zeros(3), 1.0, ())
     box = mean.shape[-1]
     if box < _SMALLEST_BOX:
-        return nothing
+        return no_symmetry()
     mean = mean * contrast_sign(mean, mask_diameter, pixel_size)
     shells = torch.zeros(box // 2 + 1)
     shells[: len(fsc)] = fsc
     try:
         return detect_symmetry(Volume(mean, pixel_size), mask_diameter=mask_diameter, fsc=shells)
     except DataError:  # no density to look at: a map of noise
-        return nothing
+        return no_symmetry()
 
 
 def group_of(found: SymmetryFinding) -> Float[Tensor, "s 3 3"]:
@@ -58,10 +73,7 @@ def symmetrised(
     In its own frame, r -> R^T (g (R r + t) - t) for each g, or ``framed`` with the axes where ``groups/point.py`` has them, r -> g (R r + t).
     """
     turn, shift = found.rotation, found.shift / pixel_size
-    moved = []
-    for g in point_group(found.name).float():
-        if framed:
-            moved.append(move_volume(volume, g @ turn, g @ shift))
-        else:
-            moved.append(move_volume(volume, turn.T @ g @ turn, turn.T @ (g @ shift - shift)))
+    back, origin = (torch.eye(3), torch.zeros(3)) if framed else (turn.T, shift)
+    group = point_group(found.name).float()
+    moved = [move_volume(volume, back @ g @ turn, back @ (g @ shift - origin)) for g in group]
     return torch.stack(moved).mean(dim=0).to(volume)

@@ -77,6 +77,11 @@ class SymmetryFinding:
     table: tuple[GroupScore, ...]
 
 
+def no_symmetry(table: tuple[GroupScore, ...] = ()) -> SymmetryFinding:
+    """C1, after looking at the groups of ``table``."""
+    return SymmetryFinding("C1", torch.eye(3), torch.zeros(3), 1.0, table)
+
+
 def _judge(ball: Ball, fit: Fit) -> tuple[GroupScore, float]:
     """The score of a fit, and the information at rotations that do not belong to the group."""
     members, elements = point_group(fit.name).to(torch.float32), group_elements(fit.name)
@@ -147,7 +152,7 @@ def detect_symmetry(
         particle = cut_out(data, None if mask_diameter is None else mask_diameter / volume.pixel_size, fsc)
         fit, table = _best_group(particle, *_radii(particle, box, radius))
     if fit is None:
-        return SymmetryFinding("C1", torch.eye(3), torch.zeros(3), 1.0, tuple(table))
+        return no_symmetry(tuple(table))
     middle = (particle.middle + fit.middle) * volume.pixel_size
     rotation = fit.frame.T
     return SymmetryFinding(fit.name, rotation, -rotation @ middle, table[-1].correlation, tuple(table))

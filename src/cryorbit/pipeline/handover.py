@@ -11,7 +11,7 @@ from cryorbit.groups import so3
 from cryorbit.groups.point import point_group
 from cryorbit.methods.halves import Agreement, unmoved
 from cryorbit.methods.marginal import HALVES, Marginal
-from cryorbit.methods.symmetric import group_of, symmetrised
+from cryorbit.methods.symmetric import SymmetryTest, group_of, symmetrised
 from cryorbit.metrics.masks import contrast_sign
 from cryorbit.metrics.symmetry import SymmetryFinding
 from cryorbit.pipeline.config import AUTO, RunConfig
@@ -51,21 +51,25 @@ class Handover:
 
 
 def hand_over(config: RunConfig, inputs: Inputs, engine: Marginal, folder: Path, fingerprint: str) -> Handover:
-    """Compare and align the halves, settle the contrast, and pose every particle."""
-    agreement = engine.agreement()
-    assigned = _assign(engine, folder / "assigned.safetensors", fingerprint)
-    effective = assigned["effective"]
-    inputs, maps = _settle_contrast(config, inputs, engine)
+    """Compare and align the halves, settle symmetry and contrast, and pose every particle."""
+    agreement, order = engine.agreement(), 1
     found = engine.found_symmetry()
-    if found.name != "C1" and engine.confirms(found)[0]:  # equivalent poses are one pose
-        group = group_of(found)
-        agreement = engine.agreement(group)
-        effective = (effective / len(group)).clamp_min(1.0)
+    test = None if found.name == "C1" else engine.test_symmetry(found)
+    if config.symmetry == AUTO:
+        inputs = replace(inputs, warnings=(*inputs.warnings, symmetry_note(engine, test)))
+    if test and test.allowed and config.symmetry == AUTO:
+        impose(engine, found)
+        inputs, agreement = replace(inputs, symmetry=found.name), engine.agreement()
+    elif test and test.allowed:  # equivalent poses are one pose
+        agreement, order = test.agreement, len(group_of(found))
+    assigned = _assign_all(engine, folder / "assigned.safetensors", fingerprint)
+    inputs, maps = _settle_contrast(config, inputs, engine)
+    effective = assigned["effective"] if order == 1 else (assigned["effective"] / order).clamp_min(1.0)
     evidence = _evidence(engine, agreement, effective)
     return Handover(inputs, maps, assigned["rotations"], assigned["shifts"], effective, evidence)
 
 
-def _assign(engine: Marginal, path: Path, fingerprint: str) -> dict[str, Tensor]:
+def _assign_all(engine: Marginal, path: Path, fingerprint: str) -> dict[str, Tensor]:
     """Every particle's most probable grid poses under the ab initio maps; kept, so that a resumed run does not repeat it."""
     if path.exists():
         tensors, meta = load_checkpoint(path)
@@ -137,16 +141,18 @@ def _settle_contrast(config: RunConfig, inputs: Inputs, engine: Marginal) -> tup
     return replace(inputs, particles=particles, warnings=(*inputs.warnings, found, DARK)), (-first, -second)
 
 
-def symmetry_holds(plain: Marginal, found: SymmetryFinding) -> tuple[bool, str]:
-    """Whether held-out images allow a symmetry found on the maps, and the sentence that says so."""
-    kept, gain, error = plain.confirms(found)
+def symmetry_note(engine: Marginal, test: SymmetryTest | None) -> str:
+    """What became of the search for a symmetry, in one sentence."""
+    if test is None:
+        return "no symmetry was found on the ab initio map: C1"
+    name, kept = test.found.name, test.allowed
     images = (
-        "images both halves have learnt from (they were joined)" if bool(plain.joined) else "images of the other half"
+        "images both halves have learnt from (they were joined)" if bool(engine.joined) else "images of the other half"
     )
-    return kept, (
-        f"symmetry {found.name} was found on the map (correlation {found.score:.2f}) and {'' if kept else 'not '}imposed: averaging each "
-        f"half's map over it changes the log likelihood of {images} by {gain:+.2f} +- {error:.2f} (--symmetry "
-        f"{'C1' if kept else found.name} decides otherwise)"
+    return (
+        f"symmetry {name} was found on the map (correlation {test.found.score:.2f}) and {'' if kept else 'not '}imposed: averaging each "
+        f"half's map over it changes the log likelihood of {images} by {test.gain:+.2f} +- {test.error:.2f} (--symmetry "
+        f"{'C1' if kept else name} decides otherwise)"
     )
 
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,8 +21,8 @@ from cryorbit.physics.cryoem import forward
 from cryorbit.physics.fourier import disk_to_images
 from cryorbit.physics.slicing import slicing_grid
 from cryorbit.pipeline import outputs
-from cryorbit.pipeline.config import AUTO, RunConfig, to_toml
-from cryorbit.pipeline.handover import Handover, hand_over, impose, symmetry_holds
+from cryorbit.pipeline.config import RunConfig, to_toml
+from cryorbit.pipeline.handover import Handover, hand_over
 from cryorbit.pipeline.inputs import Inputs, prepare
 from cryorbit.pipeline.rundir import locked, open_run
 from cryorbit.pipeline.verdict import judge, sentence
@@ -73,8 +73,6 @@ def _run(config: RunConfig, inputs: Inputs, output: Path, progress: Progress | N
     begun = time.monotonic()
     folder = output / "checkpoint"
     engine = _abinitio(config, inputs, folder, history, progress, fingerprint)
-    if config.symmetry == AUTO:
-        inputs = _symmetric(inputs, engine)
     seconds["abinitio"] = time.monotonic() - begun
     begun = time.monotonic()
     start = hand_over(config, inputs, engine, folder, fingerprint)
@@ -117,18 +115,6 @@ def _abinitio(
     checkpoint = folder / f"{engine.name}.safetensors"
     run(engine, checkpoint=checkpoint, history=history, progress=progress, fingerprint=fingerprint)
     return engine
-
-
-def _symmetric(inputs: Inputs, engine: Marginal) -> Inputs:
-    """Impose the symmetry that the ab initio maps show, if they show one that held-out images agree with."""
-    engine.agreement()
-    found = engine.found_symmetry()
-    if found.name == "C1":
-        return replace(inputs, warnings=(*inputs.warnings, "no symmetry was found on the ab initio map: C1"))
-    kept, note = symmetry_holds(engine, found)
-    if kept:
-        impose(engine, found)
-    return replace(inputs, symmetry=found.name if kept else inputs.symmetry, warnings=(*inputs.warnings, note))
 
 
 def _refine(
