@@ -21,10 +21,9 @@ from pathlib import Path
 
 import torch
 
-from cryorbit.groups.point import point_group
 from cryorbit.io.mrc import read_volume
 from cryorbit.io.particles import ParticleSet, open_particles
-from cryorbit.methods.refinement import Refinement, RefinementConfig
+from cryorbit.methods.half_maps import known_pose_map
 from cryorbit.metrics.align import align_poses
 from cryorbit.metrics.fsc import fsc, resolution
 from cryorbit.metrics.map_search import align_volumes
@@ -36,7 +35,6 @@ from cryorbit.simulate.particles import make_projector
 from cryorbit.simulate.settings import CTFSettings, SimulationSettings
 from cryorbit.simulate.write import write_simulation
 from cryorbit.training.dataset import FourierStack
-from cryorbit.training.loop import run
 from cryorbit.types import Poses, Volume
 
 SETS = {
@@ -59,18 +57,9 @@ def against_truth(volume: Volume, truth: Volume, mask: torch.Tensor) -> dict[str
 def ceiling(particles: ParticleSet, poses: Poses, diameter: float = DIAMETER) -> Volume:
     """The same images inserted at their true poses by the same code."""
     stack = FourierStack(particles, 0.5 * particles.box, mask_diameter=diameter)
-    known = Refinement(
-        stack,
-        RefinementConfig(sweeps=1, iterations=0),
-        mask_diameter=diameter,
-        symmetry=point_group("C1").float(),
-        start=(torch.zeros(3 * [particles.box]),) * 2,
-        radius=particles.box // 2,
-        candidates=(poses.rotations[:, None].float(), poses.shifts[:, None].float() / particles.pixel_size),
-        half_set=torch.arange(len(particles)) % 2 + 1,
-    )
-    run(known)
-    return Volume(known.tensors["map"], particles.pixel_size)
+    half_set = torch.arange(len(particles)) % 2 + 1
+    shifts = poses.shifts.float() / particles.pixel_size
+    return Volume(known_pose_map(stack, poses.rotations.float(), shifts, half_set, diameter), particles.pixel_size)
 
 
 def one(name: str, seed: int, count: int, settings: list[str]) -> dict[str, object]:

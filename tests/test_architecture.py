@@ -27,6 +27,7 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 METHODS_SHARED = {
+    "half_maps",
     "registry",
     "checks",
     "online_em",

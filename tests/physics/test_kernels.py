@@ -10,7 +10,8 @@ import torch
 from cryorbit.groups import so3
 from cryorbit.physics.fourier import FourierDisk, fourier_disk
 from cryorbit.physics.kernels import backend_names, cpu_walk
-from cryorbit.physics.slicing import SlicingGrid, insert_slices, pose_normal_equations, slice_grid, slicing_grid
+from cryorbit.physics.posing import pose_losses, pose_normal_equations
+from cryorbit.physics.slicing import SlicingGrid, insert_slices, slice_grid, slicing_grid
 
 FAST = [name for name in backend_names("cpu") if name != "reference"]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -103,6 +104,24 @@ def test_normal_equations_agree(backend: str, per_image: bool, box: int, radius:
     ):
         assert found.dtype == torch.float64
         _close(found, expected, dtype)
+
+
+def test_losses_agree_and_are_those_of_the_normal_equations(
+    backend: str, box: int, radius: float, dtype: torch.dtype
+) -> None:
+    grid, rotations, disk = _setting(box, radius, dtype)
+    values, weights = _values(disk, 7, dtype)
+    generator = torch.Generator().manual_seed(9)
+    shifts = torch.randn(7, 3, 2, generator=generator).to(dtype)
+    poses = so3.random_rotations(21, generator).to(dtype).view(7, 3, 3, 3)
+    poses[:, 0] = rotations
+    common = (grid, 40 * values, weights - 0.5, weights)
+    found, expected = (pose_losses(*common, poses, shifts, disk, backend=b) for b in (backend, "reference"))
+    assert found.dtype == torch.float64
+    _close(found, expected, dtype)
+    for k in range(3):
+        loss, _, _ = pose_normal_equations(*common, poses[:, k], shifts[:, k], disk, backend="reference")
+        _close(found[:, k], loss, dtype)
 
 
 def test_insertion_does_not_depend_on_threads(

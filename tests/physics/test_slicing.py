@@ -9,12 +9,12 @@ import torch
 from cryorbit.errors import ConfigError, DataError
 from cryorbit.groups import so3
 from cryorbit.physics.fourier import fourier_disk, images_to_disk
+from cryorbit.physics.posing import pose_normal_equations
 from cryorbit.physics.shift import phase_ramp
 from cryorbit.physics.slicing import (
     SlicingGrid,
     completed,
     insert_slices,
-    pose_normal_equations,
     project,
     slice_grid,
     slicing_grid,

@@ -34,7 +34,7 @@ def test_recovers_perturbed_poses_without_noise(grid, generator):
     images = forward(grid, truth, shifts, disk, ctf)
     start = exp(torch.randn(count, 3, generator=generator) * 0.06) @ truth
     before = distance(start, truth)
-    r, s, _ = refine_poses(grid, images, ctf, disk.weight, start, torch.zeros(count, 2), disk, iterations=15)
+    r, s, *_ = refine_poses(grid, images, ctf, disk.weight, start, torch.zeros(count, 2), disk, iterations=15)
     error = torch.rad2deg(distance(r, truth))
     assert float(torch.rad2deg(before).median()) > 4
     assert float(error.median()) < 0.05
@@ -53,8 +53,8 @@ def test_never_worse_than_the_start_and_arguments_untouched(grid, generator):
     start, shift = random_rotations(20, generator), torch.zeros(20, 2)
     kept = start.clone(), shift.clone(), images.clone()
     ctf = torch.ones(20, len(disk))
-    _, _, before = refine_poses(grid, images, ctf, disk.weight, start, shift, disk, iterations=0)
-    _, _, after = refine_poses(grid, images, ctf, disk.weight, start, shift, disk, iterations=4)
+    _, _, before, _ = refine_poses(grid, images, ctf, disk.weight, start, shift, disk, iterations=0)
+    _, _, after, _ = refine_poses(grid, images, ctf, disk.weight, start, shift, disk, iterations=4)
     assert (after <= before + 1e-9 * before).all()
     assert float((before - after).mean()) > 0
     for now, then in zip((start, shift, images), kept, strict=True):
@@ -67,6 +67,6 @@ def test_shifts_stay_when_not_fitted(grid, generator):
     images = forward(grid, truth, torch.ones(6, 2), disk, None)
     start = exp(torch.randn(6, 3, generator=generator) * 0.05) @ truth
     shift = torch.full((6, 2), 0.25)
-    r, s, _ = refine_poses(grid, images, torch.ones(6, len(disk)), disk.weight, start, shift, disk, fit_shift=False)
+    r, s, *_ = refine_poses(grid, images, torch.ones(6, len(disk)), disk.weight, start, shift, disk, fit_shift=False)
     assert torch.equal(s, shift)
     assert not torch.equal(r, start)

@@ -1,10 +1,12 @@
-"""Continuous refinement of approximate poses, two independent halves, to the resolution their agreement supports.
+"""Refinement of approximate poses to the resolution the halves' agreement supports: two independent halves, expectation-maximisation.
 
-* **volume**: voxels, one map per half (Wiener-filtered by the halves' Fourier shell correlation).
-* **poses**: one rotation and shift per particle, Gauss-Newton on so(3) x R^2 (``poses/table.py``); several starts at the first sweep.
-* **objective**: Gaussian image likelihood, one noise variance per spectral shell.
+* **volume**: voxels, one map per half (Wiener-filtered by the halves' Fourier shell correlation, ``methods/half_maps.py``).
+* **poses**: the posterior over rotation x shift around up to ``modes`` modes per particle: Gauss-Newton on so(3) x R^2 to each mode
+  (``poses/table.py``), weighted samples around it (``poses/local.py``).
+* **objective**: marginal Gaussian image likelihood, one noise variance per spectral shell.
 
-A sweep moves every particle against its own half's map, then rebuilds both maps; the Fourier radius follows the halves' agreement outwards.
+A sweep moves every particle's modes against its own half's map and samples its posterior, then rebuilds both maps from all samples; the
+Fourier radius follows the halves' agreement outwards.
 """
 
 from dataclasses import dataclass
@@ -13,31 +15,29 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cryorbit.errors import DataError
 from cryorbit.groups import so3
-from cryorbit.groups.point import keep_axes
+from cryorbit.methods.half_maps import (
+    compared,
+    insert_posed,
+    last_shell,
+    members_of,
+    motion_onto,
+    solvent_mask,
+    unfiltered,
+    wiener,
+)
 from cryorbit.methods.online_em import rotation_grid
-from cryorbit.metrics.align import improve_alignment
-from cryorbit.metrics.fsc import masked_fsc
-from cryorbit.metrics.masks import mask_from_map, soft_sphere
+from cryorbit.metrics.masks import soft_sphere
 from cryorbit.physics.cryoem import forward
 from cryorbit.physics.fourier import FourierDisk, resize_volume
-from cryorbit.physics.shift import phase_ramp
-from cryorbit.physics.slicing import (
-    Accumulator,
-    SlicingGrid,
-    insert_slices,
-    slice_grid,
-    slicing_grid,
-    volume_from_accumulator,
-)
-from cryorbit.physics.spectrum import mean_weight, shell_mean
+from cryorbit.physics.slicing import Accumulator, SlicingGrid, slice_grid, slicing_grid
+from cryorbit.physics.spectrum import shell_mean
 from cryorbit.poses.grid import expectation, shift_grid, with_half_turns
-from cryorbit.poses.table import refine_poses
+from cryorbit.poses.local import PoseSamples, local_posterior, sample_points
 from cryorbit.training.checkpoint import State
 from cryorbit.training.dataset import FourierStack
 
-_ALIGNED_PX = 0.05  # Fourier or real pixels by which the halves may lie off each other
+_NO_MASS = 1e-3  # of a particle's mass: modes with less are not followed
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,11 @@ class RefinementConfig:
     batch
         Particles at a time.
     iterations
-        Gauss-Newton steps per particle and sweep.
+        Gauss-Newton steps per mode and sweep.
+    modes
+        Modes of a particle's posterior that are followed.
+    samples
+        Poses drawn around each mode that is wider than a quarter of a Fourier pixel's reach.
     radius_growth
         Largest factor between the radii of successive sweeps.
     fsc_radius
@@ -60,12 +64,14 @@ class RefinementConfig:
         Whether shifts are refined.
     search_order, search_every
         Every so many sweeps (0, or shifts fixed: never) each particle is scored against a whole grid of rotations of this HEALPix order,
-        so that it can leave a wrong mode.
+        and its best pose there becomes another mode where it is not near one.
     """
 
     sweeps: int = 8
     batch: int = 500
     iterations: int = 6
+    modes: int = 3
+    samples: int = 12
     radius_growth: float = 1.5
     fsc_radius: float = 0.2
     fit_shift: bool = True
@@ -124,9 +130,12 @@ class Refinement:
         shells = self.limit + 2
         self.intensity = torch.ones(len(stack)) if intensity is None else intensity.cpu()
         first, second = (resize_volume(one.to(device), stack.box) * self.mask for one in start)
+        modes = config.modes
+        rotations, shifts = candidates[0][:, :1], candidates[1][:, :1]
         self.tensors: State = {
-            "rotations": candidates[0][:, 0].clone(),
-            "shifts": candidates[1][:, 0].clone(),
+            "rotations": rotations.expand(-1, modes, -1, -1).clone(),
+            "shifts": shifts.expand(-1, modes, -1).clone(),
+            "mass": torch.eye(modes)[0].expand(len(stack), modes).clone(),
             "reference_1": first,
             "reference_2": second,
             "half_1": first.clone(),
@@ -139,6 +148,11 @@ class Refinement:
             "radius": torch.tensor(radius),
             "previous_radius": torch.tensor(0),
         }
+
+    @property
+    def poses(self) -> tuple[Float[Tensor, "n 3 3"], Float[Tensor, "n 2"]]:
+        """Rotation and shift in pixels of each particle's heaviest mode."""
+        return self.tensors["rotations"][:, 0], self.tensors["shifts"][:, 0]
 
     def state(self) -> State:
         """Everything a resumed run needs."""
@@ -163,41 +177,42 @@ class Refinement:
     # -- one sweep --------------------------------------------------------------------------------------------------------------
 
     def step(self, index: int) -> dict[str, float | str]:
-        """Refine every pose against its half's map, rebuild the maps, compare the halves."""
+        """Every particle's posterior under its half's map, both maps again, and how they compare."""
         t = self.tensors
         radius = int(t["radius"])
         if index == 0:
             t["noise"] = self._initial_noise()
-        before = t["rotations"].clone()
+        before = self.poses[0].clone()
         every = self.config.search_every
         search = bool(every) and self.config.fit_shift and index % every == 1
-        accumulators, power, count = [], torch.zeros_like(t["noise"]), 0
+        points = sample_points(self.config.samples, index)
+        accumulators: list[Accumulator] = []
+        power = torch.zeros_like(t["noise"])
         for half in (1, 2):
-            members = torch.nonzero(self.half_set == half)[:, 0]
+            members = members_of(self.half_set, half)
             grid = slicing_grid(t[f"reference_{half}"], self.stack.disk.radius)
+            parts = []
             for chosen in members.split(self.config.batch):
-                self._refine(grid, chosen, radius, self.candidates if index == 0 else None)
-                if search:
-                    self._search(grid, chosen, radius)
+                parts.append(self._expect(grid, chosen, radius, points, first=index == 0, search=search))
                 power += self._residual(grid, chosen)
-                count += len(chosen)
-            accumulators.append(self._inserted(members))
-            self._unfiltered(half, accumulators[-1])
-        if self._lay_second_on_first():
-            accumulators[1] = self._inserted(members)
-            self._unfiltered(2, accumulators[1])
+            samples = PoseSamples.joined(parts)
+            accumulators.append(self._inserted(half, samples))
+        motion = self._second_onto_first()
+        if motion is not None:
+            accumulators[1] = self._inserted(2, samples.moved(*motion))
         self._rebuild(accumulators)
         inside = torch.arange(len(t["noise"])) <= self.limit
-        t["noise"] = torch.where(inside, torch.maximum(power / count, 1e-6 * t["noise"]), t["noise"])
-        change = so3.distance(before, t["rotations"])
+        t["noise"] = torch.where(inside, torch.maximum(power / len(self.stack), 1e-6 * t["noise"]), t["noise"])
+        change = so3.distance(before, self.poses[0])
         t["pose_change"] = change.median()
         t["previous_radius"] = t["radius"]
         t["radius"] = torch.tensor(self._next_radius(radius))
         box_a = self.stack.box * self.stack.pixel_size
         return {
             "radius": float(radius),
-            "resolution_A": box_a / max(self._agreement(0.143), 1e-3),
+            "resolution_A": box_a / max(last_shell(t["fsc"], 0.143), 1e-3),
             "pose_change_deg": float(torch.rad2deg(change.median())),
+            "modes": float((t["mass"] > _NO_MASS).sum(dim=1).float().mean()),
             "log_likelihood": float(t["log_likelihood"].mean()),
         }
 
@@ -216,145 +231,103 @@ class Refinement:
     def _ctf(self, chosen: Int[Tensor, " b"]) -> Float[Tensor, "b p"]:
         return self.stack.ctf(chosen) * self.intensity[chosen, None].to(self.stack.device)
 
-    def _refine(
-        self, grid: SlicingGrid, chosen: Int[Tensor, " b"], radius: int, candidates: tuple[Tensor, Tensor] | None
-    ) -> None:
-        """Gauss-Newton for the particles ``chosen``; with ``candidates``, from each of them, keeping the best."""
+    def _expect(
+        self,
+        grid: SlicingGrid,
+        chosen: Int[Tensor, " b"],
+        radius: int,
+        points: Float[Tensor, "k 5"],
+        *,
+        first: bool,
+        search: bool,
+    ) -> PoseSamples:
+        """Modes of the particles ``chosen`` from those they had (``first``: from the candidates), and samples around them."""
         t = self.tensors
-        if candidates is None:
-            starts = [(t["rotations"][chosen], t["shifts"][chosen])]
+        if first:
+            rotations, shifts = (x[chosen] for x in self.candidates)
+            used = torch.ones(shifts.shape[:2], dtype=torch.bool)
         else:
-            starts = [(candidates[0][chosen, m], candidates[1][chosen, m]) for m in range(candidates[0].shape[1])]
-        best: tuple[Tensor, Tensor, Tensor] | None = None
-        for rotation, shift in starts:
-            r, s, loss = self._descend(grid, chosen, radius, rotation, shift)
-            if best is None:
-                best = (r, s, loss)
-            else:
-                win = loss < best[2]
-                best = (
-                    torch.where(win[:, None, None], r, best[0]),
-                    torch.where(win[:, None], s, best[1]),
-                    torch.where(win, loss, best[2]),
-                )
-        assert best is not None
-        t["rotations"][chosen], t["shifts"][chosen] = best[0].cpu(), best[1].cpu()
-        t["log_likelihood"][chosen] = -best[2].to(torch.float32).cpu()
-
-    def _descend(
-        self, grid: SlicingGrid, chosen: Int[Tensor, " b"], radius: int, rotations: Tensor, shifts: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Levenberg-Marquardt for the particles ``chosen`` from the poses given: poses and loss."""
+            rotations, shifts, used = t["rotations"][chosen], t["shifts"][chosen], t["mass"][chosen] > _NO_MASS
         disk, keep, precision = self._precision(radius)
-        images, ctf = self.stack.images(chosen)[:, keep], self._ctf(chosen)[:, keep]
-        return refine_poses(
+        images, ctf = self.stack.images(chosen), self._ctf(chosen)
+        if search:
+            turn, offset = self._searched(grid, images, ctf)
+            mates, here = torch.broadcast_tensors(turn[:, None, None] @ self.symmetry.cpu(), rotations[:, :, None])
+            apart = torch.where(used, so3.distance(mates, here).amin(dim=2), torch.inf)
+            elsewhere = apart.amin(dim=1) > 1.2 * so3.grid_spacing(self.config.search_order)
+            rotations, shifts = torch.cat([rotations, turn[:, None]], 1), torch.cat([shifts, offset[:, None]], 1)
+            used = torch.cat([used, elsewhere[:, None]], 1)
+        device = images.device
+        modes, samples, loss = local_posterior(
             grid,
-            images,
-            ctf,
+            images[:, keep],
+            ctf[:, keep],
             precision,
-            rotations.to(images.device),
-            shifts.to(images.device),
+            (rotations.to(device), shifts.to(device), used.to(device)),
             disk,
+            symmetry=self.symmetry,
+            points=points,
+            modes=self.config.modes,
             iterations=self.config.iterations,
             fit_shift=self.config.fit_shift,
         )
+        t["rotations"][chosen], t["shifts"][chosen], t["mass"][chosen] = (
+            x.cpu() for x in (modes.rotations, modes.shifts, modes.mass)
+        )
+        t["log_likelihood"][chosen] = -loss.to(torch.float32).cpu()
+        return PoseSamples(
+            chosen[samples.particle.cpu()], samples.rotations.cpu(), samples.shifts.cpu(), samples.weight.cpu()
+        )
 
-    def _search(self, grid: SlicingGrid, chosen: Int[Tensor, " b"], radius: int) -> None:
-        """Refine from the best rotation of the whole grid the particles that fit there elsewhere than where they are; keep the better."""
-        t, low = self.tensors, self.search_radius
+    def _searched(
+        self, grid: SlicingGrid, images: Tensor, ctf: Tensor
+    ) -> tuple[Float[Tensor, "b 3 3"], Float[Tensor, "b 2"]]:
+        """The best rotation of the whole grid, and shift, for each image."""
+        low = self.search_radius
         disk, keep, precision = self._precision(low)
-        spread = float(t["shifts"].std())
+        spread = float(self.poses[1].std())
         shifts = shift_grid(3 * spread, min(0.38 * self.stack.box / low, max(3 * spread, 1e-3)), spread)
         rotations = rotation_grid(self.config.search_order, self.symmetry)
-        images, ctf = self.stack.images(chosen)[:, keep], self._ctf(chosen)[:, keep]
         slices = slice_grid(grid, rotations, disk)
-        found = expectation(images, ctf, slices, precision, shifts, disk, sums=False)
-        best = with_half_turns(rotations)[found.best[:, 0]].cpu()
-        mates = best[:, None] @ self.symmetry.cpu()
-        apart = so3.distance(mates, t["rotations"][chosen, None].expand_as(mates)).amin(dim=1)
-        away = apart > 1.2 * so3.grid_spacing(self.config.search_order)
-        if not bool(away.any()):
-            return
-        others = chosen[away]
-        start = best[away], shifts.points[found.best_shift[away, 0].cpu()]
-        there = self._descend(grid, others, radius, *start)
-        here = self._descend(grid, others, radius, t["rotations"][others], t["shifts"][others])
-        win = there[2] < here[2]
-        t["rotations"][others] = torch.where(win[:, None, None], there[0], here[0]).cpu()
-        t["shifts"][others] = torch.where(win[:, None], there[1], here[1]).cpu()
-        t["log_likelihood"][others] = -torch.where(win, there[2], here[2]).to(torch.float32).cpu()
+        found = expectation(images[:, keep], ctf[:, keep], slices, precision, shifts, disk, sums=False)
+        return with_half_turns(rotations)[found.best[:, 0]].cpu(), shifts.points[found.best_shift[:, 0].cpu()]
 
     def _residual(self, grid: SlicingGrid, chosen: Int[Tensor, " b"]) -> Float[Tensor, " k"]:
         """Power per shell of what the reference does not explain, summed over the particles."""
-        t, disk = self.tensors, self.stack.disk.to(self.stack.device)
+        disk = self.stack.disk.to(self.stack.device)
         images, ctf = self.stack.images(chosen), self._ctf(chosen)
-        rotations, shifts = t["rotations"][chosen].to(images.device), t["shifts"][chosen].to(images.device)
+        rotations, shifts = (x[chosen].to(images.device) for x in self.poses)
         residual = images - forward(grid, rotations, shifts, disk, ctf)
         return self._shell_mean(residual.abs().square().sum(dim=0))
 
-    def _inserted(self, members: Int[Tensor, " n"]) -> Accumulator:
-        """The particles ``members`` at their poses, over the whole disk."""
-        t, disk = self.tensors, self.stack.disk.to(self.stack.device)
-        out: Accumulator | None = None
-        for chosen in members.split(self.config.batch):
-            images, ctf = self.stack.images(chosen), self._ctf(chosen)
-            rotations, shifts = t["rotations"][chosen].to(images.device), t["shifts"][chosen].to(images.device)
-            values = images * ctf * phase_ramp(shifts, disk).conj()
-            for element in self.symmetry:
-                out = insert_slices(values, ctf.square(), rotations @ element, disk, out=out)
-        assert out is not None
-        return out
+    def _inserted(self, half: int, samples: PoseSamples) -> Accumulator:
+        accumulator = insert_posed(self.stack, self.intensity, samples, self.symmetry)
+        self.tensors[f"half_{half}"] = unfiltered(accumulator, self.stack.box // 2 + 2)
+        return accumulator
 
-    def _unfiltered(self, half: int, accumulator: Accumulator) -> None:
-        weight = mean_weight(accumulator, self.stack.box // 2 + 2)
-        self.tensors[f"half_{half}"] = volume_from_accumulator(accumulator, 1e-3 * weight)
-
-    def _lay_second_on_first(self) -> bool:
+    def _second_onto_first(self) -> tuple[Float[Tensor, "3 3"], Float[Tensor, "3"]] | None:
         """Turn and shift the poses of half 2 so that its map lies on that of half 1: nothing else holds the two together."""
         t, mask = self.tensors, self._solvent_mask()
-        still = torch.eye(3), torch.zeros(3), False
-        rotation, shift, _ = improve_alignment(t["half_2"] * mask, t["half_1"] * mask, still, rounds=1)
-        rotation, shift = keep_axes(rotation, shift, self.symmetry.cpu())
-        angle = float(so3.distance(rotation, torch.eye(3)))
-        if angle * self.limit < _ALIGNED_PX and float(shift.norm()) < _ALIGNED_PX:
-            return False
-        second = self.half_set == 2
-        turned = t["rotations"][second] @ rotation.T
-        t["rotations"][second] = turned
-        t["shifts"][second] -= (turned @ shift)[:, :2]
-        return True
-
-    def _rebuild(self, accumulators: list[Accumulator]) -> None:
-        """FSC of the halves inside the solvent mask, and the filtered references (Wiener; Scheres 2012 eq. 9)."""
-        t = self.tensors
-        shells = self.stack.box // 2 + 2
-        first, second = accumulators
-        mask = self._solvent_mask()
-        randomness = torch.Generator().manual_seed(0)
-        t["fsc"] = masked_fsc(t["half_1"].cpu(), t["half_2"].cpu(), mask.cpu(), randomness).corrected.float()
-        beyond = torch.arange(len(t["fsc"])) > self._agreement(0.143)
-        trusted = torch.where(beyond, 0.0, t["fsc"])  # chance correlations past the crossing are noise
-        correlation = torch.cat([trusted, trusted[-1:]]).clamp(1e-3, 0.999)
-        correlation[0] = 0.999
-        ssnr = (correlation / (1 - correlation)).to(self.mask.device)
-        for name, accumulator in (("reference_1", first), ("reference_2", second)):
-            t[name] = volume_from_accumulator(accumulator, mean_weight(accumulator, shells) / ssnr) * mask
-        both = first + second
-        t["map"] = volume_from_accumulator(both, mean_weight(both, shells) / (2 * ssnr))
+        motion = motion_onto(t["half_2"] * mask, t["half_1"] * mask, self.symmetry, self.limit)
+        if motion is not None:
+            rotation, shift = motion
+            second = self.half_set == 2
+            turned = t["rotations"][second] @ rotation.T
+            t["rotations"][second] = turned
+            t["shifts"][second] -= (turned @ shift)[..., :2]
+        return motion
 
     def _solvent_mask(self) -> Float[Tensor, "d d d"]:
-        """The molecule's own soft mask inside the sphere: what lies outside it in a reference is noise."""
-        both = 0.5 * (self.tensors["half_1"] + self.tensors["half_2"]) * self.mask
-        try:
-            return self.mask * mask_from_map(both, self.stack.pixel_size).to(self.mask)
-        except DataError:  # nothing bright enough to draw a mask around
-            return self.mask
+        t = self.tensors
+        return solvent_mask(t["half_1"], t["half_2"], self.mask, self.stack.pixel_size)
 
-    def _agreement(self, threshold: float) -> float:
-        """Last shell before the FSC first falls below ``threshold``."""
-        below = torch.nonzero(self.tensors["fsc"][1:] < threshold)
-        return float(below[0]) if len(below) else float(len(self.tensors["fsc"]) - 1)
+    def _rebuild(self, accumulators: list[Accumulator]) -> None:
+        """FSC of the halves inside the solvent mask, and the filtered references."""
+        t, mask = self.tensors, self._solvent_mask()
+        t["fsc"] = compared(t["half_1"], t["half_2"], mask)
+        reach = last_shell(t["fsc"], 0.143)
+        t["reference_1"], t["reference_2"], t["map"] = wiener(accumulators[0], accumulators[1], t["fsc"], reach, mask)
 
     def _next_radius(self, radius: int) -> int:
-        reach = int(self._agreement(self.config.fsc_radius)) + 2
+        reach = int(last_shell(self.tensors["fsc"], self.config.fsc_radius)) + 2
         return max(min(reach, int(radius * self.config.radius_growth), self.limit), min(radius, 4))

@@ -156,7 +156,7 @@ class _Slice(torch.autograd.Function):
         return to_data, to_rotations, None, None, None, None
 
 
-def _checked_rotations(rotations: Tensor, radius: float, oversampling: int, like: Tensor) -> Tensor:
+def checked_rotations(rotations: Tensor, radius: float, oversampling: int, like: Tensor) -> Tensor:
     """Rotations in the working precision, refused when they would read outside the grid (or hold NaN)."""
     if len(rotations):
         x, y = rotations.detach()[:, :2].to(torch.float64).unbind(1)
@@ -172,7 +172,7 @@ def _checked_rotations(rotations: Tensor, radius: float, oversampling: int, like
     return rotations.to(device=like.device, dtype=like.dtype.to_real()).contiguous()
 
 
-def _checked_disk(disk: FourierDisk, grid: SlicingGrid) -> FourierDisk:
+def checked_disk(disk: FourierDisk, grid: SlicingGrid) -> FourierDisk:
     if disk.box != grid.box or disk.radius > grid.radius + 1e-6:
         raise ConfigError("CONF105", f"a grid of {_describe(grid)} cannot be sliced on a disk of {_describe(disk)}")
     return disk.to(grid.data.device)
@@ -202,8 +202,8 @@ def slice_grid(
     DataError
         A rotation is not finite or stretches vectors beyond the grid.
     """
-    disk = _checked_disk(disk, grid)
-    rotations = _checked_rotations(rotations, grid.radius, grid.oversampling, grid.data)
+    disk = checked_disk(disk, grid)
+    rotations = checked_rotations(rotations, grid.radius, grid.oversampling, grid.data)
     return _Slice.apply(grid.data.contiguous(), rotations, disk.kx, disk.ky, grid.oversampling, backend)
 
 
@@ -248,7 +248,7 @@ def insert_slices(
     """
     radius = _checked(disk.box, disk.radius, oversampling)
     c = half_width(radius, oversampling)
-    rotations = _checked_rotations(rotations.detach(), radius, oversampling, values)
+    rotations = checked_rotations(rotations.detach(), radius, oversampling, values)
     disk = disk.to(values.device)
     run = kernels.select(values.device, backend).insert
     real = values.dtype.to_real()
@@ -313,55 +313,3 @@ def volume_from_accumulator(
     start = side // 2 - acc.box // 2
     box = slice(start, start + acc.box)
     return _over_window(fourier_to_volume(transform, side)[box, box, box], acc.oversampling)
-
-
-def pose_normal_equations(
-    grid: SlicingGrid,
-    images: Complex[Tensor, "b p"],
-    ctf: Float[Tensor, "b p"],
-    precision: Float[Tensor, "#b p"] | Float[Tensor, " p"],
-    rotations: Float[Tensor, "b 3 3"],
-    shifts_px: Float[Tensor, "b 2"],
-    disk: FourierDisk,
-    *,
-    backend: str | None = None,
-) -> tuple[Float[Tensor, " b"], Float[Tensor, "b 5"], Float[Tensor, "b 5 5"]]:
-    """Loss of each image at its pose with its gradient and Gauss-Newton matrix on so(3) x R^2.
-
-    ``loss = 1/2 sum_p precision |image - ctf * exp(-2 pi i k.s / D) * slice|^2``; parameters (omega_x, omega_y,
-    omega_z, s_x, s_y) with ``R <- exp(omega) R``, in radian and pixels. The Gauss-Newton step is ``-H^-1 g``.
-
-    Parameters
-    ----------
-    grid
-        From :func:`slicing_grid`.
-    images, ctf
-        (B, P) image transforms and CTF on the disk.
-    precision
-        (P,) or (B, P) weight over noise variance of a Fourier pixel.
-    rotations, shifts_px
-        Current poses, (B, 3, 3) and (B, 2) in pixels.
-    disk
-        Fourier pixels of the columns.
-    backend
-        Kernel to use instead of the device's own (tests).
-
-    Returns
-    -------
-    loss (B,), gradient (B, 5), hessian (B, 5, 5), float64.
-    """
-    disk = _checked_disk(disk, grid)
-    real = grid.data.dtype.to_real()
-    run = kernels.select(grid.data.device, backend).normal_equations
-    return run(
-        grid.data.detach().contiguous(),
-        images.detach().to(grid.data.dtype).resolve_conj().contiguous(),
-        ctf.detach().to(real).contiguous(),
-        precision.detach().to(real).expand(ctf.shape),
-        _checked_rotations(rotations.detach(), grid.radius, grid.oversampling, grid.data),
-        shifts_px.detach().to(real).contiguous(),
-        disk.kx,
-        disk.ky,
-        grid.oversampling,
-        grid.box,
-    )

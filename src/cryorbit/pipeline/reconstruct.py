@@ -162,7 +162,7 @@ def _summarise(
     box, apix = refinement.stack.box, refinement.stack.pixel_size
     scale = refinement.stack.scale  # back to the images' own grey values, which RELION expects of a reference
     half_1, half_2, full = (t[name].cpu() / scale for name in ("half_1", "half_2", "map"))
-    rotations = t["rotations"]
+    rotations, shifts = refinement.poses
     if config.flip_hand:
         half_1, half_2, full = (inverted(one) for one in (half_1, half_2, full))
         rotations = so3.half_turn(rotations)
@@ -210,7 +210,7 @@ def _summarise(
         "noise_variance": [float(x) / scale**2 for x in t["noise"]],
         "warnings": warnings,
     }
-    poses = Poses(rotations, t["shifts"] * apix)
+    poses = Poses(rotations, shifts * apix)
     result = Reconstruction(
         Volume(full, apix),
         (Volume(half_1, apix), Volume(half_2, apix)),

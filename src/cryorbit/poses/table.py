@@ -6,10 +6,15 @@ from torch import Tensor
 
 from cryorbit.groups import so3
 from cryorbit.physics.fourier import FourierDisk
-from cryorbit.physics.slicing import SlicingGrid, pose_normal_equations
+from cryorbit.physics.posing import pose_normal_equations
+from cryorbit.physics.slicing import SlicingGrid
 
 _MAX_ROTATION = 0.25
 _MAX_SHIFT_PX = 2.0
+_LAST_GAIN = (
+    0.05  # of log likelihood: a step that is expected to bring less (a third of a standard deviation) is the last one
+)
+_HOPELESS = 50.0  # damping at which no step will help
 
 
 def _solve(
@@ -42,7 +47,7 @@ def refine_poses(
     iterations: int = 6,
     shift_only: int = 1,
     fit_shift: bool = True,
-) -> tuple[Float[Tensor, "b 3 3"], Float[Tensor, "b 2"], Float[Tensor, " b"]]:
+) -> tuple[Float[Tensor, "b 3 3"], Float[Tensor, "b 2"], Float[Tensor, " b"], Float[Tensor, "b 5 5"]]:
     """Minimise ``sum precision |y - ctf phase(shift) slice(rotation)|^2 / 2`` over each particle's pose.
 
     Parameters
@@ -58,7 +63,8 @@ def refine_poses(
     disk
         The Fourier pixels.
     iterations
-        Gauss-Newton steps, of which the first ``shift_only`` move the shift alone (rotation first fails where shift first succeeds).
+        Most Gauss-Newton steps, of which the first ``shift_only`` move the shift alone (rotation first fails where shift first succeeds);
+        a particle that stands still takes no more.
     shift_only
         See ``iterations``.
     fit_shift
@@ -66,28 +72,32 @@ def refine_poses(
 
     Returns
     -------
-    Rotations, shifts and the loss (B,) there; never worse than the start.
+    Rotations, shifts, the loss (B,) and the Gauss-Newton matrix (B, 5, 5) there; the loss is never above that of the start.
     """
-    damping = torch.full((len(images),), 0.2, dtype=torch.float32, device=images.device)
-    best_r, best_s = rotations, shifts_px
+    best_r, best_s = rotations.clone(), shifts_px.clone()
     loss, gradient, hessian = pose_normal_equations(grid, images, ctf, precision, best_r, best_s, disk)
+    damping = torch.full_like(loss, 0.05)
+    free = torch.ones(5, dtype=torch.bool, device=images.device)
+    free[3:] = fit_shift
+    moving = torch.arange(len(images), device=images.device)
     for index in range(iterations):
-        free = torch.ones(5, dtype=torch.bool, device=images.device)
-        if fit_shift and index < shift_only:
-            free[:3] = False
-        if not fit_shift:
-            free[3:] = False
-        step = _solve(hessian, gradient, damping.to(hessian.dtype), free).to(best_r.dtype)
-        trial_r = so3.exp(step[:, :3]) @ best_r
-        trial_s = best_s + step[:, 3:]
-        new_loss, new_gradient, new_hessian = pose_normal_equations(
-            grid, images, ctf, precision, trial_r, trial_s, disk
-        )
-        better = new_loss < loss
-        best_r = torch.where(better[:, None, None], trial_r, best_r)
-        best_s = torch.where(better[:, None], trial_s, best_s)
-        loss = torch.where(better, new_loss, loss)
-        gradient = torch.where(better[:, None], new_gradient, gradient)
-        hessian = torch.where(better[:, None, None], new_hessian, hessian)
-        damping = torch.where(better, damping * 0.2, damping * 6.0).clamp(1e-6, 1e3)
-    return so3.orthonormalise(best_r), best_s, loss
+        first = fit_shift and index < shift_only
+        stepping = free & (torch.arange(5, device=images.device) >= 3) if first else free
+        step = _solve(hessian[moving], gradient[moving], damping[moving], stepping)
+        gain = 0.5 * torch.einsum("bi,bij,bj->b", step, hessian[moving], step)
+        step = step.to(best_r.dtype)
+        trial_r = so3.exp(step[:, :3]) @ best_r[moving]
+        trial_s = best_s[moving] + step[:, 3:]
+        whole = len(moving) == len(images)
+        y, c = (images, ctf) if whole else (images[moving], ctf[moving])
+        new = pose_normal_equations(grid, y, c, precision, trial_r, trial_s, disk)
+        better = new[0] < loss[moving]
+        won = moving[better]
+        best_r[won], best_s[won] = trial_r[better], trial_s[better]
+        loss[won], gradient[won], hessian[won] = (part[better] for part in new)
+        damping[moving] = torch.where(better, damping[moving] * 0.2, damping[moving] * 6.0).clamp(1e-6, 1e3)
+        if not first:
+            moving = moving[~(better & (gain < _LAST_GAIN)) & (damping[moving] < _HOPELESS)]
+        if not len(moving):
+            break
+    return so3.orthonormalise(best_r), best_s, loss, hessian

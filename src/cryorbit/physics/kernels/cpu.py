@@ -139,6 +139,37 @@ def normal_equations(
     return torch.from_numpy(loss), torch.from_numpy(gradient), torch.from_numpy(hessian)
 
 
+def losses(
+    data: Tensor,
+    images: Tensor,
+    ctf: Tensor,
+    precision: Tensor,
+    rotations: Tensor,
+    shifts_px: Tensor,
+    kx: Tensor,
+    ky: Tensor,
+    oversampling: int,
+    box: int,
+) -> Tensor:
+    """Loss of each image at each of its (B, K) poses; float64."""
+    _use_torch_threads()
+    out = np.zeros(rotations.shape[:2])
+    kind = rotations.numpy().dtype.type
+    cpu_pose.losses(
+        _floats(data),
+        _floats(images),
+        ctf.numpy(),
+        precision.numpy(),
+        rotations.numpy(),
+        shifts_px.numpy().astype(np.float64),
+        rows_of(kx.numpy(), ky.numpy()),
+        kind(oversampling),
+        2 * np.pi / box,
+        out,
+    )
+    return torch.from_numpy(out)
+
+
 def posterior(
     even: Tensor,
     odd: Tensor,

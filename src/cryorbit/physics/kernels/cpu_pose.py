@@ -114,3 +114,44 @@ def normal_equations(data, images, ctf, precision, rotations, shifts, rows, scal
         hessian[b, 2] = (h02, h12, h22, h23, h24)
         hessian[b, 3] = (h03, h13, h23, h33, h34)
         hessian[b, 4] = (h04, h14, h24, h34, h44)
+
+
+@njit(cache=True, nogil=True, parallel=True, fastmath=_SUMS)
+@no_type_check
+def losses(data, images, ctf, precision, rotations, shifts, rows, scale, step, loss):
+    """Fill ``loss`` (B, K) for ``rotations`` (B, K, 3, 3) and ``shifts`` (B, K, 2)."""
+    kind = data.dtype.type
+    one = kind(1)
+    near, low = kind(0.5), kind(data.shape[0] // 2) - kind(0.5)
+    sy, sz = 2 * data.shape[2], 2 * data.shape[1] * data.shape[2]
+    flat = data.reshape(-1)
+    poses = rotations.shape[1]
+    for n in prange(len(rotations) * poses):
+        b, m = n // poses, n % poses
+        a, d = scale * rotations[b, m, 0], scale * rotations[b, m, 1]
+        total = 0.0
+        for r in range(len(rows)):
+            fy = kind(rows[r, 3])
+            at = rows[r, 0] - rows[r, 1]
+            x0, y0, z0 = d[0] * fy, d[1] * fy, d[2] * fy
+            start = step * (rows[r, 1] * shifts[b, m, 0] + rows[r, 3] * shifts[b, m, 1])
+            turn = step * shifts[b, m, 0]
+            pr, pi = math.cos(start), math.sin(start)
+            tr, ti = math.cos(turn), math.sin(turn)
+            for k in range(rows[r, 1], rows[r, 2]):
+                fx = kind(k)
+                x, y, z = a[0] * fx + x0, a[1] * fx + y0, a[2] * fx + z0
+                s = -one if x < 0 else one
+                x, y, z = s * x + near, s * y + low, s * z + low
+                i, j, h = np.int64(x), np.int64(y), np.int64(z)
+                wy = weights(y - kind(j))
+                o = h * sz + j * sy + 2 * i
+                p0, p1, p2 = over_y(flat, o, sy, wy), over_y(flat, o + sz, sy, wy), over_y(flat, o + 2 * sz, sy, wy)
+                vr, vi = over_x(weights(x - kind(i)), over_z(weights(z - kind(h)), p0, p1, p2))
+                vi *= s
+                f = ctf[b, at + k]
+                ir, ii = images[b, at + k, 0], images[b, at + k, 1]
+                rr, ri = ir * kind(pr) - ii * kind(pi) - f * vr, ir * kind(pi) + ii * kind(pr) - f * vi
+                pr, pi = pr * tr - pi * ti, pr * ti + pi * tr
+                total += precision[b, at + k] * (rr * rr + ri * ri)
+        loss[b, m] = 0.5 * total

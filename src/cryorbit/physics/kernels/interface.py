@@ -10,7 +10,7 @@ Posterior = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 @runtime_checkable
 class Kernels(Protocol):
-    """A backend: a module with these five functions."""
+    """A backend: a module with these six functions."""
 
     def slice_forward(self, data: Tensor, rotations: Tensor, kx: Tensor, ky: Tensor, oversampling: int) -> Tensor: ...
 
@@ -50,6 +50,20 @@ class Kernels(Protocol):
         oversampling: int,
         box: int,
     ) -> NormalEquations: ...
+
+    def losses(
+        self,
+        data: Tensor,
+        images: Tensor,
+        ctf: Tensor,
+        precision: Tensor,
+        rotations: Tensor,
+        shifts_px: Tensor,
+        kx: Tensor,
+        ky: Tensor,
+        oversampling: int,
+        box: int,
+    ) -> Tensor: ...
 
     def posterior(
         self,

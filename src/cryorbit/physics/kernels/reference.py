@@ -159,6 +159,29 @@ def normal_equations(
     return loss, gradient, hessian
 
 
+def losses(
+    data: Tensor,
+    images: Tensor,
+    ctf: Tensor,
+    precision: Tensor,
+    rotations: Tensor,
+    shifts_px: Tensor,
+    kx: Tensor,
+    ky: Tensor,
+    oversampling: int,
+    box: int,
+) -> Tensor:
+    """Loss of each image at each of its (B, K) poses; float64."""
+    out = torch.empty(rotations.shape[:2], dtype=torch.float64, device=data.device)
+    weight = precision.expand_as(ctf).to(torch.float64)
+    for k in range(rotations.shape[1]):
+        value = slice_forward(data, rotations[:, k], kx, ky, oversampling)
+        angle = (2 * math.pi / box) * (shifts_px[:, k, :1] * kx + shifts_px[:, k, 1:] * ky)
+        residual = (images * torch.polar(torch.ones_like(angle), angle) - ctf * value).to(torch.complex128)
+        out[:, k] = 0.5 * (weight * residual.abs().square()).sum(1)
+    return out
+
+
 def _shape(data: Tensor) -> tuple[int, int, int]:
     nz, ny, nx = data.shape
     return nz, ny, nx

@@ -1,0 +1,124 @@
+"""Maps of two halves from posed particles: insertion, solvent mask, Wiener filter by their agreement, and one frame for both."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cryorbit.errors import DataError
+from cryorbit.groups import so3
+from cryorbit.groups.point import keep_axes
+from cryorbit.metrics.align import improve_alignment
+from cryorbit.metrics.fsc import masked_fsc
+from cryorbit.metrics.masks import mask_from_map, soft_sphere
+from cryorbit.physics.shift import phase_ramp
+from cryorbit.physics.slicing import Accumulator, insert_slices, volume_from_accumulator
+from cryorbit.physics.spectrum import mean_weight
+from cryorbit.poses.local import PoseSamples
+from cryorbit.training.dataset import FourierStack
+
+_PIXELS = 2**22  # Fourier pixels inserted at a time
+_ALIGNED_PX = 0.05  # Fourier or real pixels by which the halves may lie off each other
+
+
+def insert_posed(
+    stack: FourierStack, intensity: Float[Tensor, " n"], samples: PoseSamples, symmetry: Float[Tensor, "s 3 3"]
+) -> Accumulator:
+    """Every image at its weighted poses (``samples.particle`` counts in the stack): the M-step's numerator and CTF^2 weight."""
+    disk = stack.disk.to(stack.device)
+    out: Accumulator | None = None
+    for part in torch.arange(len(samples.particle)).split(max(1, _PIXELS // len(disk))):
+        particle, repeat = samples.particle[part].unique_consecutive(return_inverse=True)
+        images = stack.images(particle)[repeat]
+        ctf = (stack.ctf(particle) * intensity[particle, None].to(stack.device))[repeat]
+        rotations, shifts = samples.rotations[part].to(images.device), samples.shifts[part].to(images.device)
+        weight = samples.weight[part, None].to(ctf)
+        values, weights = images * (ctf * weight) * phase_ramp(shifts, disk).conj(), ctf.square() * weight
+        for element in symmetry:
+            out = insert_slices(values, weights, rotations @ element, disk, out=out)
+    assert out is not None
+    return out
+
+
+def compared(
+    first: Float[Tensor, "d d d"], second: Float[Tensor, "d d d"], mask: Float[Tensor, "d d d"]
+) -> Float[Tensor, " shells"]:
+    """FSC of unfiltered halves inside the mask, corrected by phase randomisation; always the same random phases."""
+    return masked_fsc(first.cpu(), second.cpu(), mask.cpu(), torch.Generator().manual_seed(0)).corrected.float()
+
+
+def known_pose_map(
+    stack: FourierStack,
+    rotations: Float[Tensor, "n 3 3"],
+    shifts: Float[Tensor, "n 2"],
+    half_set: Int[Tensor, " n"],
+    mask_diameter: float,
+) -> Float[Tensor, "d d d"]:
+    """The joint map refinement would end with, were these its poses (shifts in pixels): the ceiling, when they are the true ones."""
+    sphere = soft_sphere(stack.box, 0.5 * mask_diameter / stack.pixel_size, 3.0).to(stack.device)
+    accumulators = []
+    for half in (1, 2):
+        own = members_of(half_set, half)
+        posed = PoseSamples(own, rotations[own], shifts[own], torch.ones(len(own)))
+        accumulators.append(insert_posed(stack, torch.ones(len(stack)), posed, torch.eye(3)[None].to(stack.device)))
+    first, second = (unfiltered(a, stack.box // 2 + 2) for a in accumulators)
+    mask = solvent_mask(first, second, sphere, stack.pixel_size)
+    correlation = compared(first, second, mask)
+    return wiener(accumulators[0], accumulators[1], correlation, last_shell(correlation, 0.143), mask)[2]
+
+
+def unfiltered(accumulator: Accumulator, shells: int) -> Float[Tensor, "d d d"]:
+    """Least squares with just enough of a prior to leave no hole."""
+    return volume_from_accumulator(accumulator, 1e-3 * mean_weight(accumulator, shells))
+
+
+def solvent_mask(
+    first: Float[Tensor, "d d d"], second: Float[Tensor, "d d d"], sphere: Float[Tensor, "d d d"], pixel_size: float
+) -> Float[Tensor, "d d d"]:
+    """The molecule's own soft mask inside the sphere: what lies outside it in a reference is noise."""
+    try:
+        return sphere * mask_from_map(0.5 * (first + second) * sphere, pixel_size).to(sphere)
+    except DataError:  # nothing bright enough to draw a mask around
+        return sphere
+
+
+def wiener(
+    first: Accumulator,
+    second: Accumulator,
+    correlation: Float[Tensor, " shells"],
+    reach: float,
+    mask: Float[Tensor, "d d d"],
+) -> tuple[Float[Tensor, "d d d"], Float[Tensor, "d d d"], Float[Tensor, "d d d"]]:
+    """The two references, masked, and the joint map, each under the prior its halves' FSC implies (Scheres 2012 eq. 9).
+
+    ``correlation`` past the shell ``reach`` is chance.
+    """
+    shells = len(correlation) + 1
+    trusted = torch.where(torch.arange(len(correlation)) > reach, 0.0, correlation)
+    filled = torch.cat([trusted, trusted[-1:]]).clamp(1e-3, 0.999)
+    filled[0] = 0.999
+    ssnr = (filled / (1 - filled)).to(mask.device)
+    one, two = (volume_from_accumulator(a, mean_weight(a, shells) / ssnr) * mask for a in (first, second))
+    both = first + second
+    return one, two, volume_from_accumulator(both, mean_weight(both, shells) / (2 * ssnr))
+
+
+def motion_onto(
+    moving: Float[Tensor, "d d d"], still: Float[Tensor, "d d d"], symmetry: Float[Tensor, "s 3 3"], limit: int
+) -> tuple[Float[Tensor, "3 3"], Float[Tensor, "3"]] | None:
+    """Small rotation and shift (pixels) that lay one masked map on the other; None where it already lies there."""
+    start = torch.eye(3), torch.zeros(3), False
+    rotation, shift, _ = improve_alignment(moving, still, start, rounds=1)
+    rotation, shift = keep_axes(rotation, shift, symmetry.cpu())
+    angle = float(so3.distance(rotation, torch.eye(3)))
+    return None if angle * limit < _ALIGNED_PX and float(shift.norm()) < _ALIGNED_PX else (rotation, shift)
+
+
+def last_shell(correlation: Float[Tensor, " shells"], threshold: float) -> float:
+    """Last shell before the FSC first falls below ``threshold``."""
+    below = torch.nonzero(correlation[1:] < threshold)
+    return float(below[0]) if len(below) else float(len(correlation) - 1)
+
+
+def members_of(half_set: Int[Tensor, " n"], half: int) -> Int[Tensor, " m"]:
+    """Which particles are in a half."""
+    return torch.nonzero(half_set == half)[:, 0]

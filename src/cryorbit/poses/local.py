@@ -1,0 +1,243 @@
+"""Posterior of a particle's pose around a few modes: Gauss-Newton to each, then weighted samples of all.
+
+Importance sampling from the normal distribution of the Gauss-Newton matrix, a little widened; where that is narrower than a Fourier pixel's
+reach the mode itself stands for it (Laplace). All sums are over the modes of one particle, never over particles.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Complex, Float, Int
+from torch import Tensor
+
+from cryorbit.groups import so3
+from cryorbit.physics.fourier import FourierDisk
+from cryorbit.physics.posing import pose_losses
+from cryorbit.physics.slicing import SlicingGrid
+from cryorbit.poses.table import refine_poses
+
+_WIDEN = 1.2  # standard deviations of the proposal over those of the Gauss-Newton matrix: tails must be covered
+_PRIOR = (0.3, 3.0)  # radian, pixels: proposals are no wider, whatever an image leaves open
+_SHARP_PX = 0.25  # of standard deviation at the rim of the disk, below which a mode is one pose
+_WORSE = 15.0  # of log likelihood below the best, where a mode is dropped
+_LOOK = 2  # Gauss-Newton steps before starts are compared
+_ONE_PX = 1.0  # at the rim of the disk or of shift, within which two modes are one
+_NEGLIGIBLE = 0.03  # of the weight of a particle's heaviest sample
+
+
+@dataclass(frozen=True)
+class Modes:
+    """The heaviest modes of each particle: rotations (B, M, 3, 3), shifts (B, M, 2) pixels, mass (B, M), descending; absent ones have none."""
+
+    rotations: Float[Tensor, "b m 3 3"]
+    shifts: Float[Tensor, "b m 2"]
+    mass: Float[Tensor, "b m"]
+
+
+@dataclass(frozen=True)
+class PoseSamples:
+    """Weighted poses of particles, in one list.
+
+    Attributes
+    ----------
+    particle
+        (S,) which particle, ascending.
+    rotations, shifts
+        (S, 3, 3) and (S, 2) pixels.
+    weight
+        (S,) sums to one over each particle.
+    """
+
+    particle: Int[Tensor, " s"]
+    rotations: Float[Tensor, "s 3 3"]
+    shifts: Float[Tensor, "s 2"]
+    weight: Float[Tensor, " s"]
+
+    @staticmethod
+    def joined(parts: "list[PoseSamples]") -> "PoseSamples":
+        """One list of all."""
+        return PoseSamples(
+            torch.cat([p.particle for p in parts]),
+            torch.cat([p.rotations for p in parts]),
+            torch.cat([p.shifts for p in parts]),
+            torch.cat([p.weight for p in parts]),
+        )
+
+    def moved(self, rotation: Float[Tensor, "3 3"], shift: Float[Tensor, "3"]) -> "PoseSamples":
+        """The same poses of a map that was turned by ``rotation`` and then shifted by ``shift`` pixels."""
+        turned = self.rotations @ rotation.T.to(self.rotations)
+        shifts = self.shifts - (turned @ shift.to(turned))[:, :2]
+        return PoseSamples(self.particle, turned, shifts, self.weight)
+
+
+def sample_points(count: int, seed: int) -> Float[Tensor, "k 5"]:
+    """Standard normal points in five dimensions, evenly spread (scrambled Sobol)."""
+    uniform = torch.quasirandom.SobolEngine(5, scramble=True, seed=seed).draw(count, dtype=torch.float64)
+    return torch.special.ndtri(uniform.clamp(1e-4, 1 - 1e-4))
+
+
+def local_posterior(
+    grid: SlicingGrid,
+    images: Complex[Tensor, "b p"],
+    ctf: Float[Tensor, "b p"],
+    precision: Float[Tensor, " p"],
+    starts: tuple[Float[Tensor, "b c 3 3"], Float[Tensor, "b c 2"], Bool[Tensor, "b c"]],
+    disk: FourierDisk,
+    *,
+    symmetry: Float[Tensor, "s 3 3"],
+    points: Float[Tensor, "k 5"],
+    modes: int,
+    iterations: int,
+    fit_shift: bool = True,
+) -> tuple[Modes, PoseSamples, Float[Tensor, " b"]]:
+    """Refine every start, keep the distinct modes, weigh them and sample them.
+
+    Parameters
+    ----------
+    grid, images, ctf, precision, disk, iterations, fit_shift
+        As for :func:`~cryorbit.poses.table.refine_poses`.
+    starts
+        Rotations, shifts in pixels, and which of them to use (at least one per particle).
+    symmetry
+        (S, 3, 3) rotations under which poses are equivalent.
+    points
+        From :func:`sample_points`.
+    modes
+        How many are kept.
+
+    Returns
+    -------
+    Modes, samples (particles counted within the batch) and the best loss (B,).
+    """
+    count = len(images)
+    owner, slot = torch.nonzero(starts[2], as_tuple=True)
+    alone = len(owner) == count  # one start each
+    y, c = (images, ctf) if alone else (images[owner], ctf[owner])
+    rotations, shifts, done = starts[0][owner, slot], starts[1][owner, slot], 0
+    if not alone:  # a first look, after which most starts can be told to be hopeless
+        done = min(_LOOK, iterations)
+        rotations, shifts, loss, _ = refine_poses(
+            grid, y, c, precision, rotations, shifts, disk, iterations=done, fit_shift=fit_shift
+        )
+        best = loss.new_full((count,), torch.inf).scatter_reduce(0, owner, loss, "amin")
+        keep = loss < best[owner] + 3 * _WORSE
+        owner, rotations, shifts = owner[keep], rotations[keep], shifts[keep]
+        y, c = images[owner], ctf[owner]
+    shift_only = 1 if alone else 0
+    rotations, shifts, loss, hessian = refine_poses(
+        grid,
+        y,
+        c,
+        precision,
+        rotations,
+        shifts,
+        disk,
+        iterations=iterations - done,
+        shift_only=shift_only,
+        fit_shift=fit_shift,
+    )
+    best = loss.new_full((count,), torch.inf).scatter_reduce(0, owner, loss, "amin")
+    if not alone:
+        keep = (loss < best[owner] + _WORSE) & ~_repeated(owner, rotations, shifts, loss, disk.radius, symmetry)
+        owner, rotations, shifts, loss, hessian = (x[keep] for x in (owner, rotations, shifts, loss, hessian))
+        y, c = images[owner], ctf[owner]
+    prior = torch.tensor([_PRIOR[0] ** -2] * 3 + [_PRIOR[1] ** -2] * 2, dtype=hessian.dtype, device=hessian.device)
+    if not fit_shift:
+        hessian = torch.nn.functional.pad(hessian[:, :3, :3], (0, 2, 0, 2))
+        prior[3:] = 1e12
+    covariance = torch.linalg.inv(hessian + torch.diag_embed(prior))
+    variance = covariance.diagonal(dim1=1, dim2=2)
+    reach = torch.maximum(disk.radius * variance[:, :3].mean(dim=1).sqrt(), variance[:, 3:].mean(dim=1).sqrt())
+    wide = torch.nonzero(reach > _SHARP_PX)[:, 0]
+    narrow = torch.nonzero(reach <= _SHARP_PX)[:, 0]
+    volume = 0.5 * torch.linalg.slogdet(covariance)[1]
+    # sampled modes, then those that one pose stands for
+    factor = _WIDEN * torch.linalg.cholesky(covariance[wide])
+    offsets = torch.einsum("bij,kj->bki", factor, points.to(factor))
+    drawn_r = so3.exp(offsets[..., :3].to(rotations.dtype)) @ rotations[wide, None]
+    drawn_s = shifts[wide, None] + offsets[..., 3:].to(shifts.dtype)
+    drawn = pose_losses(grid, y[wide], c[wide], precision, drawn_r, drawn_s, disk)
+    density = (
+        0.5 * points.square().sum(dim=1).to(drawn)
+        + 5 * torch.log(torch.tensor(_WIDEN))
+        - torch.log(torch.tensor(len(points)))
+    )
+    log_weight = torch.cat([(volume[wide, None] - drawn + density).flatten(), volume[narrow] - loss[narrow]])
+    mode = torch.cat([wide.repeat_interleave(len(points)), narrow])
+    weight = _normalised(log_weight, owner[mode], count)
+    mass = weight.new_zeros(len(owner)).index_add(0, mode, weight)
+    samples = _samples(
+        owner[mode],
+        torch.cat([drawn_r.flatten(0, 1), rotations[narrow]]),
+        torch.cat([drawn_s.flatten(0, 1), shifts[narrow]]),
+        weight,
+        count,
+    )
+    return _heaviest(owner, rotations, shifts, mass, count, modes), samples, best
+
+
+def _repeated(
+    owner: Int[Tensor, " r"],
+    rotations: Float[Tensor, "r 3 3"],
+    shifts: Float[Tensor, "r 2"],
+    loss: Float[Tensor, " r"],
+    radius: float,
+    symmetry: Float[Tensor, "s 3 3"],
+) -> Bool[Tensor, " r"]:
+    """Rows that have come to where a better row of the same particle is."""
+    out = torch.zeros(len(owner), dtype=torch.bool, device=owner.device)
+    index = torch.arange(len(owner), device=owner.device)
+    for lag in range(1, int(torch.bincount(owner).max())):  # rows of a particle follow each other
+        first, second = index[:-lag], index[lag:]
+        pair = owner[first] == owner[second]
+        first, second = first[pair], second[pair]
+        mates = rotations[first, None] @ symmetry.to(rotations)
+        apart = so3.distance(mates, rotations[second, None].expand_as(mates)).amin(dim=1)
+        near = (radius * apart < _ONE_PX) & ((shifts[first] - shifts[second]).norm(dim=1) < _ONE_PX)
+        out[torch.where(loss[second] < loss[first], first, second)[near]] = True
+    return out
+
+
+def _normalised(log_weight: Float[Tensor, " s"], owner: Int[Tensor, " s"], count: int) -> Float[Tensor, " s"]:
+    """Weights that sum to one over each particle."""
+    top = log_weight.new_full((count,), -torch.inf).scatter_reduce(0, owner, log_weight, "amax")
+    weight = (log_weight - top[owner]).exp()
+    return weight / weight.new_zeros(count).index_add(0, owner, weight)[owner]
+
+
+def _samples(
+    owner: Int[Tensor, " s"],
+    rotations: Float[Tensor, "s 3 3"],
+    shifts: Float[Tensor, "s 2"],
+    weight: Float[Tensor, " s"],
+    count: int,
+) -> PoseSamples:
+    """Those that matter, by particle, their weights made to sum to one again."""
+    top = weight.new_zeros(count).scatter_reduce(0, owner, weight, "amax")
+    kept = torch.nonzero(weight > _NEGLIGIBLE * top[owner])[:, 0]
+    kept = kept[torch.argsort(owner[kept], stable=True)]
+    owner, weight = owner[kept], weight[kept]
+    weight = weight / weight.new_zeros(count).index_add(0, owner, weight)[owner]
+    return PoseSamples(owner, rotations[kept], shifts[kept], weight.to(rotations.dtype))
+
+
+def _heaviest(
+    owner: Int[Tensor, " r"],
+    rotations: Float[Tensor, "r 3 3"],
+    shifts: Float[Tensor, "r 2"],
+    mass: Float[Tensor, " r"],
+    count: int,
+    modes: int,
+) -> Modes:
+    order = torch.argsort(mass, descending=True, stable=True)
+    order = order[torch.argsort(owner[order], stable=True)]
+    owner = owner[order]
+    begin = torch.searchsorted(owner, torch.arange(count, device=owner.device))
+    rank = torch.arange(len(owner), device=owner.device) - begin[owner]
+    kept = rank < modes
+    owner, rank, order = owner[kept], rank[kept], order[kept]
+    out_r = torch.eye(3, device=owner.device).to(rotations.dtype).expand(count, modes, 3, 3).clone()
+    out_s = shifts.new_zeros(count, modes, 2)
+    out_m = shifts.new_zeros(count, modes)
+    out_r[owner, rank], out_s[owner, rank], out_m[owner, rank] = rotations[order], shifts[order], mass[order].to(out_m)
+    return Modes(out_r, out_s, out_m)
