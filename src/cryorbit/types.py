@@ -125,6 +125,7 @@ class Reconstruction:
     """What a method hands back: the map, its independent halves, the poses, and one sentence on how far to trust them."""
 
     map: Volume
+    sharpened: Volume
     half_maps: tuple[Volume, Volume]
     poses: Poses
     half_set: Int[Tensor, " n"]

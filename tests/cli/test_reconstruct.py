@@ -21,6 +21,7 @@ from cryorbit.simulate.write import write_simulation
 
 FINAL = [
     "map.mrc",
+    "map_sharpened.mrc",
     "half_map_1.mrc",
     "half_map_2.mrc",
     "particles.star",

@@ -41,8 +41,10 @@ def write_fsc(path: Path, curves: dict[str, Float[Tensor, " shells"]], box: int,
 
 
 def write_maps(run: Path, result: Reconstruction) -> None:
-    """``map.mrc`` and the unfiltered ``half_map_1.mrc``, ``half_map_2.mrc``."""
-    for name, volume in (("map", result.map), ("half_map_1", result.half_maps[0]), ("half_map_2", result.half_maps[1])):
+    """``map.mrc``, ``map_sharpened.mrc`` and the unfiltered ``half_map_1.mrc``, ``half_map_2.mrc``."""
+    named = {"map": result.map, "map_sharpened": result.sharpened}
+    named |= {f"half_map_{half}": volume for half, volume in zip((1, 2), result.half_maps, strict=True)}
+    for name, volume in named.items():
         write_volume(run / f"{name}.mrc", volume.data.cpu().numpy(), volume.pixel_size)
 
 

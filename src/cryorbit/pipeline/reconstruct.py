@@ -17,6 +17,7 @@ from cryorbit.methods.refinement import Refinement
 from cryorbit.metrics.fsc import MaskedFSC, masked_fsc, resolution
 from cryorbit.metrics.masks import mask_from_map, soft_sphere
 from cryorbit.metrics.resample import inverted
+from cryorbit.metrics.sharpen import sharpen
 from cryorbit.physics.cryoem import forward
 from cryorbit.physics.fourier import disk_to_images
 from cryorbit.physics.slicing import slicing_grid
@@ -176,6 +177,7 @@ def _summarise(
     curves = masked_fsc(half_1, half_2, mask, torch.Generator().manual_seed(config.seed))
     unmasked = resolution(curves.unmasked, 0.143, box, apix)
     masked = resolution(curves.corrected, 0.143, box, apix)
+    sharpened = sharpen(half_1, half_2, mask, curves.corrected, apix)
     verdict = judge(evidence)
     status = sentence(verdict, len(rotations), masked, unmasked, 2 * apix)
     warnings.append(
@@ -185,6 +187,7 @@ def _summarise(
         "status": status,
         "resolution_A": unmasked,
         "resolution_masked_A": masked,
+        "b_factor_A2": sharpened.b_factor,
         "pixel_size_A": apix,
         "box": box,
         "particles": len(rotations),
@@ -213,6 +216,7 @@ def _summarise(
     poses = Poses(rotations, shifts * apix)
     result = Reconstruction(
         Volume(full, apix),
+        Volume(sharpened.data, apix),
         (Volume(half_1, apix), Volume(half_2, apix)),
         poses,
         inputs.half_set,

@@ -13,6 +13,7 @@ from cryorbit.pipeline.config import RunConfig, from_toml, to_toml
 
 OURS = (
     "map.mrc",
+    "map_sharpened.mrc",
     "half_map_1.mrc",
     "half_map_2.mrc",
     "particles.star",
