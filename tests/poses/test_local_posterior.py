@@ -7,6 +7,7 @@ from cryorbit.groups.point import point_group
 from cryorbit.groups.so3 import distance, exp, log, random_rotations
 from cryorbit.physics.cryoem import forward
 from cryorbit.physics.fourier import FourierDisk, fourier_disk
+from cryorbit.physics.posing import pose_losses
 from cryorbit.physics.slicing import SlicingGrid, slicing_grid
 from cryorbit.poses.local import PoseSamples, local_posterior, sample_points
 
@@ -45,7 +46,7 @@ def noisy(
 
 
 def posterior(grid, images, ctf, precision, starts, disk, **options):
-    settings = {"symmetry": EVERY, "points": sample_points(48, 0), "modes": 3, "iterations": 8} | options
+    settings = {"symmetry": EVERY, "points": sample_points(len(images), 48, 0), "modes": 3, "iterations": 8} | options
     return local_posterior(grid, images, ctf, precision, starts, disk, **settings)
 
 
@@ -56,7 +57,7 @@ def test_the_spread_of_the_samples_is_the_error(grid, generator, snr):
     truth, shifts, images, ctf, precision = noisy(grid, disk, count, snr, generator)
     start = exp(0.05 * torch.randn(count, 3, generator=generator)) @ truth
     starts = start[:, None], shifts[:, None], torch.ones(count, 1, dtype=torch.bool)
-    modes, samples, _ = posterior(grid, images, ctf, precision, starts, disk, points=sample_points(500, 0))
+    modes, samples, _ = posterior(grid, images, ctf, precision, starts, disk, points=sample_points(count, 500, 0))
     owner, weight = samples.particle, samples.weight.double()
     torch.testing.assert_close(torch.zeros(count).double().index_add(0, owner, weight), torch.ones(count).double())
     centre = modes.rotations[:, 0]
@@ -121,3 +122,41 @@ def test_moved_samples_show_the_moved_map_as_before(grid, generator):
     there = turn @ point + offset
     shown = (rotations @ point)[:, :2] + shifts
     torch.testing.assert_close((after.rotations @ there)[:, :2] + after.shifts, shown)
+
+
+def test_fixed_shifts_leave_rotations_sampled(grid, generator):
+    disk = fourier_disk(BOX, RADIUS)
+    truth, shifts, images, ctf, precision = noisy(grid, disk, 60, 1.5, generator)
+    starts = truth[:, None], shifts[:, None], torch.ones(60, 1, dtype=torch.bool)
+    _, samples, _ = posterior(grid, images, ctf, precision, starts, disk, fit_shift=False)
+    kept = torch.bincount(samples.particle, minlength=60)
+    assert float(kept.float().median()) > 16  # of 48
+    torch.testing.assert_close(samples.shifts, shifts[samples.particle], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("sharp_px", "off"), [(0.0, 0.15), (1e9, 0.5)], ids=["sampled", "laplace"])
+def test_masses_of_modes_are_integrals_of_the_likelihood(grid, generator, monkeypatch, sharp_px, off):
+    monkeypatch.setattr("cryorbit.poses.local._SHARP_PX", sharp_px)
+    disk = fourier_disk(BOX, RADIUS)
+    truth, shifts, images, ctf, precision = noisy(grid, disk, 400, 1.0, generator)
+    others = random_rotations(400 * 5, generator).view(400, 5, 3, 3)
+    rotations = torch.cat([truth[:, None], others], 1)
+    starts = rotations, shifts[:, None].expand(400, 6, 2), torch.ones(400, 6, dtype=torch.bool)
+    options = {"modes": 2, "points": sample_points(400, 200, 0), "iterations": 12}
+    modes, _, _ = posterior(grid, images, ctf, precision, starts, disk, **options)
+    two = (modes.mass[:, 1] > 0.05) & (distance(modes.rotations[:, 0], modes.rotations[:, 1]) > 1.0)
+    assert int(two.sum()) >= 5
+    box = (
+        torch.rand(20_000, 5, generator=generator) * 2 - 1
+    )  # the same box around either mode: masses go as means of the likelihood
+    box = box * torch.tensor([0.3] * 3 + [1.5] * 2)
+    differences = []
+    for b in torch.nonzero(two)[:, 0].tolist():
+        turns = exp(box[:, :3])[None] @ modes.rotations[b, :, None]
+        moves = box[None, :, 3:] + modes.shifts[b, :, None]
+        one = images[b : b + 1].expand(2, -1), ctf[b : b + 1].expand(2, -1)
+        log_mean = (-pose_losses(grid, *one, precision, turns, moves, disk)).logsumexp(dim=1)
+        differences.append(float((modes.mass[b, 0] / modes.mass[b, 1]).log() - (log_mean[0] - log_mean[1])))
+    values = torch.tensor(differences)
+    assert float(values.abs().median()) < off
+    assert abs(float(values.mean())) < off

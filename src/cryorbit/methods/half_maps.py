@@ -16,7 +16,9 @@ from cryorbit.physics.spectrum import mean_weight
 from cryorbit.poses.local import PoseSamples
 from cryorbit.training.dataset import FourierStack
 
-_PIXELS = 2**22  # Fourier pixels inserted at a time
+_PIXELS = (
+    2**24
+)  # Fourier pixels inserted at a time: fewer, and the passes over the whole grid would cost more than the insertion
 _ALIGNED_PX = 0.05  # Fourier or real pixels by which the halves may lie off each other
 
 

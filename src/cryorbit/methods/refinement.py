@@ -184,8 +184,7 @@ class Refinement:
             t["noise"] = self._initial_noise()
         before = self.poses[0].clone()
         every = self.config.search_every
-        search = bool(every) and self.config.fit_shift and index % every == 1
-        points = sample_points(self.config.samples, index)
+        search = bool(every) and self.config.fit_shift and index > 0 and index % every == 1 % every
         accumulators: list[Accumulator] = []
         power = torch.zeros_like(t["noise"])
         for half in (1, 2):
@@ -193,6 +192,7 @@ class Refinement:
             grid = slicing_grid(t[f"reference_{half}"], self.stack.disk.radius)
             parts = []
             for chosen in members.split(self.config.batch):
+                points = sample_points(len(chosen), self.config.samples, index * len(self.stack) + int(chosen[0]))
                 parts.append(self._expect(grid, chosen, radius, points, first=index == 0, search=search))
                 power += self._residual(grid, chosen)
             samples = PoseSamples.joined(parts)
@@ -236,7 +236,7 @@ class Refinement:
         grid: SlicingGrid,
         chosen: Int[Tensor, " b"],
         radius: int,
-        points: Float[Tensor, "k 5"],
+        points: Float[Tensor, "b k 5"],
         *,
         first: bool,
         search: bool,

@@ -213,7 +213,7 @@ def check(config: RunConfig) -> None:
         "refine.batch": config.refine.batch > 0,
         "refine.iterations": config.refine.iterations > 0,
         "refine.modes": 0 < config.refine.modes <= 10,
-        "refine.samples": 1 <= config.refine.samples <= 1000,
+        "refine.samples": 2 <= config.refine.samples <= 1000,
         "refine.search_order": 1 <= config.refine.search_order <= 4,
         "refine.search_every": config.refine.search_every >= 0,
         "refine.radius_growth": config.refine.radius_growth > 1,

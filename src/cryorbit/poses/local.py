@@ -4,6 +4,7 @@ Importance sampling from the normal distribution of the Gauss-Newton matrix, a l
 reach the mode itself stands for it (Laplace). All sums are over the modes of one particle, never over particles.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,8 @@ _SHARP_PX = 0.25  # of standard deviation at the rim of the disk, below which a 
 _WORSE = 15.0  # of log likelihood below the best, where a mode is dropped
 _LOOK = 2  # Gauss-Newton steps before starts are compared
 _ONE_PX = 1.0  # at the rim of the disk or of shift, within which two modes are one
-_NEGLIGIBLE = 0.03  # of the weight of a particle's heaviest sample
+_SAME = 4.0  # squared standard deviations within which two modes are one
+_MASS = 0.95  # of a particle's posterior that its samples hold
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,15 @@ class PoseSamples:
         return PoseSamples(self.particle, turned, shifts, self.weight)
 
 
-def sample_points(count: int, seed: int) -> Float[Tensor, "k 5"]:
-    """Standard normal points in five dimensions, evenly spread (scrambled Sobol)."""
-    uniform = torch.quasirandom.SobolEngine(5, scramble=True, seed=seed).draw(count, dtype=torch.float64)
-    return torch.special.ndtri(uniform.clamp(1e-4, 1 - 1e-4))
+def sample_points(particles: int, count: int, seed: int) -> Float[Tensor, "b k 5"]:
+    """Standard normal points in five dimensions for each particle, evenly spread (scrambled Sobol) and in opposite pairs.
+
+    Every particle gets the same points with axes flipped at random: a few points alike for all would move all images alike.
+    """
+    uniform = torch.quasirandom.SobolEngine(5, scramble=True, seed=seed).draw((count + 1) // 2, dtype=torch.float64)
+    half = torch.special.ndtri(uniform.clamp(1e-4, 1 - 1e-4))
+    signs = torch.randint(0, 2, (particles, 1, 5), generator=torch.Generator().manual_seed(seed)).to(half) * 2 - 1
+    return torch.cat([half, -half])[:count] * signs
 
 
 def local_posterior(
@@ -85,7 +92,7 @@ def local_posterior(
     disk: FourierDisk,
     *,
     symmetry: Float[Tensor, "s 3 3"],
-    points: Float[Tensor, "k 5"],
+    points: Float[Tensor, "b k 5"],
     modes: int,
     iterations: int,
     fit_shift: bool = True,
@@ -111,19 +118,18 @@ def local_posterior(
     """
     count = len(images)
     owner, slot = torch.nonzero(starts[2], as_tuple=True)
-    alone = len(owner) == count  # one start each
+    alone = bool((starts[2].sum(dim=1) == 1).all())
     y, c = (images, ctf) if alone else (images[owner], ctf[owner])
-    rotations, shifts, done = starts[0][owner, slot], starts[1][owner, slot], 0
-    if not alone:  # a first look, after which most starts can be told to be hopeless
-        done = min(_LOOK, iterations)
+    rotations, shifts, left = starts[0][owner, slot], starts[1][owner, slot], iterations
+    look = not alone and iterations > _LOOK  # first, after which most starts can be told to be hopeless
+    if look:
         rotations, shifts, loss, _ = refine_poses(
-            grid, y, c, precision, rotations, shifts, disk, iterations=done, fit_shift=fit_shift
+            grid, y, c, precision, rotations, shifts, disk, iterations=_LOOK, fit_shift=fit_shift
         )
         best = loss.new_full((count,), torch.inf).scatter_reduce(0, owner, loss, "amin")
         keep = loss < best[owner] + 3 * _WORSE
-        owner, rotations, shifts = owner[keep], rotations[keep], shifts[keep]
+        owner, rotations, shifts, left = owner[keep], rotations[keep], shifts[keep], iterations - _LOOK
         y, c = images[owner], ctf[owner]
-    shift_only = 1 if alone else 0
     rotations, shifts, loss, hessian = refine_poses(
         grid,
         y,
@@ -132,13 +138,14 @@ def local_posterior(
         rotations,
         shifts,
         disk,
-        iterations=iterations - done,
-        shift_only=shift_only,
+        iterations=left,
+        shift_only=0 if look else 1,
         fit_shift=fit_shift,
     )
     best = loss.new_full((count,), torch.inf).scatter_reduce(0, owner, loss, "amin")
     if not alone:
-        keep = (loss < best[owner] + _WORSE) & ~_repeated(owner, rotations, shifts, loss, disk.radius, symmetry)
+        repeated = _repeated(owner, rotations, shifts, loss, hessian, disk.radius, symmetry)
+        keep = (loss < best[owner] + _WORSE) & ~repeated
         owner, rotations, shifts, loss, hessian = (x[keep] for x in (owner, rotations, shifts, loss, hessian))
         y, c = images[owner], ctf[owner]
     prior = torch.tensor([_PRIOR[0] ** -2] * 3 + [_PRIOR[1] ** -2] * 2, dtype=hessian.dtype, device=hessian.device)
@@ -153,17 +160,17 @@ def local_posterior(
     volume = 0.5 * torch.linalg.slogdet(covariance)[1]
     # sampled modes, then those that one pose stands for
     factor = _WIDEN * torch.linalg.cholesky(covariance[wide])
-    offsets = torch.einsum("bij,kj->bki", factor, points.to(factor))
+    own = points.to(factor)[owner[wide]]
+    offsets = torch.einsum("bij,bkj->bki", factor, own)
     drawn_r = so3.exp(offsets[..., :3].to(rotations.dtype)) @ rotations[wide, None]
     drawn_s = shifts[wide, None] + offsets[..., 3:].to(shifts.dtype)
     drawn = pose_losses(grid, y[wide], c[wide], precision, drawn_r, drawn_s, disk)
-    density = (
-        0.5 * points.square().sum(dim=1).to(drawn)
-        + 5 * torch.log(torch.tensor(_WIDEN))
-        - torch.log(torch.tensor(len(points)))
-    )
-    log_weight = torch.cat([(volume[wide, None] - drawn + density).flatten(), volume[narrow] - loss[narrow]])
-    mode = torch.cat([wide.repeat_interleave(len(points)), narrow])
+    # likelihood and the prior that kept the proposal from spreading, over the proposal's density
+    target = -drawn - 0.5 * (offsets.square() * prior).sum(dim=-1)
+    count_k = points.shape[1]
+    over = volume[wide, None] + 0.5 * own.square().sum(dim=-1) + 5 * math.log(_WIDEN) - math.log(count_k)
+    log_weight = torch.cat([(target + over).flatten(), volume[narrow] - loss[narrow]])
+    mode = torch.cat([wide.repeat_interleave(count_k), narrow])
     weight = _normalised(log_weight, owner[mode], count)
     mass = weight.new_zeros(len(owner)).index_add(0, mode, weight)
     samples = _samples(
@@ -181,6 +188,7 @@ def _repeated(
     rotations: Float[Tensor, "r 3 3"],
     shifts: Float[Tensor, "r 2"],
     loss: Float[Tensor, " r"],
+    hessian: Float[Tensor, "r 5 5"],
     radius: float,
     symmetry: Float[Tensor, "s 3 3"],
 ) -> Bool[Tensor, " r"]:
@@ -192,8 +200,12 @@ def _repeated(
         pair = owner[first] == owner[second]
         first, second = first[pair], second[pair]
         mates = rotations[first, None] @ symmetry.to(rotations)
-        apart = so3.distance(mates, rotations[second, None].expand_as(mates)).amin(dim=1)
-        near = (radius * apart < _ONE_PX) & ((shifts[first] - shifts[second]).norm(dim=1) < _ONE_PX)
+        turns = so3.log(rotations[second, None].expand_as(mates) @ mates.mT)
+        turn = turns[torch.arange(len(turns), device=turns.device), turns.norm(dim=2).argmin(dim=1)]
+        step = torch.cat([turn, shifts[second] - shifts[first]], dim=1)
+        pixels = torch.maximum(radius * step[:, :3].norm(dim=1), step[:, 3:].norm(dim=1))
+        spread = torch.einsum("bi,bij,bj->b", step.to(hessian), hessian[first], step.to(hessian))
+        near = (pixels < _ONE_PX) | (spread < _SAME)
         out[torch.where(loss[second] < loss[first], first, second)[near]] = True
     return out
 
@@ -213,9 +225,12 @@ def _samples(
     count: int,
 ) -> PoseSamples:
     """Those that matter, by particle, their weights made to sum to one again."""
-    top = weight.new_zeros(count).scatter_reduce(0, owner, weight, "amax")
-    kept = torch.nonzero(weight > _NEGLIGIBLE * top[owner])[:, 0]
-    kept = kept[torch.argsort(owner[kept], stable=True)]
+    order = torch.argsort(weight, descending=True, stable=True)
+    order = order[torch.argsort(owner[order], stable=True)]
+    ranked = weight[order]
+    before = ranked.cumsum(0) - ranked  # counted from the particle's own first
+    begin = torch.searchsorted(owner[order], torch.arange(count, device=owner.device))
+    kept = order[before - before[begin][owner[order]] < _MASS]
     owner, weight = owner[kept], weight[kept]
     weight = weight / weight.new_zeros(count).index_add(0, owner, weight)[owner]
     return PoseSamples(owner, rotations[kept], shifts[kept], weight.to(rotations.dtype))

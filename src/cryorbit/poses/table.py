@@ -84,7 +84,8 @@ def refine_poses(
         first = fit_shift and index < shift_only
         stepping = free & (torch.arange(5, device=images.device) >= 3) if first else free
         step = _solve(hessian[moving], gradient[moving], damping[moving], stepping)
-        gain = 0.5 * torch.einsum("bi,bij,bj->b", step, hessian[moving], step)
+        slope = (gradient[moving] * stepping * step).sum(dim=1)
+        gain = -slope - 0.5 * torch.einsum("bi,bij,bj->b", step, hessian[moving], step)
         step = step.to(best_r.dtype)
         trial_r = so3.exp(step[:, :3]) @ best_r[moving]
         trial_s = best_s[moving] + step[:, 3:]
