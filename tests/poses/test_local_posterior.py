@@ -145,13 +145,13 @@ def test_masses_of_modes_are_integrals_of_the_likelihood(grid, generator, monkey
     options = {"modes": 2, "points": sample_points(400, 200, 0), "iterations": 12}
     modes, _, _ = posterior(grid, images, ctf, precision, starts, disk, **options)
     two = (modes.mass[:, 1] > 0.05) & (distance(modes.rotations[:, 0], modes.rotations[:, 1]) > 1.0)
-    assert int(two.sum()) >= 5
+    assert int(two.sum()) >= 16
     box = (
         torch.rand(20_000, 5, generator=generator) * 2 - 1
     )  # the same box around either mode: masses go as means of the likelihood
     box = box * torch.tensor([0.3] * 3 + [1.5] * 2)
     differences = []
-    for b in torch.nonzero(two)[:, 0].tolist():
+    for b in torch.nonzero(two)[:16, 0].tolist():
         turns = exp(box[:, :3])[None] @ modes.rotations[b, :, None]
         moves = box[None, :, 3:] + modes.shifts[b, :, None]
         one = images[b : b + 1].expand(2, -1), ctf[b : b + 1].expand(2, -1)
