@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cryorbit.groups.so3 import distance, random_rotations
-from cryorbit.methods.halves import Agreement
-from cryorbit.methods.marginal import HALVES, Marginal
+from cryorbit.methods.halves import HALVES, Agreement
+from cryorbit.methods.marginal import Marginal
 from cryorbit.methods.marginal_config import MarginalConfig
 from cryorbit.metrics.align import align_poses
 from cryorbit.metrics.resample import move_volume

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from cryorbit.conventions import euler_to_matrix
 from cryorbit.errors import DataError
-from cryorbit.groups.so3 import distance, exp, random_rotations
-from cryorbit.metrics.align import align_poses, chance_level, mirror_rotations
+from cryorbit.groups.so3 import distance, exp, half_turn, random_rotations
+from cryorbit.metrics.align import align_poses, chance_level
 from cryorbit.types import Poses
 
 
@@ -22,7 +22,7 @@ def _scene(generator: torch.Generator, n: int, mirrored: bool, noise_deg: float)
     noisy = exp(math.radians(noise_deg) * torch.randn(n, 3, generator=generator).double()) @ true
     moved = shifts + (noisy @ origin)[:, :2]
     seen = noisy @ frame
-    return Poses(true, shifts), Poses(mirror_rotations(seen) if mirrored else seen, moved), frame, origin
+    return Poses(true, shifts), Poses(half_turn(seen) if mirrored else seen, moved), frame, origin
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -41,7 +41,7 @@ def test_a_mirrored_molecule_under_mirrored_poses_has_the_same_projections(gener
     atoms = torch.randn(20, 3, generator=generator)
     rotations = random_rotations(10, generator)
     seen = torch.einsum("bij,nj->bni", rotations, atoms)[..., :2]
-    mirror = torch.einsum("bij,nj->bni", mirror_rotations(rotations), -atoms)[..., :2]
+    mirror = torch.einsum("bij,nj->bni", half_turn(rotations), -atoms)[..., :2]
     torch.testing.assert_close(seen, mirror)
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from cryorbit.errors import DataError
 from cryorbit.groups.point import point_group
-from cryorbit.groups.so3 import distance, random_rotations
-from cryorbit.metrics.align import align_poses, align_volumes, mirror_rotations
+from cryorbit.groups.so3 import distance, half_turn, random_rotations
+from cryorbit.metrics.align import align_poses, align_volumes
 from cryorbit.metrics.masks import lowpass
 from cryorbit.types import Poses, Volume
 
@@ -44,7 +44,7 @@ def test_maps_and_poses_agree_on_the_frame(
     here = 0.75 * atoms
     there = -(here - origin) @ frame
     true = Poses(random_rotations(100, generator).double(), torch.zeros(100, 2).double())
-    seen = mirror_rotations(true.rotations @ frame)
+    seen = half_turn(true.rotations @ frame)
     landed = torch.einsum("bij,nj->bni", true.rotations, here)[..., :2]
     shifts = (landed - torch.einsum("bij,nj->bni", seen, there)[..., :2]).mean(dim=1)
     poses = align_poses(Poses(seen, shifts), true)

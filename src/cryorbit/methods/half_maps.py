@@ -7,8 +7,9 @@ from torch import Tensor
 from cryorbit.errors import DataError
 from cryorbit.groups import so3
 from cryorbit.groups.point import keep_axes
+from cryorbit.methods.halves import HALVES, members_of
 from cryorbit.metrics.align import improve_alignment
-from cryorbit.metrics.fsc import masked_fsc
+from cryorbit.metrics.fsc import last_shell, masked_fsc
 from cryorbit.metrics.masks import mask_from_map, soft_sphere
 from cryorbit.physics.shift import phase_ramp
 from cryorbit.physics.slicing import Accumulator, insert_slices, volume_from_accumulator
@@ -16,9 +17,8 @@ from cryorbit.physics.spectrum import mean_weight
 from cryorbit.poses.local import PoseSamples
 from cryorbit.training.dataset import FourierStack
 
-_PIXELS = (
-    2**24
-)  # Fourier pixels inserted at a time: fewer, and the passes over the whole grid would cost more than the insertion
+# Fourier pixels inserted at a time: fewer, and the passes over the whole grid would cost more than the insertion
+_PIXELS = 2**24
 _ALIGNED_PX = 0.05  # Fourier or real pixels by which the halves may lie off each other
 
 
@@ -58,14 +58,13 @@ def known_pose_map(
     """The joint map refinement would end with, were these its poses (shifts in pixels): the ceiling, when they are the true ones."""
     sphere = soft_sphere(stack.box, 0.5 * mask_diameter / stack.pixel_size, 3.0).to(stack.device)
     accumulators = []
-    for half in (1, 2):
+    for half in HALVES:
         own = members_of(half_set, half)
         posed = PoseSamples(own, rotations[own], shifts[own], torch.ones(len(own)))
         accumulators.append(insert_posed(stack, torch.ones(len(stack)), posed, torch.eye(3)[None].to(stack.device)))
     first, second = (unfiltered(a, stack.box // 2 + 2) for a in accumulators)
     mask = solvent_mask(first, second, sphere, stack.pixel_size)
-    correlation = compared(first, second, mask)
-    return wiener(accumulators[0], accumulators[1], correlation, last_shell(correlation, 0.143), mask)[2]
+    return wiener(accumulators[0], accumulators[1], compared(first, second, mask), mask)[2]
 
 
 def unfiltered(accumulator: Accumulator, shells: int) -> Float[Tensor, "d d d"]:
@@ -87,15 +86,14 @@ def wiener(
     first: Accumulator,
     second: Accumulator,
     correlation: Float[Tensor, " shells"],
-    reach: float,
     mask: Float[Tensor, "d d d"],
 ) -> tuple[Float[Tensor, "d d d"], Float[Tensor, "d d d"], Float[Tensor, "d d d"]]:
     """The two references, masked, and the joint map, each under the prior its halves' FSC implies (Scheres 2012 eq. 9).
 
-    ``correlation`` past the shell ``reach`` is chance.
+    ``correlation`` is taken for chance past the shell where it first falls below 0.143.
     """
     shells = len(correlation) + 1
-    trusted = torch.where(torch.arange(len(correlation)) > reach, 0.0, correlation)
+    trusted = torch.where(torch.arange(len(correlation)) > last_shell(correlation, 0.143), 0.0, correlation)
     filled = torch.cat([trusted, trusted[-1:]]).clamp(1e-3, 0.999)
     filled[0] = 0.999
     ssnr = (filled / (1 - filled)).to(mask.device)
@@ -113,14 +111,3 @@ def motion_onto(
     rotation, shift = keep_axes(rotation, shift, symmetry.cpu())
     angle = float(so3.distance(rotation, torch.eye(3)))
     return None if angle * limit < _ALIGNED_PX and float(shift.norm()) < _ALIGNED_PX else (rotation, shift)
-
-
-def last_shell(correlation: Float[Tensor, " shells"], threshold: float) -> float:
-    """Last shell before the FSC first falls below ``threshold``."""
-    below = torch.nonzero(correlation[1:] < threshold)
-    return float(below[0]) if len(below) else float(len(correlation) - 1)
-
-
-def members_of(half_set: Int[Tensor, " n"], half: int) -> Int[Tensor, " m"]:
-    """Which particles are in a half."""
-    return torch.nonzero(half_set == half)[:, 0]

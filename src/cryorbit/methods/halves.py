@@ -6,15 +6,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cryorbit.groups import so3
 from cryorbit.groups.point import keep_axes
 from cryorbit.methods.online_em import Grids, OnlineEM
-from cryorbit.metrics.align import align_poses, improve_alignment
-from cryorbit.metrics.fsc import fsc
+from cryorbit.metrics.align import align_poses, framed, improve_alignment
+from cryorbit.metrics.fsc import fsc, last_shell
 from cryorbit.metrics.resample import move_volume
 from cryorbit.types import Poses
 
+HALVES = (1, 2)
 SAME_POSE_DEG = 20.0
+
+
+def members_of(half_set: Int[Tensor, " n"], half: int) -> Int[Tensor, " m"]:
+    """Which particles are in a half."""
+    return torch.nonzero(half_set == half)[:, 0]
 
 
 @dataclass(frozen=True)
@@ -40,9 +45,7 @@ class Agreement:
 
     def framed(self, poses: Poses) -> Poses:
         """Poses (shifts in pixels) of the second run in the frame and hand of the first."""
-        pose = so3.half_turn(poses.rotations) if self.mirrored else poses.rotations
-        rotations = pose @ self.rotation.to(pose).T
-        return Poses(rotations, poses.shifts - (rotations @ self.shift.to(pose))[:, :2])
+        return Poses(*framed(poses.rotations, poses.shifts, self.rotation, self.shift, mirrored=self.mirrored))
 
 
 def unmoved(shells: int) -> Agreement:
@@ -72,8 +75,6 @@ def compare(
     moved = move_volume(second[0].volume, rotation, shift, found.mirrored) * second[0].mask
     radius = first[1].radius
     curve = fsc(first[0].volume.cpu(), moved.cpu()).float()[: radius + 1]
-    below = torch.nonzero(curve[1:] < 0.5)
-    reach = int(below[0]) if len(below) else radius
     error = torch.rad2deg(found.error)
     same = float((error < SAME_POSE_DEG).double().mean())
-    return Agreement(rotation, shift, found.mirrored, curve, reach, float(error.median()), same)
+    return Agreement(rotation, shift, found.mirrored, curve, last_shell(curve, 0.5), float(error.median()), same)

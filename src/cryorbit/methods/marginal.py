@@ -22,18 +22,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cryorbit.groups import so3
-from cryorbit.methods.halves import Agreement, compare, unmoved
+from cryorbit.methods.halves import HALVES, Agreement, compare, members_of, unmoved
 from cryorbit.methods.marginal_config import MarginalConfig
 from cryorbit.methods.online_em import Grids, OnlineEM, rotation_grid
 from cryorbit.methods.symmetric import SymmetryTest, find_symmetry, group_of, symmetrised
-from cryorbit.metrics.fsc import fsc
+from cryorbit.metrics.fsc import fsc, last_shell
 from cryorbit.metrics.masks import soft_sphere
 from cryorbit.metrics.symmetry import SymmetryFinding, no_symmetry
 from cryorbit.poses.grid import shift_grid
 from cryorbit.training.checkpoint import State
 from cryorbit.training.dataset import FourierStack
 
-HALVES = (1, 2)
 _ROUNDS = (0.25, 0.5)  # of the march: where half of the runs are dropped, and where one is left for each half
 _LAST_PAIRING = 0.85  # of the march: a last attempt to pair, and where halves that were joined go on
 _RETRY = 3  # steps between attempts to pair
@@ -85,7 +84,7 @@ class Marginal:
         self.mask_diameter = mask_diameter
         self.symmetry = symmetry.to(stack.device)
         self.half_set = half_set
-        self.members = {half: torch.nonzero(half_set == half)[:, 0] for half in HALVES}
+        self.members = {half: members_of(half_set, half) for half in HALVES}
         self.mask = soft_sphere(stack.box, 0.5 * mask_diameter / stack.pixel_size, 3.0).to(stack.device)
         self.starts = config.starts * min(len(symmetry), _MORE_STARTS)
         self.radius_start = min(config.radius_start * len(symmetry) ** 0.25, config.radius_end)
@@ -131,9 +130,7 @@ class Marginal:
         """Where the halves' correlation ends, plus a margin; never below half the march."""
         c = self.config
         least = round((self.radius_start + (c.radius_end - self.radius_start) * _ROUNDS[-1]) / self.periods(1.0))
-        below = torch.nonzero(self.correlation[1:] < _CAPPED_AT)
-        reach = int(below[0]) if len(below) else len(self.correlation)
-        return max(reach + _MARGIN, least)
+        return max(last_shell(self.correlation, _CAPPED_AT) + _MARGIN, least)
 
     def _shift_limit(self) -> float:
         return self.config.shift_range * self.mask_diameter / self.stack.pixel_size

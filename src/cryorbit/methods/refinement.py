@@ -12,21 +12,22 @@ Fourier radius follows the halves' agreement outwards.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from cryorbit.groups import so3
 from cryorbit.methods.half_maps import (
     compared,
     insert_posed,
-    last_shell,
-    members_of,
     motion_onto,
     solvent_mask,
     unfiltered,
     wiener,
 )
+from cryorbit.methods.halves import HALVES, members_of
 from cryorbit.methods.online_em import rotation_grid
+from cryorbit.metrics.align import framed
+from cryorbit.metrics.fsc import last_shell
 from cryorbit.metrics.masks import soft_sphere
 from cryorbit.physics.cryoem import forward
 from cryorbit.physics.fourier import FourierDisk, resize_volume
@@ -187,14 +188,17 @@ class Refinement:
         search = bool(every) and self.config.fit_shift and index > 0 and index % every == 1 % every
         accumulators: list[Accumulator] = []
         power = torch.zeros_like(t["noise"])
-        for half in (1, 2):
+        for half in HALVES:
             members = members_of(self.half_set, half)
             grid = slicing_grid(t[f"reference_{half}"], self.stack.disk.radius)
+            everywhere = self._everywhere(grid) if search else None
             parts = []
             for chosen in members.split(self.config.batch):
                 points = sample_points(len(chosen), self.config.samples, index * len(self.stack) + int(chosen[0]))
-                parts.append(self._expect(grid, chosen, radius, points, first=index == 0, search=search))
-                power += self._residual(grid, chosen)
+                images = self.stack.images(chosen)
+                ctf = self.stack.ctf(chosen) * self.intensity[chosen, None].to(images.device)
+                parts.append(self._expect(grid, chosen, images, ctf, radius, points, everywhere, first=index == 0))
+                power += self._residual(grid, chosen, images, ctf)
             samples = PoseSamples.joined(parts)
             accumulators.append(self._inserted(half, samples))
         motion = self._second_onto_first()
@@ -228,20 +232,21 @@ class Refinement:
     def _shell_mean(self, values: Float[Tensor, " p"]) -> Float[Tensor, " k"]:
         return shell_mean(values, self.stack.disk.to(values.device), self.limit + 2).cpu()
 
-    def _ctf(self, chosen: Int[Tensor, " b"]) -> Float[Tensor, "b p"]:
-        return self.stack.ctf(chosen) * self.intensity[chosen, None].to(self.stack.device)
-
     def _expect(
         self,
         grid: SlicingGrid,
         chosen: Int[Tensor, " b"],
+        images: Complex[Tensor, "b p"],
+        ctf: Float[Tensor, "b p"],
         radius: int,
         points: Float[Tensor, "b k 5"],
+        everywhere: tuple[Float[Tensor, "h 3 3"], Complex[Tensor, "h q"]] | None,
         *,
         first: bool,
-        search: bool,
     ) -> PoseSamples:
-        """Modes of the particles ``chosen`` from those they had (``first``: from the candidates), and samples around them."""
+        """Modes of the particles ``chosen`` from those they had (``first``: from the candidates) and, with the slices ``everywhere``, from
+        the best of these; and samples around them.
+        """
         t = self.tensors
         if first:
             rotations, shifts = (x[chosen] for x in self.candidates)
@@ -249,9 +254,8 @@ class Refinement:
         else:
             rotations, shifts, used = t["rotations"][chosen], t["shifts"][chosen], t["mass"][chosen] > _NO_MASS
         disk, keep, precision = self._precision(radius)
-        images, ctf = self.stack.images(chosen), self._ctf(chosen)
-        if search:
-            turn, offset = self._searched(grid, images, ctf)
+        if everywhere is not None:
+            turn, offset = self._searched(everywhere, images, ctf)
             mates, here = torch.broadcast_tensors(turn[:, None, None] @ self.symmetry.cpu(), rotations[:, :, None])
             apart = torch.where(used, so3.distance(mates, here).amin(dim=2), torch.inf)
             elsewhere = apart.amin(dim=1) > 1.2 * so3.grid_spacing(self.config.search_order)
@@ -279,23 +283,30 @@ class Refinement:
             chosen[samples.particle.cpu()], samples.rotations.cpu(), samples.shifts.cpu(), samples.weight.cpu()
         )
 
+    def _everywhere(self, grid: SlicingGrid) -> tuple[Float[Tensor, "h 3 3"], Complex[Tensor, "h q"]]:
+        """A whole grid of rotations and the slices of a map there."""
+        rotations = rotation_grid(self.config.search_order, self.symmetry)
+        return rotations, slice_grid(grid, rotations, self._precision(self.search_radius)[0])
+
     def _searched(
-        self, grid: SlicingGrid, images: Tensor, ctf: Tensor
+        self,
+        everywhere: tuple[Float[Tensor, "h 3 3"], Complex[Tensor, "h q"]],
+        images: Complex[Tensor, "b p"],
+        ctf: Float[Tensor, "b p"],
     ) -> tuple[Float[Tensor, "b 3 3"], Float[Tensor, "b 2"]]:
-        """The best rotation of the whole grid, and shift, for each image."""
-        low = self.search_radius
+        """The best of the rotations ``everywhere``, and shift, for each image."""
+        low, (rotations, slices) = self.search_radius, everywhere
         disk, keep, precision = self._precision(low)
         spread = float(self.poses[1].std())
         shifts = shift_grid(3 * spread, min(0.38 * self.stack.box / low, max(3 * spread, 1e-3)), spread)
-        rotations = rotation_grid(self.config.search_order, self.symmetry)
-        slices = slice_grid(grid, rotations, disk)
         found = expectation(images[:, keep], ctf[:, keep], slices, precision, shifts, disk, sums=False)
         return with_half_turns(rotations)[found.best[:, 0]].cpu(), shifts.points[found.best_shift[:, 0].cpu()]
 
-    def _residual(self, grid: SlicingGrid, chosen: Int[Tensor, " b"]) -> Float[Tensor, " k"]:
+    def _residual(
+        self, grid: SlicingGrid, chosen: Int[Tensor, " b"], images: Complex[Tensor, "b p"], ctf: Float[Tensor, "b p"]
+    ) -> Float[Tensor, " k"]:
         """Power per shell of what the reference does not explain, summed over the particles."""
         disk = self.stack.disk.to(self.stack.device)
-        images, ctf = self.stack.images(chosen), self._ctf(chosen)
         rotations, shifts = (x[chosen].to(images.device) for x in self.poses)
         residual = images - forward(grid, rotations, shifts, disk, ctf)
         return self._shell_mean(residual.abs().square().sum(dim=0))
@@ -310,11 +321,8 @@ class Refinement:
         t, mask = self.tensors, self._solvent_mask()
         motion = motion_onto(t["half_2"] * mask, t["half_1"] * mask, self.symmetry, self.limit)
         if motion is not None:
-            rotation, shift = motion
             second = self.half_set == 2
-            turned = t["rotations"][second] @ rotation.T
-            t["rotations"][second] = turned
-            t["shifts"][second] -= (turned @ shift)[..., :2]
+            t["rotations"][second], t["shifts"][second] = framed(t["rotations"][second], t["shifts"][second], *motion)
         return motion
 
     def _solvent_mask(self) -> Float[Tensor, "d d d"]:
@@ -325,9 +333,8 @@ class Refinement:
         """FSC of the halves inside the solvent mask, and the filtered references."""
         t, mask = self.tensors, self._solvent_mask()
         t["fsc"] = compared(t["half_1"], t["half_2"], mask)
-        reach = last_shell(t["fsc"], 0.143)
-        t["reference_1"], t["reference_2"], t["map"] = wiener(accumulators[0], accumulators[1], t["fsc"], reach, mask)
+        t["reference_1"], t["reference_2"], t["map"] = wiener(accumulators[0], accumulators[1], t["fsc"], mask)
 
     def _next_radius(self, radius: int) -> int:
-        reach = int(last_shell(self.tensors["fsc"], self.config.fsc_radius)) + 2
+        reach = last_shell(self.tensors["fsc"], self.config.fsc_radius) + 2
         return max(min(reach, int(radius * self.config.radius_growth), self.limit), min(radius, 4))

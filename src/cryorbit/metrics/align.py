@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cryorbit.errors import DataError
-from cryorbit.groups.so3 import distance, healpix_grid
+from cryorbit.groups.so3 import distance, half_turn, healpix_grid
 from cryorbit.metrics.map_search import MapAlignment, align_volumes, improve_alignment
 from cryorbit.metrics.poses import PoseSummary, rotation_errors, summarise
 from cryorbit.types import Poses
@@ -27,8 +27,8 @@ __all__ = [
     "align_poses",
     "align_volumes",
     "chance_level",
+    "framed",
     "improve_alignment",
-    "mirror_rotations",
 ]
 
 _SHARPNESS = (
@@ -37,11 +37,17 @@ _SHARPNESS = (
 _COST_CAP = torch.pi / 3  # angles beyond 60 degrees count as 60 when two solutions are compared
 
 
-def mirror_rotations(rotations: Float[Tensor, "*n 3 3"]) -> Float[Tensor, "*n 3 3"]:
-    """Poses that give the inverted molecule ``v(-r)`` the projections ``rotations`` give ``v(r)``: ``diag(-1, -1, 1)
-    A``.
-    """
-    return rotations * rotations.new_tensor([-1.0, -1.0, 1.0])[:, None]
+def framed(
+    rotations: Float[Tensor, "*n 3 3"],
+    shifts: Float[Tensor, "*n 2"],
+    rotation: Float[Tensor, "3 3"],
+    shift: Float[Tensor, "3"],
+    *,
+    mirrored: bool = False,
+) -> tuple[Float[Tensor, "*n 3 3"], Float[Tensor, "*n 2"]]:
+    """Poses for a map after its motion (module docstring): the images stay as they are. ``shift`` in the unit of ``shifts``."""
+    turned = (half_turn(rotations) if mirrored else rotations) @ rotation.to(rotations).mT
+    return turned, shifts - (turned @ shift.to(turned))[..., :2]
 
 
 @dataclass(frozen=True)
@@ -209,22 +215,22 @@ def align_poses(estimated: Poses, true: Poses, symmetry: Float[Tensor, "s 3 3"] 
     s_est, s_true = (p.shifts.detach().to("cpu", torch.float64) for p in (estimated, true))
     group = torch.eye(3, dtype=torch.float64)[None] if symmetry is None else symmetry.to("cpu", torch.float64)
     solutions = []
-    for pose in (a_est, mirror_rotations(a_est)):
+    for pose in (a_est, half_turn(a_est)):
         proposals = a_true.mT @ pose
         solutions.append((pose, *_find_rotation(torch.einsum("sji,njk->snik", group, proposals), group)))
     mirrored = solutions[1][2] < solutions[0][2]
     pose, rotation, cost = solutions[mirrored]
-    framed = pose @ rotation.mT
-    closest = torch.einsum("sij,nkj,nki->sn", group, framed, a_true).argmax(dim=0)
-    framed = framed @ group.mT[closest]
-    error, out_of_plane, in_plane = rotation_errors(framed, a_true)
-    shift = _find_shift(pose @ rotation.mT, s_est - s_true, 1.0 / (1.0 + (error / 0.2) ** 2))
-    moved = s_est - (pose @ rotation.mT @ shift)[:, :2]
+    turned = pose @ rotation.mT
+    closest = torch.einsum("sij,nkj,nki->sn", group, turned, a_true).argmax(dim=0)
+    nearest = turned @ group.mT[closest]
+    error, out_of_plane, in_plane = rotation_errors(nearest, a_true)
+    shift = _find_shift(turned, s_est - s_true, 1.0 / (1.0 + (error / 0.2) ** 2))
+    moved = framed(a_est, s_est, rotation, shift, mirrored=mirrored)[1]
     return PoseAlignment(
         rotation=rotation,
         shift=shift,
         mirrored=mirrored,
-        poses=Poses(framed, moved),
+        poses=Poses(nearest, moved),
         error=error,
         out_of_plane=out_of_plane,
         in_plane=in_plane,

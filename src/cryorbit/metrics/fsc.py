@@ -101,6 +101,12 @@ def crossing(curve: Float[Tensor, " shells"], threshold: float) -> float | None:
     return s - 1 + (high - threshold) / (high - low)
 
 
+def last_shell(curve: Float[Tensor, " shells"], threshold: float) -> int:
+    """Last shell before ``curve`` first falls below ``threshold``, the last of all when it never does."""
+    below = torch.nonzero(curve[1:] < threshold)
+    return int(below[0]) if len(below) else len(curve) - 1
+
+
 def resolution(curve: Float[Tensor, " shells"], threshold: float, box: int, pixel_size: float) -> float:
     """Resolution in angstrom at which an FSC curve first crosses ``threshold``, by linear interpolation between shells.
 

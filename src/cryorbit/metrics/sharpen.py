@@ -58,7 +58,8 @@ def sharpen(
         x = x - x.mean()
         b_factor = max(0.0, -4 * float((x * y).sum() / x.square().sum()))
     gain = weight * (0.25 * b_factor * frequency.square()).exp()
-    shells = shell_index(box, mean.device).clamp(max=len(gain) - 1)
-    inside = shell_index(box, mean.device) < len(gain)
-    filtered = fourier_to_volume(volume_to_fourier(mean) * torch.where(inside, gain[shells], 0.0), box)
+    past = torch.cat([gain, gain.new_zeros(1)])  # for what lies beyond the last shell, in the corners
+    filtered = fourier_to_volume(
+        volume_to_fourier(mean) * past[shell_index(box, mean.device).clamp(max=len(gain))], box
+    )
     return Sharpened(filtered.to(half_1.dtype), b_factor)

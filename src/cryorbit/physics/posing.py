@@ -43,21 +43,8 @@ def pose_normal_equations(
     -------
     loss (B,), gradient (B, 5), hessian (B, 5, 5), float64.
     """
-    disk = checked_disk(disk, grid)
-    real = grid.data.dtype.to_real()
-    run = kernels.select(grid.data.device, backend).normal_equations
-    return run(
-        grid.data.detach().contiguous(),
-        images.detach().to(grid.data.dtype).resolve_conj().contiguous(),
-        ctf.detach().to(real).contiguous(),
-        precision.detach().to(real).expand(ctf.shape),
-        checked_rotations(rotations.detach(), grid.radius, grid.oversampling, grid.data),
-        shifts_px.detach().to(real).contiguous(),
-        disk.kx,
-        disk.ky,
-        grid.oversampling,
-        grid.box,
-    )
+    prepared = _prepared(grid, images, ctf, precision, rotations, shifts_px, disk)
+    return kernels.select(grid.data.device, backend).normal_equations(*prepared)
 
 
 def pose_losses(
@@ -84,10 +71,23 @@ def pose_losses(
     -------
     (B, K), float64.
     """
-    disk = checked_disk(disk, grid)
-    real = grid.data.dtype.to_real()
-    flat = checked_rotations(rotations.detach().flatten(0, 1), grid.radius, grid.oversampling, grid.data)
-    return kernels.select(grid.data.device, backend).losses(
+    prepared = _prepared(grid, images, ctf, precision, rotations, shifts_px, disk)
+    return kernels.select(grid.data.device, backend).losses(*prepared)
+
+
+def _prepared(
+    grid: SlicingGrid,
+    images: Complex[Tensor, "b p"],
+    ctf: Float[Tensor, "b p"],
+    precision: Float[Tensor, "#b p"] | Float[Tensor, " p"],
+    rotations: Float[Tensor, "b *k 3 3"],
+    shifts_px: Float[Tensor, "b *k 2"],
+    disk: FourierDisk,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int]:
+    """The arguments as the kernels take them: detached, contiguous, of the grid's precision, rotations checked."""
+    disk, real = checked_disk(disk, grid), grid.data.dtype.to_real()
+    flat = checked_rotations(rotations.detach().reshape(-1, 3, 3), grid.radius, grid.oversampling, grid.data)
+    return (
         grid.data.detach().contiguous(),
         images.detach().to(grid.data.dtype).resolve_conj().contiguous(),
         ctf.detach().to(real).contiguous(),

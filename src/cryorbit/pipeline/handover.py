@@ -9,8 +9,8 @@ from torch import Tensor
 
 from cryorbit.groups import so3
 from cryorbit.groups.point import point_group
-from cryorbit.methods.halves import Agreement, unmoved
-from cryorbit.methods.marginal import HALVES, Marginal
+from cryorbit.methods.halves import HALVES, Agreement, members_of, unmoved
+from cryorbit.methods.marginal import Marginal
 from cryorbit.methods.symmetric import SymmetryTest, group_of, symmetrised
 from cryorbit.metrics.masks import contrast_sign
 from cryorbit.metrics.symmetry import SymmetryFinding
@@ -105,7 +105,7 @@ def assign(
     effective = torch.empty(len(chosen))
     radius = engine.radius()
     for half, run in zip(HALVES, engine.winners(), strict=True):
-        own = torch.nonzero(engine.half_set[chosen] == half)[:, 0]
+        own = members_of(engine.half_set[chosen], half)
         if not len(own):
             continue
         grids = engine.grids(run, radius)

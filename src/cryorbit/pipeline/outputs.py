@@ -42,8 +42,8 @@ def write_fsc(path: Path, curves: dict[str, Float[Tensor, " shells"]], box: int,
 
 def write_maps(run: Path, result: Reconstruction) -> None:
     """``map.mrc``, ``map_sharpened.mrc`` and the unfiltered ``half_map_1.mrc``, ``half_map_2.mrc``."""
-    named = {"map": result.map, "map_sharpened": result.sharpened}
-    named |= {f"half_map_{half}": volume for half, volume in zip((1, 2), result.half_maps, strict=True)}
+    first, second = result.half_maps
+    named = {"map": result.map, "map_sharpened": result.sharpened, "half_map_1": first, "half_map_2": second}
     for name, volume in named.items():
         write_volume(run / f"{name}.mrc", volume.data.cpu().numpy(), volume.pixel_size)
 

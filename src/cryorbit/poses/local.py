@@ -12,6 +12,7 @@ from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor
 
 from cryorbit.groups import so3
+from cryorbit.metrics.align import framed
 from cryorbit.physics.fourier import FourierDisk
 from cryorbit.physics.posing import pose_losses
 from cryorbit.physics.slicing import SlicingGrid
@@ -67,9 +68,7 @@ class PoseSamples:
 
     def moved(self, rotation: Float[Tensor, "3 3"], shift: Float[Tensor, "3"]) -> "PoseSamples":
         """The same poses of a map that was turned by ``rotation`` and then shifted by ``shift`` pixels."""
-        turned = self.rotations @ rotation.T.to(self.rotations)
-        shifts = self.shifts - (turned @ shift.to(turned))[:, :2]
-        return PoseSamples(self.particle, turned, shifts, self.weight)
+        return PoseSamples(self.particle, *framed(self.rotations, self.shifts, rotation, shift), self.weight)
 
 
 def sample_points(particles: int, count: int, seed: int) -> Float[Tensor, "b k 5"]:
@@ -126,7 +125,7 @@ def local_posterior(
         rotations, shifts, loss, _ = refine_poses(
             grid, y, c, precision, rotations, shifts, disk, iterations=_LOOK, fit_shift=fit_shift
         )
-        best = loss.new_full((count,), torch.inf).scatter_reduce(0, owner, loss, "amin")
+        best = _best(loss, owner, count)
         keep = loss < best[owner] + 3 * _WORSE
         owner, rotations, shifts, left = owner[keep], rotations[keep], shifts[keep], iterations - _LOOK
         y, c = images[owner], ctf[owner]
@@ -142,7 +141,7 @@ def local_posterior(
         shift_only=0 if look else 1,
         fit_shift=fit_shift,
     )
-    best = loss.new_full((count,), torch.inf).scatter_reduce(0, owner, loss, "amin")
+    best = _best(loss, owner, count)
     if not alone:
         repeated = _repeated(owner, rotations, shifts, loss, hessian, disk.radius, symmetry)
         keep = (loss < best[owner] + _WORSE) & ~repeated
@@ -214,7 +213,26 @@ def _normalised(log_weight: Float[Tensor, " s"], owner: Int[Tensor, " s"], count
     """Weights that sum to one over each particle."""
     top = log_weight.new_full((count,), -torch.inf).scatter_reduce(0, owner, log_weight, "amax")
     weight = (log_weight - top[owner]).exp()
+    return _shares(weight, owner, count)
+
+
+def _shares(weight: Float[Tensor, " s"], owner: Int[Tensor, " s"], count: int) -> Float[Tensor, " s"]:
     return weight / weight.new_zeros(count).index_add(0, owner, weight)[owner]
+
+
+def _best(loss: Float[Tensor, " r"], owner: Int[Tensor, " r"], count: int) -> Float[Tensor, " b"]:
+    """The lowest loss of each particle."""
+    return loss.new_full((count,), torch.inf).scatter_reduce(0, owner, loss, "amin")
+
+
+def _by_particle(
+    weight: Float[Tensor, " s"], owner: Int[Tensor, " s"], count: int
+) -> tuple[Int[Tensor, " s"], Int[Tensor, " s"]]:
+    """Order by particle and falling weight; and where in that order each row's particle begins."""
+    order = torch.argsort(weight, descending=True, stable=True)
+    order = order[torch.argsort(owner[order], stable=True)]
+    begin = torch.searchsorted(owner[order], torch.arange(count, device=owner.device))
+    return order, begin[owner[order]]
 
 
 def _samples(
@@ -225,14 +243,12 @@ def _samples(
     count: int,
 ) -> PoseSamples:
     """Those that matter, by particle, their weights made to sum to one again."""
-    order = torch.argsort(weight, descending=True, stable=True)
-    order = order[torch.argsort(owner[order], stable=True)]
+    order, begin = _by_particle(weight, owner, count)
     ranked = weight[order]
-    before = ranked.cumsum(0) - ranked  # counted from the particle's own first
-    begin = torch.searchsorted(owner[order], torch.arange(count, device=owner.device))
-    kept = order[before - before[begin][owner[order]] < _MASS]
-    owner, weight = owner[kept], weight[kept]
-    weight = weight / weight.new_zeros(count).index_add(0, owner, weight)[owner]
+    before = ranked.cumsum(0) - ranked
+    kept = order[before - before[begin] < _MASS]  # counted from the particle's own first
+    owner = owner[kept]
+    weight = _shares(weight[kept], owner, count)
     return PoseSamples(owner, rotations[kept], shifts[kept], weight.to(rotations.dtype))
 
 
@@ -244,13 +260,10 @@ def _heaviest(
     count: int,
     modes: int,
 ) -> Modes:
-    order = torch.argsort(mass, descending=True, stable=True)
-    order = order[torch.argsort(owner[order], stable=True)]
+    order, begin = _by_particle(mass, owner, count)
+    rank = torch.arange(len(order), device=owner.device) - begin
+    order, rank = order[rank < modes], rank[rank < modes]
     owner = owner[order]
-    begin = torch.searchsorted(owner, torch.arange(count, device=owner.device))
-    rank = torch.arange(len(owner), device=owner.device) - begin[owner]
-    kept = rank < modes
-    owner, rank, order = owner[kept], rank[kept], order[kept]
     out_r = torch.eye(3, device=owner.device).to(rotations.dtype).expand(count, modes, 3, 3).clone()
     out_s = shifts.new_zeros(count, modes, 2)
     out_m = shifts.new_zeros(count, modes)

@@ -11,9 +11,7 @@ from cryorbit.physics.slicing import SlicingGrid
 
 _MAX_ROTATION = 0.25
 _MAX_SHIFT_PX = 2.0
-_LAST_GAIN = (
-    0.05  # of log likelihood: a step that is expected to bring less (a third of a standard deviation) is the last one
-)
+_LAST_GAIN = 0.05  # of log likelihood (a third of a standard deviation): a step expected to bring less is the last
 _HOPELESS = 50.0  # damping at which no step will help
 
 
