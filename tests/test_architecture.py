@@ -32,6 +32,7 @@ METHODS_SHARED = {
     "checks",
     "online_em",
     "marginal_config",
+    "refinement_config",
     "symmetric",
     "halves",
 }  # what the method files of one folder may look at or be looked at by

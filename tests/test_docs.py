@@ -89,7 +89,7 @@ def test_options_that_the_readme_names_alone_exist() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     named = {words.split()[0] for words in code(text) if words.startswith("--")} - {"--invert_hand"}
     assert len(named) >= 5
-    known = options_of(help_of("reconstruct"))
+    known = options_of(help_of("reconstruct")) | options_of(help_of("refine"))
     assert named - known == set()
 
 

@@ -27,8 +27,16 @@ MAX_SNR_DB = 100.0
 PARTICLE_COLUMNS = {
     "log_likelihood": "rlnLogLikeliContribution",
     "effective_poses": "rlnNrOfSignificantSamples",
+    "top_mass": "rlnMaxValueProbDistribution",
+    "rotation_sd": "cryorbitRotationSpread",
+    "shift_sd": "cryorbitShiftSpreadAngst",
+    "entropy": "cryorbitPoseEntropy",
+    "scale": "cryorbitScale",
+    "scale_error": "cryorbitScaleError",
 }
-"""RELION's names of what we say of each particle beside its pose: log-likelihood at the pose; effective poses after ab initio."""
+"""Columns for what we say of each particle beside its pose: log-likelihood at the pose; effective poses after ab initio; share of the
+posterior in the mode that is written; root mean square angle (degrees) and distance (angstrom) from it that the posterior expects; entropy
+(nats, radian^3 pixel^2); strength relative to the map and its standard deviation. RELION knows the first three and keeps the others."""
 
 
 def centre(side: int) -> int:

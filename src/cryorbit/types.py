@@ -126,6 +126,7 @@ class Reconstruction:
 
     map: Volume
     sharpened: Volume
+    local_resolution: Volume
     half_maps: tuple[Volume, Volume]
     poses: Poses
     half_set: Int[Tensor, " n"]

@@ -5,13 +5,13 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import mrcfile
 import numpy as np
 import pytest
+from processes import FINAL, command, cryorbit
 
 from cryorbit.io.particles import open_particles
 from cryorbit.simulate.particles import make_projector
@@ -19,17 +19,6 @@ from cryorbit.simulate.phantom import phantom
 from cryorbit.simulate.settings import SimulationSettings
 from cryorbit.simulate.write import write_simulation
 
-FINAL = [
-    "map.mrc",
-    "map_sharpened.mrc",
-    "half_map_1.mrc",
-    "half_map_2.mrc",
-    "particles.star",
-    "fsc.csv",
-    "metrics.json",
-    "report_data.npz",
-    "report.html",
-]
 QUICK = [
     "--mask-diameter",
     "70",
@@ -44,14 +33,6 @@ QUICK = [
     "--set",
     "abinitio.batch=200",
 ]
-
-
-def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "cryorbit.cli.main", *map(str, arguments)]
-
-
-def cryorbit(*arguments: str | Path, **options: object) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=180, check=False, **options)
 
 
 @pytest.fixture(scope="module")
@@ -115,14 +96,14 @@ def test_killed_run_continues_to_the_same_result(finished, simulated, tmp_path, 
     run = tmp_path / "run"
     arguments = command("reconstruct", simulated / "particles.star", "--output", run, *QUICK)
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not (run / "history.jsonl").exists():
         time.sleep(0.02)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL), errors
     assert not [name for name in FINAL if (run / name).exists()]
-    assert subprocess.run(arguments, capture_output=True, timeout=180, check=False).returncode == 0
+    assert subprocess.run(arguments, capture_output=True, timeout=600, check=False).returncode == 0
     with mrcfile.open(run / "map.mrc") as ours, mrcfile.open(finished / "map.mrc") as theirs:
         np.testing.assert_array_equal(ours.data, theirs.data)
 

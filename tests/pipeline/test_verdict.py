@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cryorbit.pipeline.verdict import RUNS, TRUSTED, WEIGHTS, Evidence, judge, probability, sentence
+from cryorbit.pipeline.verdict import RUNS, TRUSTED, WEIGHTS, Evidence, agree, judge, probability, sentence
 
 GOOD = Evidence(joined=False, periods=9.5, posed=0.95, pose_difference_deg=8.0, effective=1.1, intensity_sd=0.05)
 NOISE = Evidence(joined=True, periods=0.5, posed=0.02, pose_difference_deg=120.0, effective=4000.0, intensity_sd=0.05)
@@ -44,11 +44,11 @@ def test_weights_are_those_fitted_to_the_committed_runs_and_no_hopeless_run_is_t
 
 
 def test_sentences():
-    text = sentence(judge(GOOD), 1000, 3.0, 3.4, 3.0)
+    text = sentence(judge(GOOD), agree(1000, 3.0, 3.4, 3.0), 3.0)
     assert text.startswith("Trust to 3.0 A")
     assert "the limit of the pixel size" in text
-    assert "limit" not in sentence(judge(GOOD), 1000, 4.0, 4.4, 3.0)
-    text = sentence(judge(NOISE), 1000, 20.0, 30.0, 3.0)
+    assert "limit" not in sentence(judge(GOOD), agree(1000, 4.0, 4.4, 3.0), 4.0)
+    text = sentence(judge(NOISE), agree(1000, 20.0, 30.0, 3.0), 20.0)
     assert text.startswith("Do not trust this map")
     assert "different structures" in text
     assert "--seed" in text

@@ -120,6 +120,21 @@ def _true_particles(path: Path) -> ParticleSet:
         ) from error
 
 
+def _credible(path: Path, rows: NDArray[np.int64], true: Any, found: Any, group: Any) -> dict[str, float]:
+    """How often the truth lies inside the 50, 68, 90, 95 and 99 % regions of the run's posterior."""
+    import torch
+
+    from cryorbit.pipeline.outputs import read_posterior
+    from cryorbit.poses.posterior import PosePosterior, levels_of_truth
+
+    stored, index = read_posterior(path), torch.from_numpy(rows)
+    if int(index.max()) >= len(stored.mass):
+        raise RunError("RUN025", f"{path} holds {len(stored.mass)} particles, particles.star more", "refine again")
+    posterior = PosePosterior(*(x[index] for x in (stored.rotations, stored.shifts, stored.mass, stored.covariance)))
+    level = levels_of_truth(posterior, true, found, group)
+    return {f"{part:g}": float((level < part).double().mean()) for part in (0.5, 0.68, 0.9, 0.95, 0.99)}
+
+
 def _table(result: dict[str, Any]) -> Any:
     from rich.table import Table
 
@@ -145,6 +160,13 @@ def _table(result: dict[str, Any]) -> Any:
             f"median {poses['out_of_plane_median_deg']:.2f}",
             f"median {poses['in_plane_median_deg']:.2f}",
         )
+        if "credible" in poses:
+            inside = poses["credible"]
+            table.add_row(
+                "truth in credible regions",
+                f"{100 * inside['0.9']:.1f} % of 90 %",
+                f"{100 * inside['0.5']:.1f} % of 50 %",
+            )
         table.add_row(
             "shift error (median)", f"{poses['shift_median_px']:.3f} px", f"{poses['shift_median_angst']:.3f} A"
         )
@@ -180,10 +202,13 @@ def evaluate(
     if truth_poses is not None:
         theirs = _true_particles(truth_poses)
         ours = open_particles(run / "particles.star", require_images=False)
+        group = point_group(symmetry or _symmetry(run))
         rows = match_images(ours.table.columns[relion.IMAGE], theirs.table.columns[relion.IMAGE])
         estimated, true = (_poses(p, r, str(p.path)) for p, r in zip((ours, theirs), rows, strict=True))
-        poses, values = compare_poses(estimated, true, ours.pixel_size, point_group(symmetry or _symmetry(run)))
+        poses, values = compare_poses(estimated, true, ours.pixel_size, group)
         result["poses"] = {**values, "particles_in_run": len(ours), "particles_in_truth": len(theirs)}
+        if (run / "poses.npz").exists():
+            result["poses"]["credible"] = _credible(run / "poses.npz", rows[0], true, poses, group)
     if truth is not None:
         comparison = compare_maps(_volume(run / "map.mrc"), _volume(truth), poses)
         result |= comparison.values()

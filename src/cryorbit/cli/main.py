@@ -12,6 +12,7 @@ from cryorbit.cli.demo import demo
 from cryorbit.cli.evaluate import evaluate
 from cryorbit.cli.inspect import inspect
 from cryorbit.cli.reconstruct import reconstruct
+from cryorbit.cli.refine import refine
 from cryorbit.cli.report import report
 from cryorbit.cli.simulate import simulate
 from cryorbit.errors import CryorbitError
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for verb in (demo, inspect, simulate, reconstruct, evaluate, report):
+for verb in (demo, inspect, simulate, reconstruct, refine, evaluate, report):
     app.command()(verb)
 
 

@@ -1,40 +1,31 @@
 """``cryorbit reconstruct``: the main job."""
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
+from cryorbit.cli import options
+
 
 def reconstruct(
-    particles: Path = typer.Argument(..., help="Particle STAR (RELION 3.0 to 5), cryoSPARC .cs, or .mrcs stack."),
-    output: Path = typer.Option(
-        ..., "--output", "-o", help="Run folder to write; an interrupted run there is continued."
-    ),
-    mask_diameter: float = typer.Option(
-        0.0, "--mask-diameter", help="Particle diameter in angstrom (0: 85 % of the box)."
-    ),
-    symmetry: str = typer.Option(
-        "C1", "--symmetry", help="Point group imposed on the map: C1, Cn, Dn, T, O, I; auto looks for one."
-    ),
-    preset: str = typer.Option("default", "--preset", help="fast, default or thorough."),
-    datadir: Path | None = typer.Option(None, "--datadir", help="Folder the image stacks are looked up in."),
-    pixel_size: float = typer.Option(
-        0.0, "--pixel-size", help="Angstrom per pixel, when the file does not say (0: as in the file)."
-    ),
-    contrast: str = typer.Option("auto", "--contrast", help="light or dark particles; auto goes by the ab initio map."),
-    flip_hand: bool = typer.Option(
-        False, "--flip-hand", help="Write the other hand (images alone cannot tell which is right)."
-    ),
-    no_ctf: bool = typer.Option(False, "--no-ctf", help="Take the images as unmodulated, whatever the file says."),
-    device: str = typer.Option("auto", "--device", help="auto, cpu, cuda or cuda:N."),
-    memory: float = typer.Option(
-        4.0, "--memory", help="GiB of Fourier pixels kept in memory; a larger stack is read again at each pass."
-    ),
-    seed: int = typer.Option(0, "--seed", help="Random start; another seed is another independent attempt."),
-    set_: list[str] = typer.Option(
-        [], "--set", help="Any other setting, as section.key=value (see config.toml).", metavar="KEY=VALUE"
-    ),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Delete a previous run in the output folder first."),
+    particles: options.Particles,
+    output: options.Output,
+    mask_diameter: options.MaskDiameter = 0.0,
+    symmetry: Annotated[
+        str, typer.Option("--symmetry", help="Point group imposed on the map: C1, Cn, Dn, T, O, I; auto looks for one.")
+    ] = "C1",
+    preset: options.Preset = "default",
+    datadir: options.Datadir = None,
+    pixel_size: options.PixelSize = 0.0,
+    contrast: options.Contrast = "auto",
+    flip_hand: options.FlipHand = False,
+    no_ctf: options.NoCTF = False,
+    device: options.Device = "auto",
+    memory: options.Memory = 4.0,
+    seed: Annotated[int, typer.Option("--seed", help="Random start; another seed is another independent attempt.")] = 0,
+    set_: options.Set = [],  # noqa: B006 - typer's default
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Reconstruct a map and every particle's pose from particle images, with no starting model."""
     from cryorbit.pipeline.config import RunConfig, override

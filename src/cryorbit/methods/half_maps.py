@@ -1,5 +1,7 @@
 """Maps of two halves from posed particles: insertion, solvent mask, Wiener filter by their agreement, and one frame for both."""
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -17,8 +19,8 @@ from cryorbit.physics.spectrum import mean_weight
 from cryorbit.poses.local import PoseSamples
 from cryorbit.training.dataset import FourierStack
 
-# Fourier pixels inserted at a time: fewer, and the passes over the whole grid would cost more than the insertion
-_PIXELS = 2**24
+# Fourier pixels inserted at a time: fewer cost passes over the grid, more cost fresh pages for arrays too large to be kept
+_PIXELS = 2**22
 _ALIGNED_PX = 0.05  # Fourier or real pixels by which the halves may lie off each other
 
 
@@ -48,23 +50,37 @@ def compared(
     return masked_fsc(first.cpu(), second.cpu(), mask.cpu(), torch.Generator().manual_seed(0)).corrected.float()
 
 
-def known_pose_map(
+@dataclass(frozen=True)
+class HalfMaps:
+    """Masked references of two halves, their joint map, and the FSC of the halves."""
+
+    references: tuple[Float[Tensor, "d d d"], Float[Tensor, "d d d"]]
+    joint: Float[Tensor, "d d d"]
+    correlation: Float[Tensor, " shells"]
+
+
+def halves_from_poses(
     stack: FourierStack,
     rotations: Float[Tensor, "n 3 3"],
     shifts: Float[Tensor, "n 2"],
     half_set: Int[Tensor, " n"],
+    *,
     mask_diameter: float,
-) -> Float[Tensor, "d d d"]:
-    """The joint map refinement would end with, were these its poses (shifts in pixels): the ceiling, when they are the true ones."""
+    symmetry: Float[Tensor, "s 3 3"],
+    mask: Float[Tensor, "d d d"] | None = None,
+) -> HalfMaps:
+    """The maps refinement would end with, were these its poses (shifts in pixels): the ceiling, when they are the true ones."""
     sphere = soft_sphere(stack.box, 0.5 * mask_diameter / stack.pixel_size, 3.0).to(stack.device)
     accumulators = []
     for half in HALVES:
         own = members_of(half_set, half)
         posed = PoseSamples(own, rotations[own], shifts[own], torch.ones(len(own)))
-        accumulators.append(insert_posed(stack, torch.ones(len(stack)), posed, torch.eye(3)[None].to(stack.device)))
+        accumulators.append(insert_posed(stack, torch.ones(len(stack)), posed, symmetry.to(stack.device)))
     first, second = (unfiltered(a, stack.box // 2 + 2) for a in accumulators)
-    mask = solvent_mask(first, second, sphere, stack.pixel_size)
-    return wiener(accumulators[0], accumulators[1], compared(first, second, mask), mask)[2]
+    mask = solvent_mask(first, second, sphere, stack.pixel_size) if mask is None else mask.to(sphere)
+    correlation = compared(first, second, mask)
+    one, two, joint = wiener(accumulators[0], accumulators[1], correlation, mask)
+    return HalfMaps((one, two), joint, correlation)
 
 
 def unfiltered(accumulator: Accumulator, shells: int) -> Float[Tensor, "d d d"]:

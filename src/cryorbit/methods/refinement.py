@@ -9,10 +9,8 @@ A sweep moves every particle's modes against its own half's map and samples its 
 Fourier radius follows the halves' agreement outwards.
 """
 
-from dataclasses import dataclass
-
 import torch
-from jaxtyping import Complex, Float, Int
+from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor
 
 from cryorbit.groups import so3
@@ -26,58 +24,27 @@ from cryorbit.methods.half_maps import (
 )
 from cryorbit.methods.halves import HALVES, members_of
 from cryorbit.methods.online_em import rotation_grid
+from cryorbit.methods.refinement_config import RefinementConfig
 from cryorbit.metrics.align import framed
 from cryorbit.metrics.fsc import last_shell
 from cryorbit.metrics.masks import soft_sphere
 from cryorbit.physics.cryoem import forward
 from cryorbit.physics.fourier import FourierDisk, resize_volume
+from cryorbit.physics.posing import pose_normal_equations
 from cryorbit.physics.slicing import Accumulator, SlicingGrid, slice_grid, slicing_grid
 from cryorbit.physics.spectrum import shell_mean
-from cryorbit.poses.grid import expectation, shift_grid, with_half_turns
+from cryorbit.poses.grid import distinct_modes, expectation, shift_grid, with_half_turns
 from cryorbit.poses.local import PoseSamples, local_posterior, sample_points
+from cryorbit.poses.posterior import PosedParticles, PosePosterior, map_error
+from cryorbit.poses.table import refine_poses
 from cryorbit.training.checkpoint import State
 from cryorbit.training.dataset import FourierStack
 
+_FINAL_STARTS = 6  # places of the whole grid from which modes are looked for at last
+_FINAL_SAMPLES, _FINAL_WIDEN = 48, 1.5  # poses drawn around each mode for the last posterior, and how wide
+_SINGLE = 1.02  # modes per particle: where there are fewer, none are looked for elsewhere at last
+_JUDGED = 500  # particles of a half by which the maps' errors are judged
 _NO_MASS = 1e-3  # of a particle's mass: modes with less are not followed
-
-
-@dataclass(frozen=True)
-class RefinementConfig:
-    """Settings of the refinement.
-
-    Attributes
-    ----------
-    sweeps
-        Most passes over the particles.
-    batch
-        Particles at a time.
-    iterations
-        Gauss-Newton steps per mode and sweep.
-    modes
-        Modes of a particle's posterior that are followed.
-    samples
-        Poses drawn around each mode that is wider than a quarter of a Fourier pixel's reach.
-    radius_growth
-        Largest factor between the radii of successive sweeps.
-    fsc_radius
-        The radius reaches to the last shell where the halves correlate by this much, plus two.
-    fit_shift
-        Whether shifts are refined.
-    search_order, search_every
-        Every so many sweeps (0, or shifts fixed: never) each particle is scored against a whole grid of rotations of this HEALPix order,
-        and its best pose there becomes another mode where it is not near one.
-    """
-
-    sweeps: int = 8
-    batch: int = 500
-    iterations: int = 6
-    modes: int = 3
-    samples: int = 12
-    radius_growth: float = 1.5
-    fsc_radius: float = 0.2
-    fit_shift: bool = True
-    search_order: int = 2
-    search_every: int = 2
 
 
 class Refinement:
@@ -103,6 +70,8 @@ class Refinement:
         (N,) 1 or 2.
     intensity
         (N,) how much stronger than the map each image is; None takes all alike.
+    solvent
+        (D, D, D) mask of the molecule, 0 to 1; None draws one around the mean of the halves at each sweep.
     """
 
     name = "refine"
@@ -119,6 +88,7 @@ class Refinement:
         candidates: tuple[Float[Tensor, "n m 3 3"], Float[Tensor, "n m 2"]],
         half_set: Int[Tensor, " n"],
         intensity: Float[Tensor, " n"] | None = None,
+        solvent: Float[Tensor, "d d d"] | None = None,
     ) -> None:
         self.stack, self.config = stack, config
         device = stack.device
@@ -126,6 +96,7 @@ class Refinement:
         self.candidates = candidates
         self.half_set = half_set
         self.mask = soft_sphere(stack.box, 0.5 * mask_diameter / stack.pixel_size, 3.0).to(device)
+        self.solvent = None if solvent is None else solvent.to(device)
         self.limit = int(stack.disk.shell.max())
         self.search_radius = radius
         shells = self.limit + 2
@@ -195,8 +166,7 @@ class Refinement:
             parts = []
             for chosen in members.split(self.config.batch):
                 points = sample_points(len(chosen), self.config.samples, index * len(self.stack) + int(chosen[0]))
-                images = self.stack.images(chosen)
-                ctf = self.stack.ctf(chosen) * self.intensity[chosen, None].to(images.device)
+                images, ctf = self._read(chosen)
                 parts.append(self._expect(grid, chosen, images, ctf, radius, points, everywhere, first=index == 0))
                 power += self._residual(grid, chosen, images, ctf)
             samples = PoseSamples.joined(parts)
@@ -219,6 +189,79 @@ class Refinement:
             "modes": float((t["mass"] > _NO_MASS).sum(dim=1).float().mean()),
             "log_likelihood": float(t["log_likelihood"].mean()),
         }
+
+    # -- the last word on the poses ---------------------------------------------------------------------------------------------
+
+    def posed(self) -> PosedParticles:
+        """Every particle's posterior under the map of the *other* half, widened by what the maps themselves do not know.
+
+        A particle's own half holds its own noise, which makes the pose it was given look better than it is. The posterior under the other
+        half's map takes that map for the truth; what its errors do to poses is seen in how far the poses move from one half's map to the
+        other's (``map_error``).
+        """
+        t, parts = self.tensors, []
+        grids = {half: slicing_grid(t[f"reference_{3 - half}"], self.stack.disk.radius) for half in HALVES}
+        batches = [(half, b) for half in HALVES for b in members_of(self.half_set, half).split(self.config.batch)]
+        widening = self._widening(grids)
+        disk, keep, precision = self._precision(int(t["radius"]))
+        several = float((t["mass"] > _NO_MASS).sum(dim=1).float().mean()) > _SINGLE and self.config.fit_shift
+        everywhere = {half: self._everywhere(grid) if several else None for half, grid in grids.items()}
+        scores = torch.empty(3, len(self.stack))
+        for half, chosen in batches:
+            images, ctf = self._read(chosen)
+            starts = self._starts(chosen, images, ctf, everywhere[half], _FINAL_STARTS)
+            images, ctf = images[:, keep], ctf[:, keep]
+            found, _, loss = local_posterior(
+                grids[half],
+                images,
+                ctf,
+                precision / widening,
+                starts,
+                disk,
+                symmetry=self.symmetry,
+                points=sample_points(len(chosen), _FINAL_SAMPLES, int(chosen[0])),
+                modes=self.config.modes,
+                iterations=self.config.iterations,
+                fit_shift=self.config.fit_shift,
+                widen=_FINAL_WIDEN,
+            )
+            predicted = forward(grids[half], found.rotations[:, 0], found.shifts[:, 0], disk, ctf)
+            power = (precision * predicted.abs().square()).sum(dim=1)
+            overlap = (precision * (images * predicted.conj()).real).sum(dim=1)
+            strength = self.intensity[chosen].to(power.device)
+            scores[:, chosen] = torch.stack(
+                [strength * overlap / power, strength * power.rsqrt(), -widening * loss.to(power)]
+            ).cpu()
+            parts.append(found)
+        order = torch.cat([chosen for _, chosen in batches]).argsort()
+        fields = ("rotations", "shifts", "mass", "covariance")
+        joined = (torch.cat([getattr(part, name).cpu() for part in parts])[order] for name in fields)
+        scale, error, log_likelihood = scores
+        return PosedParticles(PosePosterior(*joined), scale, error, log_likelihood, widening)
+
+    def _widening(self, grids: dict[int, SlicingGrid]) -> float:
+        """Factor on the variance of poses for the maps' own errors (:func:`~cryorbit.poses.posterior.map_error`)."""
+        disk, keep, precision = self._precision(int(self.tensors["radius"]))
+        correlation = self.tensors["fsc"].to(precision)[disk.shell]
+        parts = []
+        for half, grid in grids.items():
+            members = members_of(self.half_set, half)
+            chosen = members[:: max(1, len(members) // _JUDGED)]
+            r, s = (x[chosen].to(precision.device) for x in self.poses)
+            image, ctf = (x[:, keep] for x in self._read(chosen))
+            moved_r, moved_s, _, hessian = refine_poses(
+                grid, image, ctf, precision, r, s, disk, iterations=4, shift_only=0, fit_shift=self.config.fit_shift
+            )
+            over_fsc = precision / correlation.clamp(0.05, 1)
+            sharper = pose_normal_equations(grid, image, ctf, over_fsc, moved_r, moved_s, disk)[2]
+            offset = torch.cat([so3.log(moved_r @ r.mT), moved_s - s], dim=1)
+            parts.append((offset.double(), hessian, sharper))
+        return map_error(*(torch.cat(x).cpu() for x in zip(*parts, strict=True)), fit_shift=self.config.fit_shift)
+
+    def _read(self, chosen: Int[Tensor, " b"]) -> tuple[Complex[Tensor, "b p"], Float[Tensor, "b p"]]:
+        """Images, and CTF times intensity."""
+        images = self.stack.images(chosen)
+        return images, self.stack.ctf(chosen) * self.intensity[chosen, None].to(images.device)
 
     def _precision(self, radius: int) -> tuple[FourierDisk, Int[Tensor, " q"], Float[Tensor, " q"]]:
         disk, keep = self.stack.at_radius(radius)
@@ -249,25 +292,17 @@ class Refinement:
         """
         t = self.tensors
         if first:
-            rotations, shifts = (x[chosen] for x in self.candidates)
-            used = torch.ones(shifts.shape[:2], dtype=torch.bool)
+            rotations, shifts = (x[chosen].to(images.device) for x in self.candidates)
+            starts = rotations, shifts, torch.ones(shifts.shape[:2], dtype=torch.bool, device=images.device)
         else:
-            rotations, shifts, used = t["rotations"][chosen], t["shifts"][chosen], t["mass"][chosen] > _NO_MASS
+            starts = self._starts(chosen, images, ctf, everywhere, 1)
         disk, keep, precision = self._precision(radius)
-        if everywhere is not None:
-            turn, offset = self._searched(everywhere, images, ctf)
-            mates, here = torch.broadcast_tensors(turn[:, None, None] @ self.symmetry.cpu(), rotations[:, :, None])
-            apart = torch.where(used, so3.distance(mates, here).amin(dim=2), torch.inf)
-            elsewhere = apart.amin(dim=1) > 1.2 * so3.grid_spacing(self.config.search_order)
-            rotations, shifts = torch.cat([rotations, turn[:, None]], 1), torch.cat([shifts, offset[:, None]], 1)
-            used = torch.cat([used, elsewhere[:, None]], 1)
-        device = images.device
         modes, samples, loss = local_posterior(
             grid,
             images[:, keep],
             ctf[:, keep],
             precision,
-            (rotations.to(device), shifts.to(device), used.to(device)),
+            starts,
             disk,
             symmetry=self.symmetry,
             points=points,
@@ -288,19 +323,33 @@ class Refinement:
         rotations = rotation_grid(self.config.search_order, self.symmetry)
         return rotations, slice_grid(grid, rotations, self._precision(self.search_radius)[0])
 
-    def _searched(
+    def _starts(
         self,
-        everywhere: tuple[Float[Tensor, "h 3 3"], Complex[Tensor, "h q"]],
+        chosen: Int[Tensor, " b"],
         images: Complex[Tensor, "b p"],
         ctf: Float[Tensor, "b p"],
-    ) -> tuple[Float[Tensor, "b 3 3"], Float[Tensor, "b 2"]]:
-        """The best of the rotations ``everywhere``, and shift, for each image."""
-        low, (rotations, slices) = self.search_radius, everywhere
+        everywhere: tuple[Float[Tensor, "h 3 3"], Complex[Tensor, "h q"]] | None,
+        count: int,
+    ) -> tuple[Float[Tensor, "b c 3 3"], Float[Tensor, "b c 2"], Bool[Tensor, "b c"]]:
+        """The modes the particles had, and the best ``count`` of the rotations ``everywhere`` that are not near one of them."""
+        t, low = self.tensors, self.search_radius
+        had = (x[chosen].to(images.device) for x in (t["rotations"], t["shifts"], t["mass"] > _NO_MASS))
+        rotations, shifts, used = had
+        if everywhere is None:
+            return rotations, shifts, used
+        grid, slices = everywhere
         disk, keep, precision = self._precision(low)
         spread = float(self.poses[1].std())
-        shifts = shift_grid(3 * spread, min(0.38 * self.stack.box / low, max(3 * spread, 1e-3)), spread)
-        found = expectation(images[:, keep], ctf[:, keep], slices, precision, shifts, disk, sums=False)
-        return with_half_turns(rotations)[found.best[:, 0]].cpu(), shifts.points[found.best_shift[:, 0].cpu()]
+        lattice = shift_grid(3 * spread, min(0.38 * self.stack.box / low, max(3 * spread, 1e-3)), spread)
+        modes = min(8 * count, 2 * len(grid)) if count > 1 else 1
+        found = expectation(images[:, keep], ctf[:, keep], slices, precision, lattice, disk, sums=False, modes=modes)
+        every, near = with_half_turns(grid), 1.2 * so3.grid_spacing(self.config.search_order)
+        best, best_shift = distinct_modes(found, every, count, near)
+        turns, offsets = every[best].to(images.device), lattice.points[best_shift.cpu()].to(images.device)
+        mates = (turns[:, :, None] @ self.symmetry)[:, :, None]  # (b, found, 1, s, 3, 3)
+        apart = so3.distance(*torch.broadcast_tensors(mates, rotations[:, None, :, None])).amin(dim=3)
+        elsewhere = torch.where(used[:, None], apart, torch.inf).amin(dim=2) > near
+        return torch.cat([rotations, turns], 1), torch.cat([shifts, offsets], 1), torch.cat([used, elsewhere], 1)
 
     def _residual(
         self, grid: SlicingGrid, chosen: Int[Tensor, " b"], images: Complex[Tensor, "b p"], ctf: Float[Tensor, "b p"]
@@ -326,6 +375,8 @@ class Refinement:
         return motion
 
     def _solvent_mask(self) -> Float[Tensor, "d d d"]:
+        if self.solvent is not None:
+            return self.solvent
         t = self.tensors
         return solvent_mask(t["half_1"], t["half_2"], self.mask, self.stack.pixel_size)
 

@@ -29,6 +29,7 @@ __all__ = [
     "chance_level",
     "framed",
     "improve_alignment",
+    "unframed",
 ]
 
 _SHARPNESS = (
@@ -48,6 +49,20 @@ def framed(
     """Poses for a map after its motion (module docstring): the images stay as they are. ``shift`` in the unit of ``shifts``."""
     turned = (half_turn(rotations) if mirrored else rotations) @ rotation.to(rotations).mT
     return turned, shifts - (turned @ shift.to(turned))[..., :2]
+
+
+def unframed(
+    rotations: Float[Tensor, "*n 3 3"],
+    shifts: Float[Tensor, "*n 2"],
+    rotation: Float[Tensor, "3 3"],
+    shift: Float[Tensor, "3"],
+    *,
+    mirrored: bool = False,
+) -> tuple[Float[Tensor, "*n 3 3"], Float[Tensor, "*n 2"]]:
+    """Inverse of :func:`framed`."""
+    moved = shifts + (rotations @ shift.to(rotations))[..., :2]
+    turned = rotations @ rotation.to(rotations)
+    return half_turn(turned) if mirrored else turned, moved
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ import tomli_w
 
 from cryorbit.errors import ConfigError
 from cryorbit.methods.marginal_config import MarginalConfig
-from cryorbit.methods.refinement import RefinementConfig
+from cryorbit.methods.refinement_config import RefinementConfig
 
 T = TypeVar("T")
 
 AUTO = "auto"
+ABINITIO, POSES = "abinitio", "poses"
 CONTRASTS = (AUTO, "light", "dark")
 
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -68,6 +69,12 @@ class RunConfig:
         Take the images as unmodulated whatever the file says.
     voltage, spherical_aberration, amplitude_contrast
         kV, mm, fraction: used where the file has a defocus but not these; 0 leaves them to the file.
+    start
+        ``abinitio``, or ``poses``: refine those of the file.
+    ini_high
+        Angstrom up to which the maps of given poses are trusted at first; 0: to where their half maps' FSC falls below 0.5.
+    mask
+        Map of the molecule's mask, 0 to 1, in the frame of given poses; empty draws one.
     """
 
     particles: str
@@ -85,6 +92,9 @@ class RunConfig:
     voltage: float = 0.0
     spherical_aberration: float = 0.0
     amplitude_contrast: float = 0.0
+    start: str = ABINITIO
+    ini_high: float = 0.0
+    mask: str = ""
     abinitio: MarginalConfig = field(default_factory=MarginalConfig)
     refine: RefinementConfig = field(default_factory=RefinementConfig)
 
@@ -194,6 +204,9 @@ def check(config: RunConfig) -> None:
         "voltage": config.voltage >= 0,
         "spherical_aberration": config.spherical_aberration >= 0,
         "amplitude_contrast": 0 <= config.amplitude_contrast < 1,
+        "start": config.start in (ABINITIO, POSES),
+        "ini_high": config.ini_high >= 0 and (not config.ini_high or config.start == POSES),
+        "mask": not config.mask or config.start == POSES,
         "seed": 0 <= config.seed < 2**31,
         "contrast": config.contrast in CONTRASTS,
         "abinitio.heats": 1 <= config.abinitio.heats <= 100,

@@ -1,6 +1,6 @@
 """From ab initio to refinement: one frame for both halves, contrast, symmetry, every particle's candidate poses, and the evidence."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,10 +12,10 @@ from cryorbit.groups.point import point_group
 from cryorbit.methods.halves import HALVES, Agreement, members_of, unmoved
 from cryorbit.methods.marginal import Marginal
 from cryorbit.methods.symmetric import SymmetryTest, group_of, symmetrised
-from cryorbit.metrics.masks import contrast_sign
 from cryorbit.metrics.symmetry import SymmetryFinding
 from cryorbit.pipeline.config import AUTO, RunConfig
-from cryorbit.pipeline.inputs import DARK, Inputs
+from cryorbit.pipeline.inputs import Inputs
+from cryorbit.pipeline.start import Start, settle_contrast
 from cryorbit.pipeline.verdict import Evidence
 from cryorbit.poses.grid import distinct_modes, with_half_turns
 from cryorbit.training.checkpoint import load_checkpoint, save_checkpoint
@@ -24,33 +24,7 @@ from cryorbit.types import Poses
 _ASSIGN_BATCH = 2000
 
 
-@dataclass(frozen=True)
-class Handover:
-    """What refinement starts from.
-
-    Attributes
-    ----------
-    inputs
-        With the sign of the images that was found, where it was left open.
-    maps
-        One per half, in one frame, bright.
-    rotations, shifts
-        (N, M, 3, 3) and (N, M, 2) angstrom, the most probable pose of each particle first.
-    effective
-        (N,) effective number of poses.
-    evidence
-        How the halves compare, for the verdict.
-    """
-
-    inputs: Inputs
-    maps: tuple[Float[Tensor, "d d d"], Float[Tensor, "d d d"]]
-    rotations: Float[Tensor, "n m 3 3"]
-    shifts: Float[Tensor, "n m 2"]
-    effective: Float[Tensor, " n"]
-    evidence: Evidence
-
-
-def hand_over(config: RunConfig, inputs: Inputs, engine: Marginal, folder: Path, fingerprint: str) -> Handover:
+def hand_over(config: RunConfig, inputs: Inputs, engine: Marginal, folder: Path, fingerprint: str) -> Start:
     """Compare and align the halves, settle symmetry and contrast, and pose every particle."""
     agreement, order = engine.agreement(), 1
     found = engine.found_symmetry()
@@ -63,10 +37,19 @@ def hand_over(config: RunConfig, inputs: Inputs, engine: Marginal, folder: Path,
     elif test and test.allowed:  # equivalent poses are one pose
         agreement, order = test.agreement, len(group_of(found))
     assigned = _assign_all(engine, folder / "assigned.safetensors", fingerprint)
-    inputs, maps = _settle_contrast(config, inputs, engine)
+    inputs, maps = settle_contrast(config, inputs, engine.maps(), engine.stack.pixel_size)
     effective = assigned["effective"] if order == 1 else (assigned["effective"] / order).clamp_min(1.0)
     evidence = _evidence(engine, agreement, effective)
-    return Handover(inputs, maps, assigned["rotations"], assigned["shifts"], effective, evidence)
+    return Start(
+        inputs,
+        maps,
+        engine.radius(),
+        assigned["rotations"],
+        assigned["shifts"],
+        engine.intensities(),
+        effective=effective,
+        evidence=evidence,
+    )
 
 
 def _assign_all(engine: Marginal, path: Path, fingerprint: str) -> dict[str, Tensor]:
@@ -128,17 +111,6 @@ def _evidence(engine: Marginal, agreement: Agreement, effective: Float[Tensor, "
         periods, posed, apart = engine.at_pairing.tolist()
     spread = float(engine.intensities().std())
     return Evidence(bool(engine.joined), periods, posed, apart, float(effective.median()), spread)
-
-
-def _settle_contrast(config: RunConfig, inputs: Inputs, engine: Marginal) -> tuple[Inputs, tuple[Tensor, Tensor]]:
-    """The ab initio maps with bright density, and the particles with the sign that gives it, where the user left it open."""
-    first, second = engine.maps()
-    stack = engine.stack
-    if config.contrast != AUTO or contrast_sign(0.5 * (first + second), inputs.mask_diameter, stack.pixel_size) > 0:
-        return inputs, (first, second)
-    particles = replace(inputs.particles, sign=-inputs.particles.sign)
-    found = "the map is darker than its surroundings: the particles are taken as dark (--contrast light forbids it)"
-    return replace(inputs, particles=particles, warnings=(*inputs.warnings, found, DARK)), (-first, -second)
 
 
 def symmetry_note(engine: Marginal, test: SymmetryTest | None) -> str:

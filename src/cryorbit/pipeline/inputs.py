@@ -15,7 +15,7 @@ from cryorbit.io.examine import examine_particles
 from cryorbit.io.particle_set import duplicate_groups
 from cryorbit.io.particles import ParticleSet, open_particles
 from cryorbit.methods.online_em import rotation_grid
-from cryorbit.pipeline.config import AUTO, RunConfig, check
+from cryorbit.pipeline.config import AUTO, POSES, RunConfig, check
 
 FEWEST_PARTICLES = 20
 _FEWEST_ROTATIONS = 8
@@ -73,6 +73,12 @@ def prepare(config: RunConfig) -> Inputs:
     """Open and check the particles; everything that can be refused is refused here, before any work."""
     check(config)
     device = choose_device(config.device)
+    if config.symmetry == AUTO and config.start == POSES:
+        raise ConfigError(
+            "CONF025",
+            "--symmetry auto looks for a point group on an ab initio map, these poses have their own",
+            "name the group they were found with, for example --symmetry C1 or --symmetry O",
+        )
     symmetry = "C1" if config.symmetry == AUTO else config.symmetry
     group = point_group(symmetry).float()  # an unknown name is refused here
     order = config.abinitio.order

@@ -3,10 +3,12 @@
 import csv
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,11 @@ from torch import Tensor
 
 import cryorbit
 from cryorbit.conventions import PARTICLE_COLUMNS
+from cryorbit.errors import RunError
 from cryorbit.io.atomic import atomic_path, write_text
 from cryorbit.io.mrc import write_volume
 from cryorbit.io.particles import ParticleSet, write_particles
+from cryorbit.poses.posterior import PosedParticles, PosePosterior
 from cryorbit.types import Reconstruction
 
 
@@ -41,9 +45,10 @@ def write_fsc(path: Path, curves: dict[str, Float[Tensor, " shells"]], box: int,
 
 
 def write_maps(run: Path, result: Reconstruction) -> None:
-    """``map.mrc``, ``map_sharpened.mrc`` and the unfiltered ``half_map_1.mrc``, ``half_map_2.mrc``."""
+    """``map.mrc``, ``map_sharpened.mrc``, ``local_resolution.mrc`` (angstrom) and the unfiltered ``half_map_1.mrc``, ``half_map_2.mrc``."""
     first, second = result.half_maps
-    named = {"map": result.map, "map_sharpened": result.sharpened, "half_map_1": first, "half_map_2": second}
+    named = {"map": result.map, "map_sharpened": result.sharpened, "local_resolution": result.local_resolution}
+    named |= {"half_map_1": first, "half_map_2": second}
     for name, volume in named.items():
         write_volume(run / f"{name}.mrc", volume.data.cpu().numpy(), volume.pixel_size)
 
@@ -65,6 +70,56 @@ def write_poses(run: Path, particles: ParticleSet, result: Reconstruction, colum
         extra={PARTICLE_COLUMNS[name]: values for name, values in columns.items()},
         relative_to=project_folder(run),
     )
+
+
+def write_posterior(path: Path, posed: PosedParticles, pixel_size: float) -> None:
+    """``poses.npz``: modes, masses and covariances of every particle's pose, rows as in ``particles.star``; shifts in angstrom."""
+    posterior = posed.posterior
+    unit = torch.tensor([1.0, 1.0, 1.0, pixel_size, pixel_size])
+    arrays = {
+        "rotations": posterior.rotations,
+        "shifts_A": posterior.shifts * pixel_size,
+        "mass": posterior.mass,
+        "covariance": posterior.covariance * torch.outer(unit, unit),
+        "entropy": posterior.entropy,
+        "scale": posed.scale,
+        "scale_error": posed.scale_error,
+        "log_likelihood": posed.log_likelihood,
+    }
+    with atomic_path(path) as temporary, Path(temporary).open("wb") as stream:
+        np.savez_compressed(stream, allow_pickle=False, **{k: v.float().cpu().numpy() for k, v in arrays.items()})
+
+
+def read_posterior(path: Path) -> PosePosterior:
+    """The posterior in ``poses.npz``, shifts in angstrom."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = (torch.from_numpy(stored[name]) for name in ("rotations", "shifts_A", "mass", "covariance"))
+            return PosePosterior(*arrays)
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise RunError(
+            "RUN025", f"{path} does not hold a run's posterior ({error})", "run the refinement again"
+        ) from error
+
+
+def particle_columns(
+    posed: PosedParticles, effective: Float[Tensor, " n"] | None, pixel_size: float
+) -> dict[str, list[str]]:
+    """Columns of ``particles.star`` beside the pose, by the names of ``conventions.PARTICLE_COLUMNS``."""
+    turned, moved = posed.posterior.spread
+    values = {
+        "log_likelihood": posed.log_likelihood,
+        "top_mass": posed.posterior.mass[:, 0],
+        "rotation_sd": torch.rad2deg(turned),
+        "shift_sd": moved * pixel_size,
+        "entropy": posed.posterior.entropy,
+        "scale": posed.scale,
+        "scale_error": posed.scale_error,
+    }
+    columns = {name: [f"{x:.4f}" for x in column.tolist()] for name, column in values.items()}
+    if effective is not None:  # RELION reads an integer
+        columns["effective_poses"] = [f"{math.ceil(x - 1e-3)}" for x in effective.tolist()]
+    return columns
 
 
 def write_report_data(

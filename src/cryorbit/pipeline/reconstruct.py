@@ -1,20 +1,17 @@
 """From a particle stack to a map and poses: ab initio -> handover -> refinement -> files. Orchestration only."""
 
-import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from cryorbit.errors import DataError
-from cryorbit.groups import so3
 from cryorbit.groups.point import point_group
 from cryorbit.methods.marginal import Marginal
 from cryorbit.methods.refinement import Refinement
 from cryorbit.metrics.fsc import MaskedFSC, masked_fsc, resolution
+from cryorbit.metrics.local_resolution import local_resolution
 from cryorbit.metrics.masks import mask_from_map, soft_sphere
 from cryorbit.metrics.resample import inverted
 from cryorbit.metrics.sharpen import sharpen
@@ -22,11 +19,13 @@ from cryorbit.physics.cryoem import forward
 from cryorbit.physics.fourier import disk_to_images
 from cryorbit.physics.slicing import slicing_grid
 from cryorbit.pipeline import outputs
-from cryorbit.pipeline.config import RunConfig, to_toml
-from cryorbit.pipeline.handover import Handover, hand_over
+from cryorbit.pipeline.config import ABINITIO, POSES, RunConfig, to_toml
+from cryorbit.pipeline.handover import hand_over
 from cryorbit.pipeline.inputs import Inputs, prepare
 from cryorbit.pipeline.rundir import locked, open_run
-from cryorbit.pipeline.verdict import judge, sentence
+from cryorbit.pipeline.start import Start, full_stack, start_from_poses
+from cryorbit.pipeline.verdict import Evidence, agree, judge, sentence
+from cryorbit.poses.posterior import PosedParticles
 from cryorbit.training.dataset import FourierStack
 from cryorbit.training.history import History
 from cryorbit.training.loop import Progress, run
@@ -73,17 +72,26 @@ def _run(config: RunConfig, inputs: Inputs, output: Path, progress: Progress | N
 
     begun = time.monotonic()
     folder = output / "checkpoint"
-    engine = _abinitio(config, inputs, folder, history, progress, fingerprint)
-    seconds["abinitio"] = time.monotonic() - begun
+    if config.start == POSES:
+        start = start_from_poses(config, inputs)
+        seconds["maps"] = time.monotonic() - begun
+    else:
+        engine = _abinitio(config, inputs, folder, history, progress, fingerprint)
+        seconds["abinitio"] = time.monotonic() - begun
+        begun = time.monotonic()
+        start = hand_over(config, inputs, engine, folder, fingerprint)
+        seconds["assign"] = time.monotonic() - begun
     begun = time.monotonic()
-    start = hand_over(config, inputs, engine, folder, fingerprint)
-    seconds["assign"] = time.monotonic() - begun
-    begun = time.monotonic()
-    refinement = _refine(config, start, engine, folder, history, progress, fingerprint)
+    refinement = _refine(config, start, folder, history, progress, fingerprint)
     seconds["refine"] = time.monotonic() - begun
+    begun = time.monotonic()
+    posed = refinement.posed()
+    if config.flip_hand:
+        posed = replace(posed, posterior=posed.posterior.mirrored())
+    seconds["posterior"] = time.monotonic() - begun
 
-    result, curves = _summarise(config, start, refinement, seconds)
-    _write(output, start.inputs, refinement, result, curves, start.effective)
+    result, curves = _summarise(config, start, refinement, posed, seconds)
+    _write(output, start, refinement, posed, result, curves)
     return result
 
 
@@ -120,30 +128,24 @@ def _abinitio(
 
 def _refine(
     config: RunConfig,
-    start: Handover,
-    engine: Marginal,
+    start: Start,
     folder: Path,
     history: History,
     progress: Progress | None,
     fingerprint: str,
 ) -> Refinement:
-    stack = FourierStack(
-        start.inputs.particles,
-        0.5 * start.inputs.particles.box,
-        mask_diameter=start.inputs.mask_diameter,
-        memory_gib=config.memory_gib,
-        device=start.inputs.device,
-    )
+    stack = full_stack(config, start.inputs)
     refinement = Refinement(
         stack,
         config.refine,
         mask_diameter=start.inputs.mask_diameter,
         symmetry=point_group(start.inputs.symmetry).float(),
         start=start.maps,
-        radius=engine.radius(),
+        radius=start.radius,
         candidates=(start.rotations, start.shifts / stack.pixel_size),
         half_set=start.inputs.half_set,
-        intensity=engine.intensities(),
+        intensity=start.intensity,
+        solvent=start.mask,
     )
     run(
         refinement,
@@ -156,37 +158,44 @@ def _refine(
 
 
 def _summarise(
-    config: RunConfig, start: Handover, refinement: Refinement, seconds: dict[str, float]
+    config: RunConfig, start: Start, refinement: Refinement, posed: PosedParticles, seconds: dict[str, float]
 ) -> tuple[Reconstruction, MaskedFSC]:
-    inputs, evidence = start.inputs, start.evidence
+    inputs = start.inputs
     t = refinement.tensors
     box, apix = refinement.stack.box, refinement.stack.pixel_size
     scale = refinement.stack.scale  # back to the images' own grey values, which RELION expects of a reference
     half_1, half_2, full = (t[name].cpu() / scale for name in ("half_1", "half_2", "map"))
-    rotations, shifts = refinement.poses
+    rotations, shifts = posed.posterior.rotations[:, 0], posed.posterior.shifts[:, 0]
     if config.flip_hand:
         half_1, half_2, full = (inverted(one) for one in (half_1, half_2, full))
-        rotations = so3.half_turn(rotations)
     sphere = soft_sphere(box, 0.5 * inputs.mask_diameter / apix)
     warnings = list(inputs.warnings)
-    try:
-        mask = mask_from_map(full * sphere, apix)
-    except DataError:
-        mask = sphere
-        warnings.append("no mask could be drawn around the map: the sphere is used instead")
+    if start.mask is not None:
+        mask = inverted(start.mask) if config.flip_hand else start.mask
+    else:
+        try:
+            mask = mask_from_map(full * sphere, apix)
+        except DataError:
+            mask = sphere
+            warnings.append("no mask could be drawn around the map: the sphere is used instead")
     curves = masked_fsc(half_1, half_2, mask, torch.Generator().manual_seed(config.seed))
     unmasked = resolution(curves.unmasked, 0.143, box, apix)
     masked = resolution(curves.corrected, 0.143, box, apix)
     sharpened = sharpen(half_1, half_2, mask, curves.corrected, apix)
-    verdict = judge(evidence)
-    status = sentence(verdict, len(rotations), masked, unmasked, 2 * apix)
-    warnings.append(
-        "the hand is a coin's toss: images cannot tell a molecule from its mirror image. Look at the map; --flip-hand writes the other"
-    )
+    local = local_resolution(half_1, half_2, apix)
+    quantiles = local[mask > 0.5].quantile(torch.tensor([0.05, 0.5, 0.95]))
+    agreement = agree(len(rotations), masked, unmasked, 2 * apix)
+    told = _verdict(start.evidence, agreement, masked)
+    status = str(told["status"])
+    if config.start == ABINITIO:
+        warnings.append(
+            "the hand is a coin's toss: images cannot tell a molecule from its mirror image. Look at the map; --flip-hand writes the other"
+        )
     metrics: dict[str, object] = {
-        "status": status,
+        **told,
         "resolution_A": unmasked,
         "resolution_masked_A": masked,
+        "local_resolution_A": dict(zip(("5 %", "50 %", "95 %"), quantiles.tolist(), strict=True)),
         "b_factor_A2": sharpened.b_factor,
         "pixel_size_A": apix,
         "box": box,
@@ -195,18 +204,13 @@ def _summarise(
         "symmetry": inputs.symmetry,
         "preset": config.preset,
         "seed": config.seed,
-        "probability_right": verdict.probability,
-        "verdict": verdict.level,
-        "evidence": asdict(evidence),
-        "reasons": list(verdict.reasons),
-        "pose_effective_median": evidence.effective,
-        "halves_independent": not evidence.joined,
-        "halves_periods": evidence.periods,
-        "halves_same_pose": evidence.posed,
-        "intensity_sd": evidence.intensity_sd,
-        "halves_pose_difference_deg": evidence.pose_difference_deg,
+        "start": config.start,
         "contrast": "dark" if inputs.particles.sign < 0 else "light",
         "hand_flipped": config.flip_hand,
+        "pose_spread_deg": float(torch.rad2deg(posed.posterior.spread[0]).median()),
+        "shift_spread_A": float(posed.posterior.spread[1].median()) * apix,
+        "pose_widening": posed.widening,
+        "scale_spread": posed.scale_spread,
         "pose_change_deg": float(torch.rad2deg(t["pose_change"])),
         "seconds": sum(seconds.values()),
         "stage_seconds": seconds,
@@ -217,6 +221,7 @@ def _summarise(
     result = Reconstruction(
         Volume(full, apix),
         Volume(sharpened.data, apix),
+        Volume(local, apix),
         (Volume(half_1, apix), Volume(half_2, apix)),
         poses,
         inputs.half_set,
@@ -229,19 +234,37 @@ def _summarise(
     return result, curves
 
 
-def _write(
-    output: Path,
-    inputs: Inputs,
-    refinement: Refinement,
-    result: Reconstruction,
-    curves: MaskedFSC,
-    effective: Float[Tensor, " n"],
-) -> None:
-    outputs.write_maps(output, result)
-    columns = {
-        "log_likelihood": [f"{x:.3f}" for x in refinement.tensors["log_likelihood"].tolist()],
-        "effective_poses": [f"{math.ceil(x - 1e-3)}" for x in effective.tolist()],  # RELION reads an integer
+def _verdict(evidence: Evidence | None, agreement: str, masked: float) -> dict[str, object]:
+    """What the run says of itself: of an ab initio run, the chance that it is right; of a refinement, how far its halves agree."""
+    if evidence is None:
+        status = (
+            f"Refined to {masked:.1f} A: {agreement}. The poses came with the particles; halves that started from poses of one joint "
+            "refinement share its mistakes"
+        )
+        return {"status": status}
+    verdict = judge(evidence)
+    return {
+        "status": sentence(verdict, agreement, masked),
+        "probability_right": verdict.probability,
+        "verdict": verdict.level,
+        "evidence": asdict(evidence),
+        "reasons": list(verdict.reasons),
+        "pose_effective_median": evidence.effective,
+        "halves_independent": not evidence.joined,
+        "halves_periods": evidence.periods,
+        "halves_same_pose": evidence.posed,
+        "intensity_sd": evidence.intensity_sd,
+        "halves_pose_difference_deg": evidence.pose_difference_deg,
     }
+
+
+def _write(
+    output: Path, start: Start, refinement: Refinement, posed: PosedParticles, result: Reconstruction, curves: MaskedFSC
+) -> None:
+    inputs = start.inputs
+    outputs.write_maps(output, result)
+    outputs.write_posterior(output / "poses.npz", posed, result.map.pixel_size)
+    columns = outputs.particle_columns(posed, start.effective, result.map.pixel_size)
     outputs.write_poses(output, inputs.particles, result, columns)
     outputs.write_fsc(
         output / "fsc.csv",

@@ -14,9 +14,11 @@ from cryorbit.pipeline.config import RunConfig, from_toml, to_toml
 OURS = (
     "map.mrc",
     "map_sharpened.mrc",
+    "local_resolution.mrc",
     "half_map_1.mrc",
     "half_map_2.mrc",
     "particles.star",
+    "poses.npz",
     "fsc.csv",
     "metrics.json",
     "history.jsonl",

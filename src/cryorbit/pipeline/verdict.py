@@ -89,19 +89,23 @@ def judge(evidence: Evidence) -> Verdict:
     return Verdict(chance, level, tuple(reasons), advice)
 
 
-def sentence(verdict: Verdict, count: int, masked: float, unmasked: float, nyquist: float) -> str:
-    """What a biologist can act on."""
+def agree(count: int, masked: float, unmasked: float, nyquist: float) -> str:
+    """How far the half maps agree, in words."""
     limit = ", the limit of the pixel size," if masked < 1.01 * nyquist else ""
-    agree = (
+    return (
         f"the half maps of {count} particles agree to {masked:.1f} A{limit} inside the molecule's mask and {unmasked:.1f} A without "
         "it (FSC 0.143)"
     )
+
+
+def sentence(verdict: Verdict, agreement: str, masked: float) -> str:
+    """What a biologist can act on; ``agreement`` from :func:`agree`."""
     chance = (
         f"the chance of being right is put at {100 * verdict.probability:.0f} % (fitted to {RUNS} simulated runs; real data hold more that "
         "can go wrong)"
     )
     because = "; ".join(verdict.reasons)
     if verdict.level == "trust":
-        return f"Trust to {masked:.1f} A: {agree}; {because}. {chance[0].upper()}{chance[1:]}."
+        return f"Trust to {masked:.1f} A: {agreement}; {because}. {chance[0].upper()}{chance[1:]}."
     opening = "Do not trust this map yet" if verdict.level == "doubt" else "Do not trust this map"
-    return f"{opening}: {chance}. {because[0].upper()}{because[1:]}; {agree}. {verdict.advice}"
+    return f"{opening}: {chance}. {because[0].upper()}{because[1:]}; {agreement}. {verdict.advice}"

@@ -16,9 +16,9 @@ from cryorbit.metrics.align import framed
 from cryorbit.physics.fourier import FourierDisk
 from cryorbit.physics.posing import pose_losses
 from cryorbit.physics.slicing import SlicingGrid
+from cryorbit.poses.posterior import PosePosterior
 from cryorbit.poses.table import refine_poses
 
-_WIDEN = 1.2  # standard deviations of the proposal over those of the Gauss-Newton matrix: tails must be covered
 _PRIOR = (0.3, 3.0)  # radian, pixels: proposals are no wider, whatever an image leaves open
 _SHARP_PX = 0.25  # of standard deviation at the rim of the disk, below which a mode is one pose
 _WORSE = 15.0  # of log likelihood below the best, where a mode is dropped
@@ -26,15 +26,6 @@ _LOOK = 2  # Gauss-Newton steps before starts are compared
 _ONE_PX = 1.0  # at the rim of the disk or of shift, within which two modes are one
 _SAME = 4.0  # squared standard deviations within which two modes are one
 _MASS = 0.95  # of a particle's posterior that its samples hold
-
-
-@dataclass(frozen=True)
-class Modes:
-    """The heaviest modes of each particle: rotations (B, M, 3, 3), shifts (B, M, 2) pixels, mass (B, M), descending; absent ones have none."""
-
-    rotations: Float[Tensor, "b m 3 3"]
-    shifts: Float[Tensor, "b m 2"]
-    mass: Float[Tensor, "b m"]
 
 
 @dataclass(frozen=True)
@@ -95,7 +86,8 @@ def local_posterior(
     modes: int,
     iterations: int,
     fit_shift: bool = True,
-) -> tuple[Modes, PoseSamples, Float[Tensor, " b"]]:
+    widen: float = 1.2,
+) -> tuple[PosePosterior, PoseSamples, Float[Tensor, " b"]]:
     """Refine every start, keep the distinct modes, weigh them and sample them.
 
     Parameters
@@ -110,10 +102,13 @@ def local_posterior(
         From :func:`sample_points`.
     modes
         How many are kept.
+    widen
+        Standard deviations of the proposal over those of the Gauss-Newton matrix: tails must be covered.
 
     Returns
     -------
-    Modes, samples (particles counted within the batch) and the best loss (B,).
+    The heaviest modes, samples of all of them (particles counted within the batch) and the best loss (B,). A mode's covariance is the
+    inverse of its Gauss-Newton matrix, scaled to the spread of its samples.
     """
     count = len(images)
     owner, slot = torch.nonzero(starts[2], as_tuple=True)
@@ -158,7 +153,7 @@ def local_posterior(
     narrow = torch.nonzero(reach <= _SHARP_PX)[:, 0]
     volume = 0.5 * torch.linalg.slogdet(covariance)[1]
     # sampled modes, then those that one pose stands for
-    factor = _WIDEN * torch.linalg.cholesky(covariance[wide])
+    factor = widen * torch.linalg.cholesky(covariance[wide])
     own = points.to(factor)[owner[wide]]
     offsets = torch.einsum("bij,bkj->bki", factor, own)
     drawn_r = so3.exp(offsets[..., :3].to(rotations.dtype)) @ rotations[wide, None]
@@ -167,8 +162,10 @@ def local_posterior(
     # likelihood and the prior that kept the proposal from spreading, over the proposal's density
     target = -drawn - 0.5 * (offsets.square() * prior).sum(dim=-1)
     count_k = points.shape[1]
-    over = volume[wide, None] + 0.5 * own.square().sum(dim=-1) + 5 * math.log(_WIDEN) - math.log(count_k)
-    log_weight = torch.cat([(target + over).flatten(), volume[narrow] - loss[narrow]])
+    over = volume[wide, None] + 0.5 * own.square().sum(dim=-1) + 5 * math.log(widen) - math.log(count_k)
+    sampled = target + over
+    log_weight = torch.cat([sampled.flatten(), volume[narrow] - loss[narrow]])
+    covariance[wide] *= (sampled.softmax(dim=1) * own.square().mean(dim=2)).sum(dim=1)[:, None, None] * widen**2
     mode = torch.cat([wide.repeat_interleave(count_k), narrow])
     weight = _normalised(log_weight, owner[mode], count)
     mass = weight.new_zeros(len(owner)).index_add(0, mode, weight)
@@ -179,7 +176,7 @@ def local_posterior(
         weight,
         count,
     )
-    return _heaviest(owner, rotations, shifts, mass, count, modes), samples, best
+    return _heaviest(owner, (rotations, shifts, mass, covariance), count, modes), samples, best
 
 
 def _repeated(
@@ -254,12 +251,12 @@ def _samples(
 
 def _heaviest(
     owner: Int[Tensor, " r"],
-    rotations: Float[Tensor, "r 3 3"],
-    shifts: Float[Tensor, "r 2"],
-    mass: Float[Tensor, " r"],
+    found: tuple[Float[Tensor, "r 3 3"], Float[Tensor, "r 2"], Float[Tensor, " r"], Float[Tensor, "r 5 5"]],
     count: int,
     modes: int,
-) -> Modes:
+) -> PosePosterior:
+    """The modes of most mass, which is made to sum to one; where a particle has fewer, copies of nothing."""
+    rotations, shifts, mass, covariance = found
     order, begin = _by_particle(mass, owner, count)
     rank = torch.arange(len(order), device=owner.device) - begin
     order, rank = order[rank < modes], rank[rank < modes]
@@ -267,5 +264,7 @@ def _heaviest(
     out_r = torch.eye(3, device=owner.device).to(rotations.dtype).expand(count, modes, 3, 3).clone()
     out_s = shifts.new_zeros(count, modes, 2)
     out_m = shifts.new_zeros(count, modes)
+    out_c = torch.eye(5, device=owner.device).to(shifts.dtype).expand(count, modes, 5, 5).clone()
     out_r[owner, rank], out_s[owner, rank], out_m[owner, rank] = rotations[order], shifts[order], mass[order].to(out_m)
-    return Modes(out_r, out_s, out_m)
+    out_c[owner, rank] = covariance[order].to(out_c)
+    return PosePosterior(out_r, out_s, out_m / out_m.sum(dim=1, keepdim=True), out_c)

@@ -1,0 +1,168 @@
+"""Posterior of every particle's pose as a few weighted normal distributions on so(3) x R^2, and what one asks of it."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cryorbit.groups import so3
+from cryorbit.metrics.align import PoseAlignment, unframed
+from cryorbit.types import Poses
+
+_DRAWS = 400
+
+
+@dataclass(frozen=True)
+class PosedParticles:
+    """The last word on every particle.
+
+    Attributes
+    ----------
+    posterior
+        Poses, shifts in pixels.
+    scale, scale_error
+        (N,) how strong the image is relative to the map, and the standard deviation of that number from the image's noise.
+    log_likelihood
+        (N,) at the best pose.
+    widening
+        Factor on the variance of poses for the errors of the maps (:func:`map_error`).
+    """
+
+    posterior: "PosePosterior"
+    scale: Float[Tensor, " n"]
+    scale_error: Float[Tensor, " n"]
+    log_likelihood: Float[Tensor, " n"]
+    widening: float
+
+    @property
+    def scale_spread(self) -> float:
+        """Standard deviation of the particles' strengths beyond what noise explains."""
+        return float((self.scale.var() - self.scale_error.square().mean()).clamp_min(0).sqrt())
+
+
+_FARTHEST = 5.0  # times the expected square: offsets beyond that are of other modes, and count as this
+
+
+def map_error(
+    offset: Float[Tensor, "b 5"],
+    hessian: Float[Tensor, "b 5 5"],
+    sharper: Float[Tensor, "b 5 5"],
+    *,
+    fit_shift: bool = True,
+) -> float:
+    """Factor by which errors of the map widen the posteriors of poses that were found with it.
+
+    With Gauss-Newton matrix H under a map, poses scatter about the truth by ``H_0^-1`` from the noise of their images, H_0 of the
+    *true* map, and by W from the map. H_0 is larger than H, because the map is attenuated by its Wiener weight: shell by shell
+    ``H = FSC H_0`` on average. W is half the scatter of the ``offset`` between the poses under two maps of independent errors. In the
+    metric of H the factor is ``tr(H H_0^-1) / 5 + <offset H offset> / 10``.
+
+    Parameters
+    ----------
+    offset
+        (B, 5) between the poses of a particle under the maps of the two halves.
+    hessian
+        (B, 5, 5) under one of them.
+    sharper
+        (B, 5, 5) the same with the precision over the FSC.
+    fit_shift
+        Whether the last two parameters are free.
+    """
+    free = 5 if fit_shift else 3
+    hessian, sharper = hessian[:, :free, :free], sharper[:, :free, :free]
+    kept = torch.linalg.solve(sharper, hessian).diagonal(dim1=1, dim2=2).mean(dim=1)
+    scatter = torch.einsum("bi,bij,bj->b", offset[:, :free], hessian, offset[:, :free]) / free
+    return float(kept.median() + 0.5 * scatter.clamp(max=_FARTHEST).mean())
+
+
+def levels_of_truth(
+    posterior: "PosePosterior", true: Poses, found: PoseAlignment, symmetry: Float[Tensor, "s 3 3"] | None = None
+) -> Float[Tensor, " n"]:
+    """:meth:`PosePosterior.level_of` of the true poses (shifts in the posterior's unit), with the alignment that lays its frame on theirs."""
+    rotations, shifts = unframed(
+        true.rotations.double(), true.shifts.double(), found.rotation, found.shift, mirrored=found.mirrored
+    )
+    group = None if symmetry is None else found.rotation.T @ symmetry.double() @ found.rotation
+    return posterior.level_of(rotations, shifts, torch.Generator().manual_seed(0), group)
+
+
+@dataclass(frozen=True)
+class PosePosterior:
+    """A mixture for each particle: ``exp(omega) R_m`` and ``s_m + sigma`` with (omega, sigma) normal of mode m's covariance.
+
+    Attributes
+    ----------
+    rotations, shifts
+        (N, M, 3, 3) and (N, M, 2) pixels, the heaviest mode first.
+    mass
+        (N, M) sums to one over the modes; absent ones have none.
+    covariance
+        (N, M, 5, 5) of (omega_x, omega_y, omega_z, s_x, s_y) in radian and pixels, omega in the image frame (z is in plane).
+    """
+
+    rotations: Float[Tensor, "n m 3 3"]
+    shifts: Float[Tensor, "n m 2"]
+    mass: Float[Tensor, "n m"]
+    covariance: Float[Tensor, "n m 5 5"]
+
+    def mirrored(self) -> "PosePosterior":
+        """The same for the mirrored map: every pose turned by half a turn in the image plane."""
+        sign = self.covariance.new_tensor([-1.0, -1.0, 1.0, 1.0, 1.0])
+        return replace(
+            self, rotations=so3.half_turn(self.rotations), covariance=self.covariance * torch.outer(sign, sign)
+        )
+
+    @property
+    def spread(self) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+        """Root mean square angle (radian) and distance (pixels) from the heaviest mode that the whole posterior expects."""
+        angle = so3.distance(self.rotations, self.rotations[:, :1].expand_as(self.rotations))
+        apart = (self.shifts - self.shifts[:, :1]).square().sum(dim=2)
+        variance = self.covariance.diagonal(dim1=2, dim2=3)
+        turned = angle.square() + variance[..., :3].sum(dim=2)
+        moved = apart + variance[..., 3:].sum(dim=2)
+        return (self.mass * turned).sum(dim=1).sqrt(), (self.mass * moved).sum(dim=1).sqrt()
+
+    @property
+    def entropy(self) -> Float[Tensor, " n"]:
+        """Differential entropy in nats over radian^3 pixel^2, were the modes far apart; what is not fitted counts as 1e-6 wide."""
+        floor = 1e-12 * torch.eye(5, dtype=self.covariance.dtype)
+        each = 0.5 * torch.linalg.slogdet(self.covariance + floor)[1] + 2.5 * (1 + math.log(2 * math.pi))
+        return (self.mass * each - torch.xlogy(self.mass, self.mass)).sum(dim=1)
+
+    def level_of(
+        self,
+        rotations: Float[Tensor, "n 3 3"],
+        shifts: Float[Tensor, "n 2"],
+        generator: torch.Generator,
+        symmetry: Float[Tensor, "s 3 3"] | None = None,
+    ) -> Float[Tensor, " n"]:
+        """Posterior mass of poses that are more probable than the given one: uniform in [0, 1] over true poses, if all is calibrated.
+
+        Poses in the posterior's own frame; of those equivalent under ``symmetry`` the most probable counts. By Monte Carlo, 400 draws.
+        """
+        n = len(self.mass)
+        chosen = torch.multinomial(self.mass.double(), _DRAWS, replacement=True, generator=generator)
+        row = torch.arange(n)[:, None]
+        factor = torch.linalg.cholesky(self.covariance.double() + 1e-14 * torch.eye(5, dtype=torch.float64))
+        normal = torch.randn(n, _DRAWS, 5, dtype=torch.float64, generator=generator)
+        step = torch.einsum("nkij,nkj->nki", factor[row, chosen], normal)
+        drawn = so3.exp(step[..., :3]) @ self.rotations.double()[row, chosen]
+        inside = self._log_density(drawn, self.shifts.double()[row, chosen] + step[..., 3:], factor)
+        group = torch.eye(3)[None] if symmetry is None else symmetry
+        mates = rotations.double()[:, None] @ group.double()
+        true = self._log_density(mates, shifts.double()[:, None].expand(-1, len(group), -1), factor).amax(dim=1)
+        return (inside > true[:, None]).double().mean(dim=1)
+
+    def _log_density(
+        self, rotations: Float[Tensor, "n k 3 3"], shifts: Float[Tensor, "n k 2"], factor: Float[Tensor, "n m 5 5"]
+    ) -> Float[Tensor, "n k"]:
+        terms = []
+        for m in range(self.mass.shape[1]):
+            turn = so3.log(rotations @ self.rotations[:, m, None].double().mT)
+            offset = torch.cat([turn, shifts - self.shifts[:, m, None].double()], dim=2)
+            white = torch.linalg.solve_triangular(factor[:, m], offset.mT, upper=False)
+            volume = factor[:, m].diagonal(dim1=1, dim2=2).log().sum(dim=1)
+            terms.append(self.mass[:, m].double().log()[:, None] - 0.5 * white.square().sum(dim=1) - volume[:, None])
+        return torch.stack(terms).logsumexp(dim=0)
