@@ -35,8 +35,8 @@ PARTICLE_COLUMNS = {
     "scale_error": "cryorbitScaleError",
 }
 """Columns for what we say of each particle beside its pose: log-likelihood at the pose; effective poses after ab initio; share of the
-posterior in the mode that is written; root mean square angle (degrees) and distance (angstrom) from it that the posterior expects; entropy
-(nats, radian^3 pixel^2); strength relative to the map and its standard deviation. RELION knows the first three and keeps the others."""
+posterior in its heaviest mode; root mean square angle (degrees) and distance (angstrom) from it that the posterior expects; entropy
+(nats, radian^3 angstrom^2); strength relative to the map and its standard deviation. RELION knows the first three and keeps the others."""
 
 
 def centre(side: int) -> int:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import mrcfile
@@ -11,14 +12,21 @@ import torch
 from processes import FINAL, cryorbit
 
 from cryorbit.errors import CryorbitError
-from cryorbit.groups.so3 import exp
+from cryorbit.groups.so3 import distance, exp
 from cryorbit.io.particles import open_particles, write_particles
+from cryorbit.methods.half_maps import halves_from_poses
+from cryorbit.metrics.evaluation import compare_poses
+from cryorbit.metrics.resample import inverted
 from cryorbit.pipeline.config import RunConfig, override
+from cryorbit.pipeline.outputs import read_posterior
 from cryorbit.pipeline.reconstruct import reconstruct
+from cryorbit.poses.posterior import levels_of_truth
 from cryorbit.simulate.particles import make_projector
 from cryorbit.simulate.phantom import phantom
 from cryorbit.simulate.settings import CTFSettings, SimulationSettings
 from cryorbit.simulate.write import write_simulation
+from cryorbit.training.dataset import FourierStack
+from cryorbit.types import Poses
 
 QUICK = ["--mask-diameter", "70", "--set", "refine.sweeps=4"]
 
@@ -59,6 +67,50 @@ def test_poses_get_better_and_the_map_is_right(finished, simulated):
     assert values["poses"]["shift_median_px"] < 0.3
     assert values["correlation_masked"] > 0.9
     assert values["hand"] == "same"
+    assert 0.78 < values["poses"]["credible"]["0.9"] < 0.98
+    assert 0.35 < values["poses"]["credible"]["0.5"] < 0.68
+
+
+@pytest.mark.parametrize("kind", ["dark", "mirrored", "fixed"])
+def test_other_ways_to_the_same_answer(finished, simulated, tmp_path, kind):
+    """Dark particles whose sign is found, the other hand, shifts held where they are: poses and their regions stay right."""
+    config = RunConfig(particles=str(simulated / "start.star"), start="poses", mask_diameter=70.0)
+    settings = {"dark": [], "mirrored": ["flip_hand=true"], "fixed": ["refine.fit_shift=false"]}[kind]
+    if kind == "dark":
+        for name in ("particles.mrcs", "start.star"):
+            (tmp_path / name).write_bytes((simulated / name).read_bytes())
+        raw = (tmp_path / "particles.mrcs").read_bytes()
+        flipped = -np.frombuffer(raw[1024:], dtype=np.float32)
+        (tmp_path / "particles.mrcs").write_bytes(raw[:1024] + flipped.tobytes())
+        config = replace(config, particles=str(tmp_path / "start.star"))
+    result = reconstruct(override(config, ["refine.sweeps=4", *settings]), tmp_path / "run")
+    particles = open_particles(simulated / "truth.star", require_images=False)
+    true = Poses(torch.from_numpy(particles.rotations), torch.from_numpy(particles.shifts))
+    found, values = compare_poses(result.poses, true, 4.0)
+    assert values["hand"] == ("mirrored" if kind == "mirrored" else "same")
+    level = levels_of_truth(read_posterior(tmp_path / "run" / "poses.npz"), true, found)
+    if kind == "fixed":  # shifts that are half a pixel off make poses worse than the posterior knows
+        assert values["median_deg"] < 6.0
+        assert 0.1 < float((level < 0.9).double().mean())
+        return
+    assert values["median_deg"] < 3.5
+    assert 0.78 < float((level < 0.9).double().mean()) < 0.98
+    with mrcfile.open(finished / "map.mrc") as stream:
+        plain = torch.from_numpy(stream.data.copy())
+    same = inverted(plain) if kind == "mirrored" else plain
+    torch.testing.assert_close(result.map.data, same, atol=2e-3 * float(plain.abs().max()), rtol=0.0)
+
+
+def test_half_maps_from_the_written_poses_agree_as_the_run_says(finished):
+    """Poses in ``particles.star`` are those of a particle's own half: maps made from them share no noise."""
+    ours = open_particles(finished / "particles.star")
+    stack = FourierStack(ours, 12.0, mask_diameter=70.0)
+    rotations, shifts = torch.from_numpy(ours.rotations).float(), torch.from_numpy(ours.shifts).float() / 4.0
+    half_set, group = torch.from_numpy(ours.half_set), torch.eye(3)[None]
+    made = halves_from_poses(stack, rotations, shifts, half_set, mask_diameter=70.0, symmetry=group)
+    with (finished / "fsc.csv").open() as stream:
+        stated = np.array([float(row["fsc_masked"]) for row in csv.DictReader(stream)])
+    assert np.abs(made.correlation.numpy()[1:9] - stated[1:9]).max() < 0.12
 
 
 def test_run_folder_is_complete_and_says_what_it_started_from(finished):
@@ -75,15 +127,15 @@ def test_posterior_file_and_star_say_the_same(finished):
     ours = open_particles(finished / "particles.star", require_images=False)
     with np.load(finished / "poses.npz") as stored:
         arrays = {name: stored[name] for name in stored.files}
-    np.testing.assert_allclose(arrays["rotations"][:, 0], ours.rotations, atol=1e-4)
-    np.testing.assert_allclose(arrays["shifts_A"][:, 0], ours.shifts, atol=1e-3)
+    apart = distance(*(torch.from_numpy(x).double() for x in (arrays["rotations"][:, 0], ours.rotations)))
+    assert 0 < float(torch.rad2deg(apart).median()) < 3.0  # under the maps of different halves
+    assert np.median(np.abs(arrays["shifts_A"][:, 0] - ours.shifts)) < 1.0
     np.testing.assert_allclose(arrays["mass"].sum(axis=1), 1.0, atol=1e-5)
     assert (np.linalg.eigvalsh(arrays["covariance"]) > 0).all()
     column = {name: np.array(values) for name, values in ours.table.columns.items()}
     np.testing.assert_allclose(column["rlnMaxValueProbDistribution"].astype(float), arrays["mass"][:, 0], atol=1e-4)
     np.testing.assert_allclose(column["cryorbitScale"].astype(float), arrays["scale"], atol=1e-4)
     assert abs(arrays["scale"].mean() - 1) < 0.15
-    assert np.median(column["cryorbitRotationSpread"].astype(float)) < 6.0
 
 
 def written(path: Path, side: int, value: float) -> str:

@@ -7,7 +7,9 @@ import torch
 
 from cryorbit.groups.point import point_group
 from cryorbit.groups.so3 import distance, exp, half_turn, random_rotations
-from cryorbit.poses.posterior import PosedParticles, PosePosterior, map_error
+from cryorbit.metrics.align import PoseAlignment, framed, unframed
+from cryorbit.poses.posterior import PosedParticles, PosePosterior, levels_of_truth, map_error
+from cryorbit.types import Poses
 
 
 def mixture(count: int, generator: torch.Generator, second: float = 0.3) -> PosePosterior:
@@ -27,10 +29,16 @@ def drawn(p: PosePosterior, generator: torch.Generator) -> tuple[torch.Tensor, t
     return exp(step[:, :3]) @ p.rotations[row, mode], p.shifts[row, mode] + step[:, 3:]
 
 
+def level_of_draws(posterior: PosePosterior, law: PosePosterior, generator: torch.Generator) -> torch.Tensor:
+    """Levels in ``posterior`` of one draw of each particle from ``law``."""
+    rotations, shifts = drawn(law, generator)
+    return posterior.level_of(rotations[:, None], shifts[:, None], generator)
+
+
 @pytest.mark.parametrize("second", [0.0, 0.3])
 def test_levels_of_its_own_draws_are_uniform(generator, second):
     posterior = mixture(2000, generator, second)
-    level = posterior.level_of(*drawn(posterior, generator), generator)
+    level = level_of_draws(posterior, posterior, generator)
     for part in (0.1, 0.5, 0.9, 0.99):
         assert float((level < part).double().mean()) == pytest.approx(part, abs=0.03)
 
@@ -38,17 +46,8 @@ def test_levels_of_its_own_draws_are_uniform(generator, second):
 def test_an_overconfident_posterior_shows_in_the_levels(generator):
     honest = mixture(1000, generator, 0.0)
     narrow = PosePosterior(honest.rotations, honest.shifts, honest.mass, honest.covariance / 2)
-    level = narrow.level_of(*drawn(honest, generator), generator)
+    level = level_of_draws(narrow, honest, generator)
     assert float((level < 0.9).double().mean()) < 0.75
-
-
-def test_equivalent_poses_have_one_level(generator):
-    posterior, group = mixture(50, generator, 0.0), point_group("C3").double()
-    rotations, shifts = drawn(posterior, generator)
-    mate = rotations @ group[1].float()
-    one, two = (posterior.level_of(r, shifts, torch.Generator().manual_seed(1), group) for r in (rotations, mate))
-    torch.testing.assert_close(one, two)
-    assert float(posterior.level_of(mate, shifts, generator).median()) > 0.99  # were it not known
 
 
 def test_spread_is_that_of_its_draws(generator):
@@ -72,11 +71,59 @@ def test_entropy_of_one_and_of_two_far_modes(generator):
 def test_the_mirrored_posterior_gives_mirrored_poses_the_same_levels(generator):
     posterior = mixture(200, generator)
     rotations, shifts = drawn(posterior, generator)
-    plain = posterior.level_of(rotations, shifts, torch.Generator().manual_seed(2))
+    plain = posterior.level_of(rotations[:, None], shifts[:, None], torch.Generator().manual_seed(2))
     mirrored = posterior.mirrored()
     torch.testing.assert_close(mirrored.rotations, half_turn(posterior.rotations))
-    other = mirrored.level_of(half_turn(rotations), shifts, torch.Generator().manual_seed(2))
+    other = mirrored.level_of(half_turn(rotations)[:, None], shifts[:, None], torch.Generator().manual_seed(2))
     torch.testing.assert_close(plain, other, atol=0.08, rtol=0.0)  # other draws of the same law
+
+
+def test_modes_in_different_asymmetric_units_are_brought_together(generator):
+    one, group = mixture(20, generator, 0.4), point_group("C7").float()
+    turn = exp(0.05 * torch.randn(20, 3, generator=generator))
+    near = torch.stack([one.rotations[:, 0], turn @ one.rotations[:, 0]], dim=1)
+    mates = torch.stack([near[:, 0], near[:, 1] @ group[3]], dim=1)
+    together = PosePosterior(mates, one.shifts, one.mass, one.covariance).in_one_unit(group)
+    torch.testing.assert_close(together.rotations, near, atol=1e-5, rtol=0.0)
+
+
+def test_angstrom_change_the_spread_and_not_the_levels(generator):
+    pixels = mixture(100, generator)
+    rotations, shifts = drawn(pixels, generator)
+    angstrom = pixels.in_angstrom(1.5)
+    torch.testing.assert_close(angstrom.spread[1], 1.5 * pixels.spread[1])
+    torch.testing.assert_close(angstrom.entropy, pixels.entropy + 2 * math.log(1.5), atol=1e-4, rtol=0.0)
+    one, two = (
+        p.level_of(rotations[:, None], s[:, None], torch.Generator().manual_seed(3))
+        for p, s in ((pixels, shifts), (angstrom, 1.5 * shifts))
+    )
+    torch.testing.assert_close(one, two, atol=0.01, rtol=0.0)
+
+
+def test_shifts_that_were_held_count_for_nothing(generator):
+    held = mixture(500, generator, 0.0)
+    held.covariance[..., 3:, :] = held.covariance[..., :, 3:] = 0.0
+    held.covariance[..., 3, 3] = held.covariance[..., 4, 4] = 1e-12
+    assert held.free == 3
+    rotations, shifts = drawn(held, generator)
+    level = held.level_of(rotations[:, None], shifts[:, None] + 1.0, generator)  # an origin elsewhere
+    assert float((level < 0.9).double().mean()) == pytest.approx(0.9, abs=0.04)
+    assert held.entropy.isfinite().all()
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_levels_of_truth_in_another_frame(generator, mirrored):
+    """The truth is drawn from the posterior and told in another frame, origin and hand; C3 mates count as one pose."""
+    posterior, group = mixture(400, generator, 0.0), point_group("C3").double()
+    rotations, shifts = (x.double() for x in drawn(posterior, generator))
+    frame, origin = random_rotations(1, generator)[0].double(), torch.tensor([0.4, -0.3, 0.2], dtype=torch.float64)
+    true = framed(rotations, shifts, frame, origin, mirrored=mirrored)
+    torch.testing.assert_close(unframed(*true, frame, origin, mirrored=mirrored), (rotations, shifts))
+    zero = torch.zeros(400, dtype=torch.float64)
+    mates = Poses(true[0] @ group[torch.arange(400) % 3], true[1])
+    found = PoseAlignment(frame, origin, mirrored, mates, zero, zero, zero, zero, 0.0, 0.0)
+    level = levels_of_truth(posterior, mates, found, group)
+    assert float((level < 0.9).double().mean()) == pytest.approx(0.9, abs=0.05)
 
 
 def test_map_error_adds_the_scatter_between_maps_to_the_attenuated_noise(generator):
@@ -86,6 +133,7 @@ def test_map_error_adds_the_scatter_between_maps_to_the_attenuated_noise(generat
     white = torch.randn(count, 5, dtype=torch.float64, generator=generator) * (2 * map_share) ** 0.5
     offset = torch.linalg.solve(torch.linalg.cholesky(hessian).mT, white[:, :, None])[:, :, 0]
     assert map_error(offset, hessian, hessian / fsc) == pytest.approx(fsc + map_share, abs=0.02)
+    assert map_error(0 * offset, hessian, hessian / fsc) == 1.0  # maps that are one and the same
 
 
 def test_scale_spread_is_what_noise_does_not_explain(generator):
@@ -93,5 +141,5 @@ def test_scale_spread_is_what_noise_does_not_explain(generator):
     error, posterior = torch.full((5000,), 0.1), mixture(1, generator)
     for spread in (0.0, 0.3):
         scale = 1 + spread * torch.randn(5000, generator=generator) + noise
-        posed = PosedParticles(posterior, scale, error, torch.zeros(5000), 1.0)
+        posed = PosedParticles(posterior, scale, error, 1.0)
         assert posed.scale_spread == pytest.approx(spread, abs=0.03)

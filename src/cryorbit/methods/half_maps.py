@@ -52,11 +52,12 @@ def compared(
 
 @dataclass(frozen=True)
 class HalfMaps:
-    """Masked references of two halves, their joint map, and the FSC of the halves."""
+    """Masked references of two halves, their joint map, the FSC of the halves, and their unfiltered mean inside the sphere."""
 
     references: tuple[Float[Tensor, "d d d"], Float[Tensor, "d d d"]]
     joint: Float[Tensor, "d d d"]
     correlation: Float[Tensor, " shells"]
+    unfiltered: Float[Tensor, "d d d"]
 
 
 def halves_from_poses(
@@ -80,7 +81,7 @@ def halves_from_poses(
     mask = solvent_mask(first, second, sphere, stack.pixel_size) if mask is None else mask.to(sphere)
     correlation = compared(first, second, mask)
     one, two, joint = wiener(accumulators[0], accumulators[1], correlation, mask)
-    return HalfMaps((one, two), joint, correlation)
+    return HalfMaps((one, two), joint, correlation, 0.5 * (first + second) * sphere)
 
 
 def unfiltered(accumulator: Accumulator, shells: int) -> Float[Tensor, "d d d"]:

@@ -40,6 +40,8 @@ from cryorbit.poses.table import refine_poses
 from cryorbit.training.checkpoint import State
 from cryorbit.training.dataset import FourierStack
 
+_SEARCH_PERIODS = 10.5  # per particle diameter: where ab initio's grid of rotations ends, and this one's
+_BATCH_PIXELS = 2**21  # Fourier pixels read at a time; a particle may need ten times as much memory for its starts
 _FINAL_STARTS = 6  # places of the whole grid from which modes are looked for at last
 _FINAL_SAMPLES, _FINAL_WIDEN = 48, 1.5  # poses drawn around each mode for the last posterior, and how wide
 _SINGLE = 1.02  # modes per particle: where there are fewer, none are looked for elsewhere at last
@@ -98,7 +100,9 @@ class Refinement:
         self.mask = soft_sphere(stack.box, 0.5 * mask_diameter / stack.pixel_size, 3.0).to(device)
         self.solvent = None if solvent is None else solvent.to(device)
         self.limit = int(stack.disk.shell.max())
-        self.search_radius = radius
+        resolved = _SEARCH_PERIODS * stack.box * stack.pixel_size / mask_diameter  # by the grid of rotations
+        self.search_radius = min(radius, max(round(resolved), 4))
+        self.batch = max(1, min(config.batch, _BATCH_PIXELS // len(stack.disk)))
         shells = self.limit + 2
         self.intensity = torch.ones(len(stack)) if intensity is None else intensity.cpu()
         first, second = (resize_volume(one.to(device), stack.box) * self.mask for one in start)
@@ -164,7 +168,7 @@ class Refinement:
             grid = slicing_grid(t[f"reference_{half}"], self.stack.disk.radius)
             everywhere = self._everywhere(grid) if search else None
             parts = []
-            for chosen in members.split(self.config.batch):
+            for chosen in members.split(self.batch):
                 points = sample_points(len(chosen), self.config.samples, index * len(self.stack) + int(chosen[0]))
                 images, ctf = self._read(chosen)
                 parts.append(self._expect(grid, chosen, images, ctf, radius, points, everywhere, first=index == 0))
@@ -181,10 +185,9 @@ class Refinement:
         t["pose_change"] = change.median()
         t["previous_radius"] = t["radius"]
         t["radius"] = torch.tensor(self._next_radius(radius))
-        box_a = self.stack.box * self.stack.pixel_size
         return {
             "radius": float(radius),
-            "resolution_A": box_a / max(last_shell(t["fsc"], 0.143), 1e-3),
+            "resolution_A": self.stack.box * self.stack.pixel_size / max(last_shell(t["fsc"], 0.143), 1e-3),
             "pose_change_deg": float(torch.rad2deg(change.median())),
             "modes": float((t["mass"] > _NO_MASS).sum(dim=1).float().mean()),
             "log_likelihood": float(t["log_likelihood"].mean()),
@@ -195,23 +198,22 @@ class Refinement:
     def posed(self) -> PosedParticles:
         """Every particle's posterior under the map of the *other* half, widened by what the maps themselves do not know.
 
-        A particle's own half holds its own noise, which makes the pose it was given look better than it is. The posterior under the other
-        half's map takes that map for the truth; what its errors do to poses is seen in how far the poses move from one half's map to the
-        other's (``map_error``).
+        A particle's own half holds its noise at the pose it was given. :attr:`poses` stay those of its own half.
         """
         t, parts = self.tensors, []
         grids = {half: slicing_grid(t[f"reference_{3 - half}"], self.stack.disk.radius) for half in HALVES}
-        batches = [(half, b) for half in HALVES for b in members_of(self.half_set, half).split(self.config.batch)]
+        batches = [(half, b) for half in HALVES for b in members_of(self.half_set, half).split(self.batch)]
         widening = self._widening(grids)
         disk, keep, precision = self._precision(int(t["radius"]))
-        several = float((t["mass"] > _NO_MASS).sum(dim=1).float().mean()) > _SINGLE and self.config.fit_shift
+        several = float((t["mass"] > _NO_MASS).sum(dim=1).float().mean()) > _SINGLE
+        several &= self.config.search_every > 0 and self.config.fit_shift
         everywhere = {half: self._everywhere(grid) if several else None for half, grid in grids.items()}
-        scores = torch.empty(3, len(self.stack))
+        scores = torch.empty(2, len(self.stack))
         for half, chosen in batches:
             images, ctf = self._read(chosen)
             starts = self._starts(chosen, images, ctf, everywhere[half], _FINAL_STARTS)
             images, ctf = images[:, keep], ctf[:, keep]
-            found, _, loss = local_posterior(
+            found = local_posterior(
                 grids[half],
                 images,
                 ctf,
@@ -224,36 +226,43 @@ class Refinement:
                 iterations=self.config.iterations,
                 fit_shift=self.config.fit_shift,
                 widen=_FINAL_WIDEN,
-            )
+            )[0]
             predicted = forward(grids[half], found.rotations[:, 0], found.shifts[:, 0], disk, ctf)
             power = (precision * predicted.abs().square()).sum(dim=1)
             overlap = (precision * (images * predicted.conj()).real).sum(dim=1)
             strength = self.intensity[chosen].to(power.device)
-            scores[:, chosen] = torch.stack(
-                [strength * overlap / power, strength * power.rsqrt(), -widening * loss.to(power)]
-            ).cpu()
-            parts.append(found)
+            scores[:, chosen] = torch.stack([strength * overlap / power, strength * power.rsqrt()]).cpu()
+            parts.append(found.in_one_unit(self.symmetry))
         order = torch.cat([chosen for _, chosen in batches]).argsort()
         fields = ("rotations", "shifts", "mass", "covariance")
         joined = (torch.cat([getattr(part, name).cpu() for part in parts])[order] for name in fields)
-        scale, error, log_likelihood = scores
-        return PosedParticles(PosePosterior(*joined), scale, error, log_likelihood, widening)
+        scale, error = scores
+        return PosedParticles(PosePosterior(*joined), scale, error, widening)
 
     def _widening(self, grids: dict[int, SlicingGrid]) -> float:
         """Factor on the variance of poses for the maps' own errors (:func:`~cryorbit.poses.posterior.map_error`)."""
         disk, keep, precision = self._precision(int(self.tensors["radius"]))
         correlation = self.tensors["fsc"].to(precision)[disk.shell]
         parts = []
-        for half, grid in grids.items():
-            members = members_of(self.half_set, half)
-            chosen = members[:: max(1, len(members) // _JUDGED)]
-            r, s = (x[chosen].to(precision.device) for x in self.poses)
-            image, ctf = (x[:, keep] for x in self._read(chosen))
+        members = ((half, members_of(self.half_set, half)) for half in grids)
+        judged = ((half, m[:: max(1, -(-len(m) // _JUDGED))]) for half, m in members)
+        for half, batch in ((half, b) for half, few in judged for b in few.split(self.batch)):
+            r, s = (x[batch].to(precision.device) for x in self.poses)
+            image, ctf = (x[:, keep] for x in self._read(batch))
             moved_r, moved_s, _, hessian = refine_poses(
-                grid, image, ctf, precision, r, s, disk, iterations=4, shift_only=0, fit_shift=self.config.fit_shift
+                grids[half],
+                image,
+                ctf,
+                precision,
+                r,
+                s,
+                disk,
+                iterations=4,
+                shift_only=0,
+                fit_shift=self.config.fit_shift,
             )
             over_fsc = precision / correlation.clamp(0.05, 1)
-            sharper = pose_normal_equations(grid, image, ctf, over_fsc, moved_r, moved_s, disk)[2]
+            sharper = pose_normal_equations(grids[half], image, ctf, over_fsc, moved_r, moved_s, disk)[2]
             offset = torch.cat([so3.log(moved_r @ r.mT), moved_s - s], dim=1)
             parts.append((offset.double(), hessian, sharper))
         return map_error(*(torch.cat(x).cpu() for x in zip(*parts, strict=True)), fit_shift=self.config.fit_shift)
@@ -366,7 +375,7 @@ class Refinement:
         return accumulator
 
     def _second_onto_first(self) -> tuple[Float[Tensor, "3 3"], Float[Tensor, "3"]] | None:
-        """Turn and shift the poses of half 2 so that its map lies on that of half 1: nothing else holds the two together."""
+        """Turn and shift the poses of half 2 so that its map lies on that of half 1: nothing else holds them together."""
         t, mask = self.tensors, self._solvent_mask()
         motion = motion_onto(t["half_2"] * mask, t["half_1"] * mask, self.symmetry, self.limit)
         if motion is not None:

@@ -15,7 +15,7 @@ from cryorbit.methods.symmetric import SymmetryTest, group_of, symmetrised
 from cryorbit.metrics.symmetry import SymmetryFinding
 from cryorbit.pipeline.config import AUTO, RunConfig
 from cryorbit.pipeline.inputs import Inputs
-from cryorbit.pipeline.start import Start, settle_contrast
+from cryorbit.pipeline.start import Start, full_stack, inverted_contrast, is_dark
 from cryorbit.pipeline.verdict import Evidence
 from cryorbit.poses.grid import distinct_modes, with_half_turns
 from cryorbit.training.checkpoint import load_checkpoint, save_checkpoint
@@ -37,11 +37,14 @@ def hand_over(config: RunConfig, inputs: Inputs, engine: Marginal, folder: Path,
     elif test and test.allowed:  # equivalent poses are one pose
         agreement, order = test.agreement, len(group_of(found))
     assigned = _assign_all(engine, folder / "assigned.safetensors", fingerprint)
-    inputs, maps = settle_contrast(config, inputs, engine.maps(), engine.stack.pixel_size)
+    first, second = engine.maps()
+    dark = is_dark(config, 0.5 * (first + second), inputs.mask_diameter, engine.stack.pixel_size)
+    inputs, maps = (inverted_contrast(inputs), (-first, -second)) if dark else (inputs, (first, second))
     effective = assigned["effective"] if order == 1 else (assigned["effective"] / order).clamp_min(1.0)
     evidence = _evidence(engine, agreement, effective)
     return Start(
         inputs,
+        full_stack(config, inputs),
         maps,
         engine.radius(),
         assigned["rotations"],

@@ -5,13 +5,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from cryorbit.errors import ConfigError, DataError
 from cryorbit.groups.point import point_group
 from cryorbit.io.examine import examine_particles
+from cryorbit.io.mrc import read_volume
 from cryorbit.io.particle_set import duplicate_groups
 from cryorbit.io.particles import ParticleSet, open_particles
 from cryorbit.methods.online_em import rotation_grid
@@ -24,7 +26,7 @@ DARK = "particles.star points to the dark images as they are on disk: invert the
 
 @dataclass(frozen=True)
 class Inputs:
-    """The particles of a run and what was decided about them; ``symmetry`` is the point group that is imposed, by name."""
+    """The particles of a run and what was decided about them; ``symmetry`` is the point group that is imposed, by name, ``mask`` the user's."""
 
     particles: ParticleSet
     mask_diameter: float
@@ -32,6 +34,7 @@ class Inputs:
     half_set: Int[Tensor, " n"]
     device: torch.device
     warnings: tuple[str, ...]
+    mask: Float[Tensor, "d d d"] | None = None
 
 
 def choose_device(name: str) -> torch.device:
@@ -139,4 +142,40 @@ def prepare(config: RunConfig) -> Inputs:
         warnings.append(f"no --mask-diameter given: {diameter:.0f} A (85 % of the box) is used")
     if config.contrast == "dark":
         warnings.append(DARK)
-    return Inputs(particles, diameter, symmetry, half_set, device, tuple(warnings))
+    if config.start == POSES:
+        warnings += _check_poses(particles)
+    mask = _read_mask(Path(config.mask), particles) if config.mask else None
+    return Inputs(particles, diameter, symmetry, half_set, device, tuple(warnings), mask)
+
+
+def _check_poses(particles: ParticleSet) -> list[str]:
+    """Refuse particles without poses to refine; what is worth a warning."""
+    hint = "find them with `cryorbit reconstruct`, or give the STAR or .cs file of a refinement"
+    if particles.rotations is None:
+        raise DataError("DATA044", f"{particles.path} has no angles to refine", hint)
+    if np.ptp(particles.rotations, axis=0).max() < 1e-6:
+        raise DataError("DATA044", f"all {len(particles)} particles of {particles.path} have the same angles", hint)
+    return ["the file has no origins: shifts start at 0"] if particles.shifts is None else []
+
+
+def _read_mask(path: Path, particles: ParticleSet) -> Float[Tensor, "d d d"]:
+    """A mask map in the frame of the poses, checked: the particles' box and pixel size, values from 0 to 1."""
+    data, pixel_size = read_volume(path)
+    hint = "make it with relion_mask_create or cryoSPARC's mask tools from a map of these poses, box and pixel size"
+    if data.shape[-1] != particles.box:
+        raise ConfigError(
+            "CONF024", f"the mask {path} has a box of {data.shape[-1]} px, the particles have {particles.box}", hint
+        )
+    if pixel_size > 0 and abs(pixel_size - particles.pixel_size) > 0.02 * particles.pixel_size:
+        raise ConfigError(
+            "CONF024",
+            f"the mask {path} has {pixel_size:.3f} A per pixel, the particles have {particles.pixel_size:.3f}",
+            hint,
+        )
+    if data.min() < -1e-3 or data.max() > 1 + 1e-3 or data.max() <= 0.5:
+        raise ConfigError(
+            "CONF024",
+            f"the mask {path} has values from {data.min():.3g} to {data.max():.3g}, expected 0 (solvent) to 1 (molecule)",
+            hint,
+        )
+    return torch.from_numpy(data).float().clamp(0.0, 1.0)

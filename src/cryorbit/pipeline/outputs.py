@@ -72,19 +72,17 @@ def write_poses(run: Path, particles: ParticleSet, result: Reconstruction, colum
     )
 
 
-def write_posterior(path: Path, posed: PosedParticles, pixel_size: float) -> None:
-    """``poses.npz``: modes, masses and covariances of every particle's pose, rows as in ``particles.star``; shifts in angstrom."""
+def write_posterior(path: Path, posed: PosedParticles) -> None:
+    """``poses.npz``: modes, masses and covariances of every particle's pose (angstrom), rows as in ``particles.star``."""
     posterior = posed.posterior
-    unit = torch.tensor([1.0, 1.0, 1.0, pixel_size, pixel_size])
     arrays = {
         "rotations": posterior.rotations,
-        "shifts_A": posterior.shifts * pixel_size,
+        "shifts_A": posterior.shifts,
         "mass": posterior.mass,
-        "covariance": posterior.covariance * torch.outer(unit, unit),
+        "covariance": posterior.covariance,
         "entropy": posterior.entropy,
         "scale": posed.scale,
         "scale_error": posed.scale_error,
-        "log_likelihood": posed.log_likelihood,
     }
     with atomic_path(path) as temporary, Path(temporary).open("wb") as stream:
         np.savez_compressed(stream, allow_pickle=False, **{k: v.float().cpu().numpy() for k, v in arrays.items()})
@@ -103,22 +101,22 @@ def read_posterior(path: Path) -> PosePosterior:
 
 
 def particle_columns(
-    posed: PosedParticles, effective: Float[Tensor, " n"] | None, pixel_size: float
+    posed: PosedParticles, log_likelihood: Float[Tensor, " n"], effective: Float[Tensor, " n"] | None
 ) -> dict[str, list[str]]:
-    """Columns of ``particles.star`` beside the pose, by the names of ``conventions.PARTICLE_COLUMNS``."""
+    """Columns of ``particles.star`` beside the pose, by the names of ``conventions.PARTICLE_COLUMNS``; the posterior in angstrom."""
     turned, moved = posed.posterior.spread
     values = {
-        "log_likelihood": posed.log_likelihood,
+        "log_likelihood": log_likelihood,
         "top_mass": posed.posterior.mass[:, 0],
         "rotation_sd": torch.rad2deg(turned),
-        "shift_sd": moved * pixel_size,
+        "shift_sd": moved,
         "entropy": posed.posterior.entropy,
         "scale": posed.scale,
         "scale_error": posed.scale_error,
     }
     columns = {name: [f"{x:.4f}" for x in column.tolist()] for name, column in values.items()}
-    if effective is not None:  # RELION reads an integer
-        columns["effective_poses"] = [f"{math.ceil(x - 1e-3)}" for x in effective.tolist()]
+    count = 1 / posed.posterior.mass.square().sum(dim=1) if effective is None else effective
+    columns["effective_poses"] = [f"{math.ceil(x - 1e-3)}" for x in count.tolist()]  # RELION reads an integer
     return columns
 
 

@@ -4,9 +4,11 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from cryorbit.errors import DataError
+from cryorbit.groups import so3
 from cryorbit.groups.point import point_group
 from cryorbit.methods.marginal import Marginal
 from cryorbit.methods.refinement import Refinement
@@ -23,7 +25,7 @@ from cryorbit.pipeline.config import ABINITIO, POSES, RunConfig, to_toml
 from cryorbit.pipeline.handover import hand_over
 from cryorbit.pipeline.inputs import Inputs, prepare
 from cryorbit.pipeline.rundir import locked, open_run
-from cryorbit.pipeline.start import Start, full_stack, start_from_poses
+from cryorbit.pipeline.start import Start, start_from_poses
 from cryorbit.pipeline.verdict import Evidence, agree, judge, sentence
 from cryorbit.poses.posterior import PosedParticles
 from cryorbit.training.dataset import FourierStack
@@ -64,9 +66,8 @@ def reconstruct(
 
 def _run(config: RunConfig, inputs: Inputs, output: Path, progress: Progress | None) -> Reconstruction:
     stacks = inputs.particles.images.stacks if inputs.particles.images else ()
-    fingerprint = " ".join(
-        [to_toml(config), *(outputs.checksum(path) for path in (Path(config.particles), *(s.path for s in stacks)))]
-    )
+    read = [Path(config.particles), *(s.path for s in stacks), *([Path(config.mask)] if config.mask else [])]
+    fingerprint = " ".join([to_toml(config), *(outputs.checksum(path) for path in read)])
     history = History(output / "history.jsonl")
     seconds: dict[str, float] = {}
 
@@ -86,8 +87,8 @@ def _run(config: RunConfig, inputs: Inputs, output: Path, progress: Progress | N
     seconds["refine"] = time.monotonic() - begun
     begun = time.monotonic()
     posed = refinement.posed()
-    if config.flip_hand:
-        posed = replace(posed, posterior=posed.posterior.mirrored())
+    posterior = posed.posterior.in_angstrom(refinement.stack.pixel_size)
+    posed = replace(posed, posterior=posterior.mirrored() if config.flip_hand else posterior)
     seconds["posterior"] = time.monotonic() - begun
 
     result, curves = _summarise(config, start, refinement, posed, seconds)
@@ -134,7 +135,7 @@ def _refine(
     progress: Progress | None,
     fingerprint: str,
 ) -> Refinement:
-    stack = full_stack(config, start.inputs)
+    stack = start.stack
     refinement = Refinement(
         stack,
         config.refine,
@@ -145,7 +146,7 @@ def _refine(
         candidates=(start.rotations, start.shifts / stack.pixel_size),
         half_set=start.inputs.half_set,
         intensity=start.intensity,
-        solvent=start.mask,
+        solvent=start.inputs.mask,
     )
     run(
         refinement,
@@ -165,13 +166,14 @@ def _summarise(
     box, apix = refinement.stack.box, refinement.stack.pixel_size
     scale = refinement.stack.scale  # back to the images' own grey values, which RELION expects of a reference
     half_1, half_2, full = (t[name].cpu() / scale for name in ("half_1", "half_2", "map"))
-    rotations, shifts = posed.posterior.rotations[:, 0], posed.posterior.shifts[:, 0]
+    rotations, shifts = refinement.poses
     if config.flip_hand:
         half_1, half_2, full = (inverted(one) for one in (half_1, half_2, full))
+        rotations = so3.half_turn(rotations)
     sphere = soft_sphere(box, 0.5 * inputs.mask_diameter / apix)
     warnings = list(inputs.warnings)
-    if start.mask is not None:
-        mask = inverted(start.mask) if config.flip_hand else start.mask
+    if inputs.mask is not None:
+        mask = inverted(inputs.mask) if config.flip_hand else inputs.mask
     else:
         try:
             mask = mask_from_map(full * sphere, apix)
@@ -183,7 +185,7 @@ def _summarise(
     masked = resolution(curves.corrected, 0.143, box, apix)
     sharpened = sharpen(half_1, half_2, mask, curves.corrected, apix)
     local = local_resolution(half_1, half_2, apix)
-    quantiles = local[mask > 0.5].quantile(torch.tensor([0.05, 0.5, 0.95]))
+    quantiles = np.quantile(local[mask > 0.5].numpy(), [0.05, 0.5, 0.95])
     agreement = agree(len(rotations), masked, unmasked, 2 * apix)
     told = _verdict(start.evidence, agreement, masked)
     status = str(told["status"])
@@ -208,7 +210,7 @@ def _summarise(
         "contrast": "dark" if inputs.particles.sign < 0 else "light",
         "hand_flipped": config.flip_hand,
         "pose_spread_deg": float(torch.rad2deg(posed.posterior.spread[0]).median()),
-        "shift_spread_A": float(posed.posterior.spread[1].median()) * apix,
+        "shift_spread_A": float(posed.posterior.spread[1].median()),
         "pose_widening": posed.widening,
         "scale_spread": posed.scale_spread,
         "pose_change_deg": float(torch.rad2deg(t["pose_change"])),
@@ -263,8 +265,8 @@ def _write(
 ) -> None:
     inputs = start.inputs
     outputs.write_maps(output, result)
-    outputs.write_posterior(output / "poses.npz", posed, result.map.pixel_size)
-    columns = outputs.particle_columns(posed, start.effective, result.map.pixel_size)
+    outputs.write_posterior(output / "poses.npz", posed)
+    columns = outputs.particle_columns(posed, refinement.tensors["log_likelihood"], start.effective)
     outputs.write_poses(output, inputs.particles, result, columns)
     outputs.write_fsc(
         output / "fsc.csv",

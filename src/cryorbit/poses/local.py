@@ -165,7 +165,9 @@ def local_posterior(
     over = volume[wide, None] + 0.5 * own.square().sum(dim=-1) + 5 * math.log(widen) - math.log(count_k)
     sampled = target + over
     log_weight = torch.cat([sampled.flatten(), volume[narrow] - loss[narrow]])
-    covariance[wide] *= (sampled.softmax(dim=1) * own.square().mean(dim=2)).sum(dim=1)[:, None, None] * widen**2
+    free = 5 if fit_shift else 3
+    spread = (sampled.softmax(dim=1) * own[..., :free].square().mean(dim=2)).sum(dim=1) * widen**2
+    covariance[wide] *= spread[:, None, None]
     mode = torch.cat([wide.repeat_interleave(count_k), narrow])
     weight = _normalised(log_weight, owner[mode], count)
     mass = weight.new_zeros(len(owner)).index_add(0, mode, weight)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from cryorbit.groups import so3
@@ -12,6 +12,8 @@ from cryorbit.metrics.align import PoseAlignment, unframed
 from cryorbit.types import Poses
 
 _DRAWS = 400
+_BLOCK = 1000  # particles whose draws are held at a time
+_HELD = 1e-9  # of the shifts' unit squared: a variance of shifts that were not fitted
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,6 @@ class PosedParticles:
         Poses, shifts in pixels.
     scale, scale_error
         (N,) how strong the image is relative to the map, and the standard deviation of that number from the image's noise.
-    log_likelihood
-        (N,) at the best pose.
     widening
         Factor on the variance of poses for the errors of the maps (:func:`map_error`).
     """
@@ -33,7 +33,6 @@ class PosedParticles:
     posterior: "PosePosterior"
     scale: Float[Tensor, " n"]
     scale_error: Float[Tensor, " n"]
-    log_likelihood: Float[Tensor, " n"]
     widening: float
 
     @property
@@ -54,10 +53,12 @@ def map_error(
 ) -> float:
     """Factor by which errors of the map widen the posteriors of poses that were found with it.
 
-    With Gauss-Newton matrix H under a map, poses scatter about the truth by ``H_0^-1`` from the noise of their images, H_0 of the
-    *true* map, and by W from the map. H_0 is larger than H, because the map is attenuated by its Wiener weight: shell by shell
-    ``H = FSC H_0`` on average. W is half the scatter of the ``offset`` between the poses under two maps of independent errors. In the
-    metric of H the factor is ``tr(H H_0^-1) / 5 + <offset H offset> / 10``.
+    A particle's poses under two maps of independent errors have one part in common, what its image's noise would do to a pose under the
+    *true* map, and differ in the rest. The common part has the covariance ``H_0^-1``, H_0 the Gauss-Newton matrix under the true map; a
+    map attenuated by its Wiener weight has ``H = FSC H_0``, shell by shell and on average. Half the scatter of the ``offset`` between the
+    two poses is the rest: what the map's noise makes of the image's, and where the map itself is warped. In the metric of H the sum is
+    ``tr(H H_0^-1) / 5 + <offset H offset> / 10``. It is never below 1, the noise of the image under the map at hand: it falls
+    below where the two maps are not independent (poses of one joint refinement), and regions are then too small.
 
     Parameters
     ----------
@@ -74,18 +75,18 @@ def map_error(
     hessian, sharper = hessian[:, :free, :free], sharper[:, :free, :free]
     kept = torch.linalg.solve(sharper, hessian).diagonal(dim1=1, dim2=2).mean(dim=1)
     scatter = torch.einsum("bi,bij,bj->b", offset[:, :free], hessian, offset[:, :free]) / free
-    return float(kept.median() + 0.5 * scatter.clamp(max=_FARTHEST).mean())
+    return max(1.0, float(kept.median() + 0.5 * scatter.clamp(max=_FARTHEST).mean()))
 
 
 def levels_of_truth(
     posterior: "PosePosterior", true: Poses, found: PoseAlignment, symmetry: Float[Tensor, "s 3 3"] | None = None
 ) -> Float[Tensor, " n"]:
     """:meth:`PosePosterior.level_of` of the true poses (shifts in the posterior's unit), with the alignment that lays its frame on theirs."""
-    rotations, shifts = unframed(
-        true.rotations.double(), true.shifts.double(), found.rotation, found.shift, mirrored=found.mirrored
-    )
-    group = None if symmetry is None else found.rotation.T @ symmetry.double() @ found.rotation
-    return posterior.level_of(rotations, shifts, torch.Generator().manual_seed(0), group)
+    group = torch.eye(3, dtype=torch.float64)[None] if symmetry is None else symmetry.double()
+    mates = true.rotations.double()[:, None] @ group
+    shifts = true.shifts.double()[:, None].expand(-1, len(group), -1)
+    candidates = unframed(mates, shifts, found.rotation, found.shift, mirrored=found.mirrored)
+    return posterior.level_of(*candidates, torch.Generator().manual_seed(0))
 
 
 @dataclass(frozen=True)
@@ -95,17 +96,29 @@ class PosePosterior:
     Attributes
     ----------
     rotations, shifts
-        (N, M, 3, 3) and (N, M, 2) pixels, the heaviest mode first.
+        (N, M, 3, 3) and (N, M, 2), pixels or angstrom, the heaviest mode first.
     mass
         (N, M) sums to one over the modes; absent ones have none.
     covariance
-        (N, M, 5, 5) of (omega_x, omega_y, omega_z, s_x, s_y) in radian and pixels, omega in the image frame (z is in plane).
+        (N, M, 5, 5) of (omega_x, omega_y, omega_z, s_x, s_y) in radian and the shifts' unit, omega in the image frame (z is in plane).
     """
 
     rotations: Float[Tensor, "n m 3 3"]
     shifts: Float[Tensor, "n m 2"]
     mass: Float[Tensor, "n m"]
     covariance: Float[Tensor, "n m 5 5"]
+
+    def in_one_unit(self, symmetry: Float[Tensor, "s 3 3"]) -> "PosePosterior":
+        """The same with each mode as that of its equivalents that is nearest to the first mode."""
+        mates = self.rotations[:, :, None] @ symmetry
+        apart = so3.distance(*torch.broadcast_tensors(mates, self.rotations[:, :1, None]))
+        nearest = apart.argmin(dim=2)[:, :, None, None, None]
+        return replace(self, rotations=mates.take_along_dim(nearest, dim=2)[:, :, 0])
+
+    def in_angstrom(self, pixel_size: float) -> "PosePosterior":
+        """The same with shifts in angstrom, from pixels of ``pixel_size``."""
+        unit = self.covariance.new_tensor([1.0, 1.0, 1.0, pixel_size, pixel_size])
+        return replace(self, shifts=self.shifts * pixel_size, covariance=self.covariance * torch.outer(unit, unit))
 
     def mirrored(self) -> "PosePosterior":
         """The same for the mirrored map: every pose turned by half a turn in the image plane."""
@@ -116,7 +129,7 @@ class PosePosterior:
 
     @property
     def spread(self) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-        """Root mean square angle (radian) and distance (pixels) from the heaviest mode that the whole posterior expects."""
+        """Root mean square angle (radian) and distance from the heaviest mode that the whole posterior expects."""
         angle = so3.distance(self.rotations, self.rotations[:, :1].expand_as(self.rotations))
         apart = (self.shifts - self.shifts[:, :1]).square().sum(dim=2)
         variance = self.covariance.diagonal(dim1=2, dim2=3)
@@ -126,42 +139,52 @@ class PosePosterior:
 
     @property
     def entropy(self) -> Float[Tensor, " n"]:
-        """Differential entropy in nats over radian^3 pixel^2, were the modes far apart; what is not fitted counts as 1e-6 wide."""
-        floor = 1e-12 * torch.eye(5, dtype=self.covariance.dtype)
-        each = 0.5 * torch.linalg.slogdet(self.covariance + floor)[1] + 2.5 * (1 + math.log(2 * math.pi))
+        """Differential entropy, nats over radian^3 and the square of the shifts' unit (were they held, radian^3), were the modes far apart."""
+        free = self.free
+        volume = torch.linalg.slogdet(self.covariance[..., :free, :free])[1]
+        each = 0.5 * volume + 0.5 * free * (1 + math.log(2 * math.pi))
         return (self.mass * each - torch.xlogy(self.mass, self.mass)).sum(dim=1)
 
+    @property
+    def free(self) -> int:
+        """How many of the five parameters were fitted: 5, or 3 where the shifts were held."""
+        return 5 if float(self.covariance[:, 0, 3, 3].max()) > _HELD else 3
+
     def level_of(
-        self,
-        rotations: Float[Tensor, "n 3 3"],
-        shifts: Float[Tensor, "n 2"],
-        generator: torch.Generator,
-        symmetry: Float[Tensor, "s 3 3"] | None = None,
+        self, rotations: Float[Tensor, "n k 3 3"], shifts: Float[Tensor, "n k 2"], generator: torch.Generator
     ) -> Float[Tensor, " n"]:
         """Posterior mass of poses that are more probable than the given one: uniform in [0, 1] over true poses, if all is calibrated.
 
-        Poses in the posterior's own frame; of those equivalent under ``symmetry`` the most probable counts. By Monte Carlo, 400 draws.
+        Poses in the posterior's own frame; of the K equivalent ones of a particle the most probable counts. By Monte Carlo, 400 draws.
         """
-        n = len(self.mass)
+        blocks = torch.arange(len(self.mass)).split(_BLOCK)
+        return torch.cat([self._rows(b)._levels(rotations[b], shifts[b], generator) for b in blocks])
+
+    def _rows(self, index: Int[Tensor, " b"]) -> "PosePosterior":
+        return PosePosterior(self.rotations[index], self.shifts[index], self.mass[index], self.covariance[index])
+
+    def _levels(
+        self, rotations: Float[Tensor, "n k 3 3"], shifts: Float[Tensor, "n k 2"], generator: torch.Generator
+    ) -> Float[Tensor, " n"]:
+        n, free = len(self.mass), self.free
         chosen = torch.multinomial(self.mass.double(), _DRAWS, replacement=True, generator=generator)
         row = torch.arange(n)[:, None]
-        factor = torch.linalg.cholesky(self.covariance.double() + 1e-14 * torch.eye(5, dtype=torch.float64))
-        normal = torch.randn(n, _DRAWS, 5, dtype=torch.float64, generator=generator)
+        factor = torch.linalg.cholesky(self.covariance[..., :free, :free].double())
+        normal = torch.randn(n, _DRAWS, free, dtype=torch.float64, generator=generator)
         step = torch.einsum("nkij,nkj->nki", factor[row, chosen], normal)
         drawn = so3.exp(step[..., :3]) @ self.rotations.double()[row, chosen]
-        inside = self._log_density(drawn, self.shifts.double()[row, chosen] + step[..., 3:], factor)
-        group = torch.eye(3)[None] if symmetry is None else symmetry
-        mates = rotations.double()[:, None] @ group.double()
-        true = self._log_density(mates, shifts.double()[:, None].expand(-1, len(group), -1), factor).amax(dim=1)
+        moved = self.shifts.double()[row, chosen]
+        inside = self._log_density(drawn, moved + step[..., 3:] if free == 5 else moved, factor)
+        true = self._log_density(rotations.double(), shifts.double(), factor).amax(dim=1)
         return (inside > true[:, None]).double().mean(dim=1)
 
     def _log_density(
-        self, rotations: Float[Tensor, "n k 3 3"], shifts: Float[Tensor, "n k 2"], factor: Float[Tensor, "n m 5 5"]
+        self, rotations: Float[Tensor, "n k 3 3"], shifts: Float[Tensor, "n k 2"], factor: Float[Tensor, "n m f f"]
     ) -> Float[Tensor, "n k"]:
         terms = []
         for m in range(self.mass.shape[1]):
             turn = so3.log(rotations @ self.rotations[:, m, None].double().mT)
-            offset = torch.cat([turn, shifts - self.shifts[:, m, None].double()], dim=2)
+            offset = torch.cat([turn, shifts - self.shifts[:, m, None].double()], dim=2)[..., : factor.shape[-1]]
             white = torch.linalg.solve_triangular(factor[:, m], offset.mT, upper=False)
             volume = factor[:, m].diagonal(dim1=1, dim2=2).log().sum(dim=1)
             terms.append(self.mass[:, m].double().log()[:, None] - 0.5 * white.square().sum(dim=1) - volume[:, None])
