@@ -11,7 +11,8 @@ import pytest
 import torch
 from processes import FINAL, cryorbit
 
-from cryorbit.errors import CryorbitError
+from cryorbit.cli.evaluate import evaluate
+from cryorbit.errors import CryorbitError, RunError
 from cryorbit.groups.so3 import distance, exp
 from cryorbit.io.particles import open_particles, write_particles
 from cryorbit.methods.half_maps import halves_from_poses
@@ -153,6 +154,37 @@ def test_a_mask_of_the_users_is_used(simulated, tmp_path):
     assert all(row["fsc"] == row["fsc_masked_raw"] for row in rows)  # a mask of ones takes nothing away
 
 
+def test_a_symmetry_the_map_does_not_have_is_told(simulated, tmp_path):
+    config = RunConfig(particles=str(simulated / "start.star"), start="poses", symmetry="D2", mask_diameter=70.0)
+    result = reconstruct(override(config, ["refine.sweeps=1"]), tmp_path / "run")
+    assert any("does not look D2" in warning for warning in result.warnings)
+
+
+@pytest.mark.parametrize("damage", ["cut", "noise", "nan", "mass", "reversed", "doubled", "text"])
+def test_a_posterior_that_is_damaged_or_of_another_run_is_refused(finished, simulated, tmp_path, damage):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "particles.star").write_bytes((finished / "particles.star").read_bytes())
+    raw = (finished / "poses.npz").read_bytes()
+    with np.load(finished / "poses.npz") as stored:
+        arrays = {name: stored[name].copy() for name in stored.files}
+    if damage in ("cut", "noise", "text"):
+        broken = {"cut": raw[:5000], "noise": raw[:200] + b"\xff" * 60 + raw[260:], "text": b"no archive"}[damage]
+        (run / "poses.npz").write_bytes(broken)
+    else:
+        if damage == "nan":
+            arrays["covariance"][3, 0] = np.nan
+        elif damage == "mass":
+            arrays["mass"][:] = 0
+        elif damage == "reversed":
+            arrays = {name: values[::-1] for name, values in arrays.items()}
+        else:
+            arrays = {name: np.concatenate([values, values]) for name, values in arrays.items()}
+        np.savez(run / "poses.npz", **arrays)
+    with pytest.raises(RunError, match="RUN025"):
+        evaluate(run, None, simulated / "truth.star", symmetry="", aligned=False, as_json=False)
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
@@ -161,12 +193,16 @@ def test_a_mask_of_the_users_is_used(simulated, tmp_path):
         ("start.star", {"symmetry": "auto"}, "CONF025.*ab initio map"),
         ("start.star", {"mask": "small"}, "CONF024.*box of 16"),
         ("start.star", {"mask": "counts"}, "CONF024.*values from"),
+        ("start.star", {"mask": "corner"}, "CONF024.*misses the particle"),
         ("start.star", {"ini_high": -3.0}, "CONF016.*ini_high"),
         ("start.star", {"start": "abinitio", "ini_high": 20.0}, "CONF016.*ini_high"),
     ],
 )
 def test_refusals(simulated, tmp_path, name, settings, message):
     files = {"small": written(tmp_path / "a.mrc", 16, 1.0), "counts": written(tmp_path / "b.mrc", 24, 7.0)}
+    files["corner"] = written(tmp_path / "c.mrc", 24, 0.0)
+    with mrcfile.open(files["corner"], mode="r+") as stream:
+        stream.data[:4, :4, :4] = 1.0
     if name == "flat.star":
         same = np.broadcast_to(np.eye(3), (500, 3, 3))
         write_particles(simulated / name, open_particles(simulated / "particles.star"), rotations=same)

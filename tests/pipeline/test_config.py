@@ -92,7 +92,12 @@ def test_documented_settings_are_the_settings():
 
 @pytest.mark.parametrize(
     ("assignment", "code"),
-    [("preset=fast", "CONF018"), ("abinitio=3", "CONF012"), ("abinitio.radius_start=1e-9", "CONF016")],
+    [
+        ("preset=fast", "CONF018"),
+        ("start=poses", "CONF018"),
+        ("abinitio=3", "CONF012"),
+        ("abinitio.radius_start=1e-9", "CONF016"),
+    ],
 )
 def test_settings_that_cannot_work_are_refused(assignment, code):
     with pytest.raises(ConfigError, match=code):

@@ -15,6 +15,8 @@ from cryorbit.io.mrc import read_volume, write_volume
 from cryorbit.io.particles import ParticleSet, open_particles
 from cryorbit.io.stacks import split_image_name
 
+_SAME_RUN = 30.0  # degrees, median, between the poses of a run and the modes of its posterior
+
 
 def match_images(ours: list[str], theirs: list[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Rows of the same images in two lists of image names, ``number@stack``.
@@ -120,16 +122,26 @@ def _true_particles(path: Path) -> ParticleSet:
         ) from error
 
 
-def _credible(path: Path, rows: NDArray[np.int64], true: Any, found: Any, group: Any) -> dict[str, float]:
+def _credible(
+    path: Path, written: NDArray[np.float64], rows: NDArray[np.int64], true: Any, found: Any, group: Any
+) -> dict[str, float]:
     """How often the truth lies inside the 50, 68, 90, 95 and 99 % regions of the run's posterior."""
     import torch
 
+    from cryorbit.groups.so3 import distance
     from cryorbit.pipeline.outputs import read_posterior
     from cryorbit.poses.posterior import PosePosterior, levels_of_truth
 
     stored, index = read_posterior(path), torch.from_numpy(rows)
-    if int(index.max()) >= len(stored.mass):
-        raise RunError("RUN025", f"{path} holds {len(stored.mass)} particles, particles.star more", "refine again")
+    apart = 180.0
+    if len(stored.mass) == len(written):
+        apart = float(torch.rad2deg(distance(stored.rotations[:, 0].double(), torch.from_numpy(written))).median())
+    if apart > _SAME_RUN:
+        raise RunError(
+            "RUN025",
+            f"{path} ({len(stored.mass)} particles) is not the posterior of the poses in particles.star ({len(written)})",
+            "refine again, or remove the file",
+        )
     posterior = PosePosterior(*(x[index] for x in (stored.rotations, stored.shifts, stored.mass, stored.covariance)))
     level = levels_of_truth(posterior, true, found, group)
     return {f"{part:g}": float((level < part).double().mean()) for part in (0.5, 0.68, 0.9, 0.95, 0.99)}
@@ -208,7 +220,9 @@ def evaluate(
         poses, values = compare_poses(estimated, true, ours.pixel_size, group)
         result["poses"] = {**values, "particles_in_run": len(ours), "particles_in_truth": len(theirs)}
         if (run / "poses.npz").exists():
-            result["poses"]["credible"] = _credible(run / "poses.npz", rows[0], true, poses, group)
+            result["poses"]["credible"] = _credible(
+                run / "poses.npz", np.asarray(ours.rotations), rows[0], true, poses, group
+            )
     if truth is not None:
         comparison = compare_maps(_volume(run / "map.mrc"), _volume(truth), poses)
         result |= comparison.values()

@@ -162,6 +162,8 @@ def override(config: RunConfig, assignments: list[str] | tuple[str, ...]) -> Run
             target = target[section]
         if name.strip() == "preset":
             raise ConfigError("CONF018", "a preset cannot be --set, it sets other settings", "pass --preset instead")
+        if name.strip() == "start":
+            raise ConfigError("CONF018", "start cannot be --set", "use `cryorbit reconstruct` or `cryorbit refine`")
         if isinstance(target.get(key), dict):
             raise ConfigError(
                 "CONF012",
@@ -232,7 +234,7 @@ def check(config: RunConfig) -> None:
         "refine.radius_growth": config.refine.radius_growth > 1,
         "refine.fsc_radius": 0 < config.refine.fsc_radius < 1,
     }
-    values = _flat(dataclasses.asdict(config))
+    values = flat(dataclasses.asdict(config))
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError("CONF016", f"{name} = {value} is not a finite number")
@@ -243,8 +245,9 @@ def check(config: RunConfig) -> None:
             )
 
 
-def _flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
+def flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """Settings of all sections by their full names."""
     out: dict[str, Any] = {}
     for key, value in values.items():
-        out |= _flat(value, f"{where}{key}.") if isinstance(value, dict) else {where + key: value}
+        out |= flat(value, f"{where}{key}.") if isinstance(value, dict) else {where + key: value}
     return out

@@ -17,10 +17,12 @@ from cryorbit.io.mrc import read_volume
 from cryorbit.io.particle_set import duplicate_groups
 from cryorbit.io.particles import ParticleSet, open_particles
 from cryorbit.methods.online_em import rotation_grid
+from cryorbit.metrics.masks import soft_sphere
 from cryorbit.pipeline.config import AUTO, POSES, RunConfig, check
 
 FEWEST_PARTICLES = 20
 _FEWEST_ROTATIONS = 8
+_SMALLEST_MASK = 0.005  # of the sphere of the mask diameter
 DARK = "particles.star points to the dark images as they are on disk: invert them before RELION refines from it"
 
 
@@ -144,7 +146,7 @@ def prepare(config: RunConfig) -> Inputs:
         warnings.append(DARK)
     if config.start == POSES:
         warnings += _check_poses(particles)
-    mask = _read_mask(Path(config.mask), particles) if config.mask else None
+    mask = _read_mask(Path(config.mask), particles, diameter) if config.mask else None
     return Inputs(particles, diameter, symmetry, half_set, device, tuple(warnings), mask)
 
 
@@ -158,7 +160,7 @@ def _check_poses(particles: ParticleSet) -> list[str]:
     return ["the file has no origins: shifts start at 0"] if particles.shifts is None else []
 
 
-def _read_mask(path: Path, particles: ParticleSet) -> Float[Tensor, "d d d"]:
+def _read_mask(path: Path, particles: ParticleSet, diameter: float) -> Float[Tensor, "d d d"]:
     """A mask map in the frame of the poses, checked: the particles' box and pixel size, values from 0 to 1."""
     data, pixel_size = read_volume(path)
     hint = "make it with relion_mask_create or cryoSPARC's mask tools from a map of these poses, box and pixel size"
@@ -178,4 +180,14 @@ def _read_mask(path: Path, particles: ParticleSet) -> Float[Tensor, "d d d"]:
             f"the mask {path} has values from {data.min():.3g} to {data.max():.3g}, expected 0 (solvent) to 1 (molecule)",
             hint,
         )
-    return torch.from_numpy(data).float().clamp(0.0, 1.0)
+    mask = torch.from_numpy(data).float().clamp(0.0, 1.0)
+    sphere = soft_sphere(particles.box, 0.5 * diameter / particles.pixel_size)
+    inside = float((mask * sphere).sum())
+    if inside < max(_SMALLEST_MASK * float(sphere.sum()), 0.5 * min(float(mask.sum()), float(sphere.sum()))):
+        raise ConfigError(
+            "CONF024",
+            f"the mask {path} misses the particle: {100 * inside / float(sphere.sum()):.1f} % of the sphere of {diameter:.0f} A is in it, and "
+            f"{100 * inside / max(float(mask.sum()), 1e-9):.0f} % of it in the sphere",
+            hint,
+        )
+    return mask

@@ -8,7 +8,6 @@ import os
 import platform
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -90,14 +89,26 @@ def write_posterior(path: Path, posed: PosedParticles) -> None:
 
 def read_posterior(path: Path) -> PosePosterior:
     """The posterior in ``poses.npz``, shifts in angstrom."""
+    names = ("rotations", "shifts_A", "mass", "covariance")
     try:
         with np.load(path, allow_pickle=False) as stored:
-            arrays = (torch.from_numpy(stored[name]) for name in ("rotations", "shifts_A", "mass", "covariance"))
-            return PosePosterior(*arrays)
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise RunError(
-            "RUN025", f"{path} does not hold a run's posterior ({error})", "run the refinement again"
-        ) from error
+            values = [np.asarray(stored[name], dtype=np.float32) for name in names]
+    except Exception as error:  # a damaged file can raise anything: BadZipFile, zlib.error, TokenError, EOFError
+        raise _no_posterior(path, f"{type(error).__name__}: {error}") from error
+    n, m = values[2].shape if values[2].ndim == 2 else (0, 0)
+    if [v.shape for v in values] != [(n, m, 3, 3), (n, m, 2), (n, m), (n, m, 5, 5)] or n * m == 0:
+        raise _no_posterior(path, f"its arrays have shapes {', '.join(str(v.shape) for v in values)}")
+    if not all(np.isfinite(v).all() for v in values):
+        raise _no_posterior(path, "it holds NaN or infinity")
+    if (values[2] < 0).any() or np.abs(values[2].sum(axis=1) - 1).max() > 1e-3:
+        raise _no_posterior(path, "the masses of a particle's modes do not sum to one")
+    if np.linalg.eigvalsh(values[3]).min() < -1e-6:
+        raise _no_posterior(path, "a covariance is not positive")
+    return PosePosterior(*(torch.from_numpy(v) for v in values))
+
+
+def _no_posterior(path: Path, why: str) -> RunError:
+    return RunError("RUN025", f"{path} does not hold a run's posterior: {why}", "refine again, or remove the file")
 
 
 def particle_columns(

@@ -5,11 +5,12 @@ import shutil
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from cryorbit.errors import ConfigError, RunError
 from cryorbit.io.atomic import write_text
-from cryorbit.pipeline.config import RunConfig, from_toml, to_toml
+from cryorbit.pipeline.config import RunConfig, flat, from_toml, to_toml
 
 OURS = (
     "map.mrc",
@@ -80,6 +81,13 @@ def _clear(folder: Path, config: RunConfig) -> None:
             path.unlink(missing_ok=True)
 
 
+def _differences(before: RunConfig, now: RunConfig) -> str:
+    """What changed, at most three settings."""
+    old, new = flat(asdict(before)), flat(asdict(now))
+    changed = [f"{name} {old[name]!r} there, {new[name]!r} now" for name in new if old[name] != new[name]]
+    return "; ".join(changed[:3]) + ("; ..." if len(changed) > 3 else "")
+
+
 def open_run(folder: Path, config: RunConfig, *, overwrite: bool) -> None:
     """Make ``folder`` ready for ``config``: fresh, or an interrupted run of the same config to be continued.
 
@@ -94,10 +102,10 @@ def open_run(folder: Path, config: RunConfig, *, overwrite: bool) -> None:
             _clear(folder, config)
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "config.toml").is_file():
-            if _config_of(folder) != config:
+            if (before := _config_of(folder)) != config:
                 raise RunError(
                     "RUN002",
-                    f"{folder} holds a run with other settings",
+                    f"{folder} holds a run with other settings ({_differences(before, config)})",
                     "choose a new --output folder, pass --overwrite to delete that run, or give the settings in its config.toml",
                 )
         elif not cleared and any(folder.iterdir()):

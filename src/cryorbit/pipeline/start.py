@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cryorbit.groups.point import point_group
 from cryorbit.methods.half_maps import HalfMaps, halves_from_poses
-from cryorbit.metrics.fsc import last_shell
+from cryorbit.metrics.fsc import fsc, last_shell
 from cryorbit.metrics.masks import contrast_sign
 from cryorbit.pipeline.config import AUTO, RunConfig
 from cryorbit.pipeline.inputs import DARK, Inputs
@@ -83,8 +83,8 @@ def start_from_poses(config: RunConfig, inputs: Inputs) -> Start:
     if particles.shifts is not None:
         shifts = torch.from_numpy(particles.shifts).float()
 
-    def made(stack: FourierStack) -> HalfMaps:
-        group = point_group(inputs.symmetry).float()
+    def made(stack: FourierStack, symmetry: str) -> HalfMaps:
+        group = point_group(symmetry).float()
         return halves_from_poses(
             stack,
             rotations,
@@ -96,11 +96,11 @@ def start_from_poses(config: RunConfig, inputs: Inputs) -> Start:
         )
 
     stack = full_stack(config, inputs)
-    halves = made(stack)
+    halves = made(stack, inputs.symmetry)
     if is_dark(config, halves.unfiltered, inputs.mask_diameter, stack.pixel_size):
         inputs = inverted_contrast(inputs)
         stack = full_stack(config, inputs)
-        halves = made(stack)
+        halves = made(stack, inputs.symmetry)
     agreed = last_shell(halves.correlation, _TRUSTED_FSC)
     fewest = min(round(_FEWEST_PERIODS * box_a / inputs.mask_diameter), particles.box // 2)
     if agreed < fewest:
@@ -109,6 +109,15 @@ def start_from_poses(config: RunConfig, inputs: Inputs) -> Start:
             "`cryorbit reconstruct` starts without them"
         )
         inputs = replace(inputs, warnings=(*inputs.warnings, warning))
+    if inputs.symmetry != "C1":
+        plain = made(stack, "C1")
+        alike = last_shell(fsc(plain.joint.cpu(), halves.joint.cpu()), _TRUSTED_FSC)
+        if alike < 0.5 * last_shell(plain.correlation, _TRUSTED_FSC):
+            warning = (
+                f"the map of these poses does not look {inputs.symmetry}: with and without it maps agree only to "
+                f"{box_a / max(alike, 1):.0f} A (FSC 0.5); is the group right, and do its axes lie where RELION has them?"
+            )
+            inputs = replace(inputs, warnings=(*inputs.warnings, warning))
     radius = max(round(box_a / config.ini_high), 2) if config.ini_high else max(agreed, fewest)
     return Start(
         inputs,
