@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from cryorbit.io.mrc import read_volume
 from cryorbit.io.particles import ParticleSet, open_particles
@@ -141,6 +142,21 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, object]:
     return out
 
 
+def draw(sets: dict[str, list[dict[str, Any]]], picture: Path) -> None:
+    """How often the truth lies inside the credible regions, against how often it should."""
+    figure = Figure(figsize=(4.2, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0.4, 1], [0.4, 1], color="#9aa1a9", lw=1)
+    for name, rows in sets.items():
+        shares = [statistics.mean(row["covered"][f"{part:g}"] for row in rows) for part in LEVELS]
+        snr = SETS[name].snr_db
+        axes.plot(LEVELS, shares, marker="o", ms=4, lw=1, label="no noise" if snr is None else f"{snr:g} dB")
+    axes.set_xlabel("mass of the credible region")
+    axes.set_ylabel("share of true poses inside")
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(picture, dpi=130)
+
+
 def main() -> None:
     """Run the seeds of every set, print them, write JSON after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -148,7 +164,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set-value", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--draw", type=Path, help="Do not run: draw the coverage of the sets in --json here.")
     arguments = parser.parse_args()
+    if arguments.draw:
+        stored = json.loads(arguments.json.read_text())["sets"]
+        draw({name: stored[name]["rows"] for name in arguments.sets}, arguments.draw)
+        return
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.sets}
     for seed in range(arguments.seeds):

@@ -13,7 +13,7 @@ from processes import FINAL, cryorbit
 
 from cryorbit.cli.evaluate import evaluate
 from cryorbit.errors import CryorbitError, RunError
-from cryorbit.groups.so3 import distance, exp
+from cryorbit.groups.so3 import distance, exp, random_rotations
 from cryorbit.io.particles import open_particles, write_particles
 from cryorbit.methods.half_maps import halves_from_poses
 from cryorbit.metrics.evaluation import compare_poses
@@ -152,6 +152,14 @@ def test_a_mask_of_the_users_is_used(simulated, tmp_path):
     with (tmp_path / "run" / "fsc.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert all(row["fsc"] == row["fsc_masked_raw"] for row in rows)  # a mask of ones takes nothing away
+
+
+def test_random_poses_are_not_trusted(simulated, tmp_path, generator):
+    rotations = random_rotations(500, generator).double().numpy()
+    write_particles(simulated / "random.star", open_particles(simulated / "start.star"), rotations=rotations)
+    config = RunConfig(particles=str(simulated / "random.star"), start="poses", mask_diameter=70.0)
+    result = reconstruct(override(config, ["refine.sweeps=1"]), tmp_path / "run")
+    assert result.status.startswith("Do not trust this map")
 
 
 def test_a_symmetry_the_map_does_not_have_is_told(simulated, tmp_path):

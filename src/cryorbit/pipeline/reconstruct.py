@@ -26,7 +26,7 @@ from cryorbit.pipeline.handover import hand_over
 from cryorbit.pipeline.inputs import Inputs, prepare
 from cryorbit.pipeline.rundir import locked, open_run
 from cryorbit.pipeline.start import Start, start_from_poses
-from cryorbit.pipeline.verdict import Evidence, agree, judge, sentence
+from cryorbit.pipeline.verdict import agree, judge, sentence
 from cryorbit.poses.posterior import PosedParticles
 from cryorbit.training.dataset import FourierStack
 from cryorbit.training.history import History
@@ -187,7 +187,7 @@ def _summarise(
     local = local_resolution(half_1, half_2, apix)
     quantiles = np.quantile(local[mask > 0.5].numpy(), [0.05, 0.5, 0.95])
     agreement = agree(len(rotations), masked, unmasked, 2 * apix)
-    told = _verdict(start.evidence, agreement, masked)
+    told = _verdict(start, agreement, masked)
     status = str(told["status"])
     if config.start == ABINITIO:
         warnings.append(
@@ -236,8 +236,11 @@ def _summarise(
     return result, curves
 
 
-def _verdict(evidence: Evidence | None, agreement: str, masked: float) -> dict[str, object]:
+def _verdict(start: Start, agreement: str, masked: float) -> dict[str, object]:
     """What the run says of itself: of an ab initio run, the chance that it is right; of a refinement, how far its halves agree."""
+    evidence = start.evidence
+    if evidence is None and start.doubt:
+        return {"status": f"Do not trust this map: {start.doubt}. After refinement {agreement}"}
     if evidence is None:
         status = (
             f"Refined to {masked:.1f} A: {agreement}. The poses came with the particles; halves that started from poses of one joint "

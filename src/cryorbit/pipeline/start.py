@@ -39,6 +39,8 @@ class Start:
         (N,) how much stronger than the map each image is.
     effective, evidence
         (N,) effective number of poses and how the halves compare; None for poses that came with the particles.
+    doubt
+        Why poses that came with the particles cannot be trusted, if so.
     """
 
     inputs: Inputs
@@ -50,6 +52,7 @@ class Start:
     intensity: Float[Tensor, " n"]
     effective: Float[Tensor, " n"] | None = None
     evidence: Evidence | None = None
+    doubt: str = ""
 
 
 def full_stack(config: RunConfig, inputs: Inputs) -> FourierStack:
@@ -103,12 +106,12 @@ def start_from_poses(config: RunConfig, inputs: Inputs) -> Start:
         halves = made(stack, inputs.symmetry)
     agreed = last_shell(halves.correlation, _TRUSTED_FSC)
     fewest = min(round(_FEWEST_PERIODS * box_a / inputs.mask_diameter), particles.box // 2)
+    doubt = ""
     if agreed < fewest:
-        warning = (
-            f"the half maps of the poses in the file agree only to {box_a / max(agreed, 1):.0f} A (FSC 0.5): they may be wrong; "
+        doubt = (
+            f"the half maps of the poses in the file agree only to {box_a / max(agreed, 1):.0f} A (FSC 0.5), so most poses may be wrong; "
             "`cryorbit reconstruct` starts without them"
         )
-        inputs = replace(inputs, warnings=(*inputs.warnings, warning))
     if inputs.symmetry != "C1":
         plain = made(stack, "C1")
         alike = last_shell(fsc(plain.joint.cpu(), halves.joint.cpu()), _TRUSTED_FSC)
@@ -127,4 +130,5 @@ def start_from_poses(config: RunConfig, inputs: Inputs) -> Start:
         rotations[:, None],
         shifts[:, None],
         torch.ones(len(rotations)),
+        doubt=doubt,
     )
