@@ -91,7 +91,7 @@ def test_same_command_again_repeats_nothing_and_other_settings_are_refused(finis
     assert "Traceback" not in other.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_killed_run_continues_to_the_same_result(finished, simulated, tmp_path, number):
     run = tmp_path / "run"
     arguments = command("reconstruct", simulated / "particles.star", "--output", run, *QUICK)

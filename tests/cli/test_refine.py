@@ -62,8 +62,8 @@ def finished(simulated: Path) -> Path:
 
 
 def test_poses_get_better_and_the_map_is_right(finished, simulated):
-    truth = ["--truth", simulated / "truth.mrc", "--truth-poses", simulated / "truth.star", "--json"]
-    values = json.loads(cryorbit("evaluate", finished, *truth).stdout)
+    evaluate(finished, simulated / "truth.mrc", simulated / "truth.star", symmetry="", aligned=False, as_json=True)
+    values = json.loads((finished / "evaluation.json").read_text())
     assert values["poses"]["median_deg"] < 3.5  # from 7
     assert values["poses"]["shift_median_px"] < 0.3
     assert values["correlation_masked"] > 0.9
