@@ -36,7 +36,7 @@ from cryorbit.metrics.masks import mask_from_map
 from cryorbit.pipeline.config import RunConfig, override, preset
 from cryorbit.pipeline.outputs import read_posterior
 from cryorbit.pipeline.reconstruct import reconstruct
-from cryorbit.poses.posterior import levels_of_truth
+from cryorbit.poses.posterior import REGIONS, covered, levels_of_truth
 from cryorbit.simulate.atoms import model_path, read_model
 from cryorbit.simulate.particles import make_projector
 from cryorbit.simulate.settings import CTFSettings, SimulationSettings
@@ -64,7 +64,6 @@ SETS |= {
 }
 SETS |= {name: Case(snr) for name, snr in (("A", None), ("B", 10.0), ("C", 5.0), ("D", 0.0), ("E", -5.0), ("F", -10.0))}
 SETS |= {"G": Case(0.0, PAPER), "H": Case(-15.0, PAPER, 2.0)}
-LEVELS = (0.5, 0.68, 0.9, 0.95, 0.99)
 SIDE = 102.4  # angstrom
 DIAMETER = 90.0
 
@@ -113,14 +112,13 @@ def one(name: str, seed: int, settings: list[str]) -> dict[str, Any]:
     mask = mask_from_map(truth.data, pixel_size)
     aligned = align_volumes(result.map, truth)
     found = align_poses(result.poses, true)
-    level = levels_of_truth(posterior, true, found)
     return {
         "set": name,
         "seed": seed,
         "seconds": wall,
         "cpu_seconds": cpu,
         **asdict(found.summary(pixel_size)),
-        "covered": {f"{part:g}": float((level < part).double().mean()) for part in LEVELS},
+        "covered": covered(levels_of_truth(posterior, true, found)),
         "pose_spread_deg": result.metrics["pose_spread_deg"],
         "stage_seconds": result.metrics["stage_seconds"],
         **against_truth(aligned.map, truth, mask),
@@ -136,7 +134,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, object]:
     keys = ("median_deg", "mean_deg", "fsc_0.5_masked_A", "fsc_0.5_unmasked_A", "seconds", "cpu_seconds")
     values = {key: [float(r[key]) for r in rows] for key in keys}
     values["known_poses_masked_A"] = [r["known_poses"]["fsc_0.5_masked_A"] for r in rows]
-    values |= {f"covered_{part:g}": [r["covered"][f"{part:g}"] for r in rows] for part in LEVELS}
+    values |= {f"covered_{part:g}": [r["covered"][f"{part:g}"] for r in rows] for part in REGIONS}
     for key, each in values.items():
         out[key] = {"mean": statistics.mean(each), "sd": statistics.stdev(each) if len(each) > 1 else 0.0}
     return out
@@ -148,9 +146,9 @@ def draw(sets: dict[str, list[dict[str, Any]]], picture: Path) -> None:
     axes = figure.subplots()
     axes.plot([0.4, 1], [0.4, 1], color="#9aa1a9", lw=1)
     for name, rows in sets.items():
-        shares = [statistics.mean(row["covered"][f"{part:g}"] for row in rows) for part in LEVELS]
+        shares = [statistics.mean(row["covered"][f"{part:g}"] for row in rows) for part in REGIONS]
         snr = SETS[name].snr_db
-        axes.plot(LEVELS, shares, marker="o", ms=4, lw=1, label="no noise" if snr is None else f"{snr:g} dB")
+        axes.plot(REGIONS, shares, marker="o", ms=4, lw=1, label="no noise" if snr is None else f"{snr:g} dB")
     axes.set_xlabel("mass of the credible region")
     axes.set_ylabel("share of true poses inside")
     axes.legend(frameon=False, fontsize=9)

@@ -130,7 +130,7 @@ def _credible(
 
     from cryorbit.groups.so3 import distance
     from cryorbit.pipeline.outputs import read_posterior
-    from cryorbit.poses.posterior import PosePosterior, levels_of_truth
+    from cryorbit.poses.posterior import covered, levels_of_truth
 
     stored, index = read_posterior(path), torch.from_numpy(rows)
     apart = 180.0
@@ -142,9 +142,7 @@ def _credible(
             f"{path} ({len(stored.mass)} particles) is not the posterior of the poses in particles.star ({len(written)})",
             "refine again, or remove the file",
         )
-    posterior = PosePosterior(*(x[index] for x in (stored.rotations, stored.shifts, stored.mass, stored.covariance)))
-    level = levels_of_truth(posterior, true, found, group)
-    return {f"{part:g}": float((level < part).double().mean()) for part in (0.5, 0.68, 0.9, 0.95, 0.99)}
+    return covered(levels_of_truth(stored.rows(index), true, found, group))
 
 
 def _table(result: dict[str, Any]) -> Any:

@@ -28,12 +28,10 @@ def reconstruct(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Reconstruct a map and every particle's pose from particle images, with no starting model."""
-    from cryorbit.pipeline.config import RunConfig, override
-    from cryorbit.pipeline.config import preset as apply_preset
-
-    config = RunConfig(
-        particles=str(particles.resolve()),
-        datadir=str(datadir.resolve()) if datadir else "",
+    config = configured(
+        particles,
+        datadir,
+        set_,
         mask_diameter=mask_diameter,
         symmetry=symmetry,
         preset=preset,
@@ -45,7 +43,15 @@ def reconstruct(
         flip_hand=flip_hand,
         no_ctf=no_ctf,
     )
-    run_and_report(override(apply_preset(config), set_), output, overwrite)
+    run_and_report(config, output, overwrite)
+
+
+def configured(particles: Path, datadir: Path | None, assignments: list[str], **settings: object) -> "RunConfig":  # noqa: F821
+    """The settings of a run: the options', then the preset's, then those of ``--set``."""
+    from cryorbit.pipeline.config import RunConfig, from_dict, override, preset
+
+    paths = {"particles": str(particles.resolve()), "datadir": str(datadir.resolve()) if datadir else ""}
+    return override(preset(from_dict(RunConfig, paths | settings)), assignments)
 
 
 def run_and_report(config: "RunConfig", output: Path, overwrite: bool) -> None:  # noqa: F821 - imported where used, to keep --help fast

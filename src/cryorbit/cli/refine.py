@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from cryorbit.cli import options
-from cryorbit.cli.reconstruct import run_and_report
+from cryorbit.cli.reconstruct import configured, run_and_report
 
 
 def refine(
@@ -38,15 +38,15 @@ def refine(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Refine the poses that come with the particles (RELION, cryoSPARC, cryorbit) on two independent halves."""
-    from cryorbit.pipeline.config import POSES, RunConfig, override
-    from cryorbit.pipeline.config import preset as apply_preset
+    from cryorbit.pipeline.config import POSES
 
-    config = RunConfig(
-        particles=str(particles.resolve()),
+    config = configured(
+        particles,
+        datadir,
+        set_,
         start=POSES,
         ini_high=ini_high,
         mask=str(mask.resolve()) if mask else "",
-        datadir=str(datadir.resolve()) if datadir else "",
         mask_diameter=mask_diameter,
         symmetry=symmetry,
         preset=preset,
@@ -58,4 +58,4 @@ def refine(
         flip_hand=flip_hand,
         no_ctf=no_ctf,
     )
-    run_and_report(override(apply_preset(config), set_), output, overwrite)
+    run_and_report(config, output, overwrite)

@@ -11,8 +11,10 @@ from cryorbit.groups import so3
 from cryorbit.metrics.align import PoseAlignment, unframed
 from cryorbit.types import Poses
 
+_FARTHEST = 5.0  # times the expected square: offsets beyond that are of other modes, and count as this
 _DRAWS = 400
 _BLOCK = 1000  # particles whose draws are held at a time
+REGIONS = (0.5, 0.68, 0.9, 0.95, 0.99)
 _HELD = 1e-9  # of the shifts' unit squared: a variance of shifts that were not fitted
 
 
@@ -39,9 +41,6 @@ class PosedParticles:
     def scale_spread(self) -> float:
         """Standard deviation of the particles' strengths beyond what noise explains."""
         return float((self.scale.var() - self.scale_error.square().mean()).clamp_min(0).sqrt())
-
-
-_FARTHEST = 5.0  # times the expected square: offsets beyond that are of other modes, and count as this
 
 
 def map_error(
@@ -87,6 +86,11 @@ def levels_of_truth(
     shifts = true.shifts.double()[:, None].expand(-1, len(group), -1)
     candidates = unframed(mates, shifts, found.rotation, found.shift, mirrored=found.mirrored)
     return posterior.level_of(*candidates, torch.Generator().manual_seed(0))
+
+
+def covered(level: Float[Tensor, " n"]) -> dict[str, float]:
+    """Share of the particles whose true pose, at ``level``, is inside the credible region of each of the masses ``REGIONS``."""
+    return {f"{part:g}": float((level < part).double().mean()) for part in REGIONS}
 
 
 @dataclass(frozen=True)
@@ -158,9 +162,10 @@ class PosePosterior:
         Poses in the posterior's own frame; of the K equivalent ones of a particle the most probable counts. By Monte Carlo, 400 draws.
         """
         blocks = torch.arange(len(self.mass)).split(_BLOCK)
-        return torch.cat([self._rows(b)._levels(rotations[b], shifts[b], generator) for b in blocks])
+        return torch.cat([self.rows(b)._levels(rotations[b], shifts[b], generator) for b in blocks])
 
-    def _rows(self, index: Int[Tensor, " b"]) -> "PosePosterior":
+    def rows(self, index: Int[Tensor, " b"]) -> "PosePosterior":
+        """Of the particles ``index`` alone."""
         return PosePosterior(self.rotations[index], self.shifts[index], self.mass[index], self.covariance[index])
 
     def _levels(

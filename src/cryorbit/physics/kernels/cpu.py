@@ -105,6 +105,25 @@ def insert(
     return num, den
 
 
+def _posed(
+    data: Tensor,
+    images: Tensor,
+    ctf: Tensor,
+    precision: Tensor,
+    rotations: Tensor,
+    shifts_px: Tensor,
+    kx: Tensor,
+    ky: Tensor,
+    oversampling: int,
+    box: int,
+) -> tuple[np.ndarray | np.floating | float, ...]:
+    """What the kernels of ``cpu_pose`` read, as they take it."""
+    rot = rotations.numpy()
+    images_, shifts = _floats(images), shifts_px.numpy().astype(np.float64)
+    rows, scale = rows_of(kx.numpy(), ky.numpy()), rot.dtype.type(oversampling)
+    return _floats(data), images_, ctf.numpy(), precision.numpy(), rot, shifts, rows, scale, 2 * np.pi / box
+
+
 def normal_equations(
     data: Tensor,
     images: Tensor,
@@ -121,21 +140,8 @@ def normal_equations(
     _use_torch_threads()
     count = len(rotations)
     loss, gradient, hessian = np.zeros(count), np.zeros((count, 5)), np.zeros((count, 5, 5))
-    kind = rotations.numpy().dtype.type
-    cpu_pose.normal_equations(
-        _floats(data),
-        _floats(images),
-        ctf.numpy(),
-        precision.numpy(),
-        rotations.numpy(),
-        shifts_px.numpy().astype(np.float64),
-        rows_of(kx.numpy(), ky.numpy()),
-        kind(oversampling),
-        2 * np.pi / box,
-        loss,
-        gradient,
-        hessian,
-    )
+    arguments = _posed(data, images, ctf, precision, rotations, shifts_px, kx, ky, oversampling, box)
+    cpu_pose.normal_equations(*arguments, loss, gradient, hessian)
     return torch.from_numpy(loss), torch.from_numpy(gradient), torch.from_numpy(hessian)
 
 
@@ -154,19 +160,8 @@ def losses(
     """Loss of each image at each of its (B, K) poses; float64."""
     _use_torch_threads()
     out = np.zeros(rotations.shape[:2])
-    kind = rotations.numpy().dtype.type
-    cpu_pose.losses(
-        _floats(data),
-        _floats(images),
-        ctf.numpy(),
-        precision.numpy(),
-        rotations.numpy(),
-        shifts_px.numpy().astype(np.float64),
-        rows_of(kx.numpy(), ky.numpy()),
-        kind(oversampling),
-        2 * np.pi / box,
-        out,
-    )
+    arguments = _posed(data, images, ctf, precision, rotations, shifts_px, kx, ky, oversampling, box)
+    cpu_pose.losses(*arguments, out)
     return torch.from_numpy(out)
 
 
