@@ -178,6 +178,9 @@ def one(cell: Cell, seed: int, data: Path, commit: str) -> dict[str, object]:
             "resolution_A",
             "resolution_masked_A",
             "stage_seconds",
+            "pose_spread_deg",
+            "pose_widening",
+            "scale_spread",
         )
         row |= {key: result.metrics[key] for key in keys + more}
         row["evidence"] = result.metrics["evidence"]
