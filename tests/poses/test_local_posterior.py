@@ -124,6 +124,29 @@ def test_moved_samples_show_the_moved_map_as_before(grid, generator):
     torch.testing.assert_close((after.rotations @ there)[:, :2] + after.shifts, shown)
 
 
+@pytest.mark.parametrize("most", [1, 2, 5])
+def test_thinned_samples_stand_for_all_on_average(generator, most):
+    count, shares = 3000, torch.tensor([0.45, 0.3, 0.2, 0.05])
+    particle = torch.arange(7, 7 + 2 * count, 2).repeat_interleave(4)
+    shifts = torch.arange(4.0).repeat(count)[:, None].expand(-1, 2)
+    before = PoseSamples(particle, random_rotations(4 * count, generator), shifts, shares.repeat(count))
+    after = before.thinned(most)
+    number, kept = after.particle.unique_consecutive(return_counts=True)
+    assert torch.equal(number, particle[::4])
+    assert int(kept.max()) <= most
+    sums = torch.zeros(int(particle.max()) + 1).index_add(0, after.particle, after.weight)[number]
+    torch.testing.assert_close(sums, torch.ones(count))
+    mean = torch.zeros(4).index_add(0, after.shifts[:, 0].long(), after.weight) / count
+    torch.testing.assert_close(mean, shares, atol=3 / count, rtol=0)  # evenly spread, not drawn: no square root
+
+
+def test_one_pose_thinned_is_itself(generator):
+    alone = PoseSamples(torch.arange(50), random_rotations(50, generator), torch.randn(50, 2), torch.ones(50))
+    after = alone.thinned(3)
+    assert torch.equal(after.particle, alone.particle)
+    assert torch.equal(after.weight, alone.weight)
+
+
 def test_fixed_shifts_leave_rotations_sampled(grid, generator):
     disk = fourier_disk(BOX, RADIUS)
     truth, shifts, images, ctf, precision = noisy(grid, disk, 60, 1.5, generator)

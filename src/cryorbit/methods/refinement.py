@@ -146,9 +146,8 @@ class Refinement:
 
     def finished(self) -> bool:
         """Whether neither the radius nor the poses change any more."""
-        same = int(self.tensors["radius"]) == int(self.tensors["previous_radius"])
-        still = float(self.tensors["pose_change"]) < 0.05 / max(int(self.tensors["radius"]), 1)
-        return same and still
+        radius, before, change = (float(self.tensors[x]) for x in ("radius", "previous_radius", "pose_change"))
+        return radius == before and change < 0.05 / max(radius, 1)
 
     # -- one sweep --------------------------------------------------------------------------------------------------------------
 
@@ -174,6 +173,8 @@ class Refinement:
                 parts.append(self._expect(grid, chosen, images, ctf, radius, points, everywhere, first=index == 0))
                 power += self._residual(grid, chosen, images, ctf)
             samples = PoseSamples.joined(parts)
+            if (mates := len(self.symmetry)) > 1:  # each sample is inserted at all of them: fewer say as much
+                samples = samples.thinned(-(-self.config.samples // mates))
             accumulators.append(self._inserted(half, samples))
         motion = self._second_onto_first()
         if motion is not None:
@@ -236,8 +237,7 @@ class Refinement:
         order = torch.cat([chosen for _, chosen in batches]).argsort()
         fields = ("rotations", "shifts", "mass", "covariance")
         joined = (torch.cat([getattr(part, name).cpu() for part in parts])[order] for name in fields)
-        scale, error = scores
-        return PosedParticles(PosePosterior(*joined), scale, error, widening)
+        return PosedParticles(PosePosterior(*joined), scores[0], scores[1], widening)
 
     def _widening(self, grids: dict[int, SlicingGrid]) -> float:
         """Factor on the variance of poses for the maps' own errors (:func:`~cryorbit.poses.posterior.map_error`)."""

@@ -25,6 +25,7 @@ _WORSE = 15.0  # of log likelihood below the best, where a mode is dropped
 _LOOK = 2  # Gauss-Newton steps before starts are compared
 _ONE_PX = 1.0  # at the rim of the disk or of shift, within which two modes are one
 _SAME = 4.0  # squared standard deviations within which two modes are one
+_GOLDEN = 0.5 * (math.sqrt(5) - 1)
 _MASS = 0.95  # of a particle's posterior that its samples hold
 
 
@@ -60,6 +61,26 @@ class PoseSamples:
     def moved(self, rotation: Float[Tensor, "3 3"], shift: Float[Tensor, "3"]) -> "PoseSamples":
         """The same poses of a map that was turned by ``rotation`` and then shifted by ``shift`` pixels."""
         return PoseSamples(self.particle, *framed(self.rotations, self.shifts, rotation, shift), self.weight)
+
+    def thinned(self, most: int) -> "PoseSamples":
+        """At most so many of each particle, each as often as its weight says (systematic resampling): means stay what they were on average.
+
+        Where a particle's positions begin is a function of its number alone, and evenly spread over particles.
+        """
+        _, own, count = self.particle.unique_consecutive(return_inverse=True, return_counts=True)
+        last = count.cumsum(0) - 1
+        upto = self.weight.double().cumsum(0)
+        before = upto - self.weight
+        begin, end = before[last - count + 1], upto[last]
+        offset = (self.particle.double() * _GOLDEN) % 1
+        lower, upper = ((most * (x - begin[own]) / (end - begin)[own] - offset).ceil() for x in (before, upto))
+        drawn = upper - lower
+        return PoseSamples(
+            self.particle[drawn > 0],
+            self.rotations[drawn > 0],
+            self.shifts[drawn > 0],
+            (drawn[drawn > 0] / most).to(self.weight),
+        )
 
 
 def sample_points(particles: int, count: int, seed: int) -> Float[Tensor, "b k 5"]:
