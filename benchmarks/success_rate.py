@@ -181,8 +181,11 @@ def one(cell: Cell, seed: int, data: Path, commit: str) -> dict[str, object]:
             "pose_spread_deg",
             "pose_widening",
             "scale_spread",
+            "signal_unexplained",
         )
         row |= {key: result.metrics[key] for key in keys + more}
+        spectra = ("noise_variance", "image_power", "background_power")
+        row["spectra"] = {key: [float(f"{x:.4g}") for x in result.metrics[key]] for key in spectra}
         row["evidence"] = result.metrics["evidence"]
         if cell.hopeless:
             return row | {"success": False, "success_unmasked": False}

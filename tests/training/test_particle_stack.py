@@ -169,3 +169,24 @@ def test_map_from_a_good_and_a_bad_group_is_better(clean: SimulatedParticles) ->
     snr = [float((c.square() / (1 - c.square()))[4:9].mean()) for c in curves]
     assert half[1] > half[0] + 0.4
     assert snr[1] / snr[0] > 2.0  # 2.78 where white noise is all that is wrong
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_background_power_is_that_of_the_noise(clean: SimulatedParticles, grouped: bool) -> None:
+    """In the units of ``images``, groups equalised; a faint signal leaves it as it is."""
+    group = torch.arange(COUNT) % 2 if grouped else torch.zeros(COUNT, dtype=torch.int64)
+    _, noise = noisy(clean, group, two_spectra()[: 1 + grouped])
+    faint = (0.01 * noise.var() / clean.images.var()).sqrt()
+    stack = make(faint * clean.images + noise, clean, group if grouped else None, diameter=50.0)
+    alone = make(noise, clean, group if grouped else None, diameter=50.0)
+    found = stack.background_power
+    assert found is not None
+    true = alone.power * (stack.scale / alone.scale) ** 2
+    assert float((found / true - 1)[2:].abs().max()) < 0.15
+    assert float((found / true - 1)[2:].mean().abs()) < 0.04
+    assert float((stack.power / true)[2:5].mean()) > 1.03  # the signal is in the images
+
+
+def test_masked_images_have_no_background(clean: SimulatedParticles) -> None:
+    images = (clean.images + torch.randn_like(clean.images)) * soft_sphere(BOX, 0.5 * DIAMETER / APIX, 1.0)[BOX // 2]
+    assert make(images, clean, None, diameter=60.0).background_power is None

@@ -156,7 +156,7 @@ class Refinement:
         t = self.tensors
         radius = int(t["radius"])
         if index == 0:
-            t["noise"] = self._initial_noise()
+            t["noise"][: len(self.stack.power)] = self.stack.power  # an upper bound that this sweep replaces
         before = self.poses[0].clone()
         every = self.config.search_every
         search = bool(every) and self.config.fit_shift and index > 0 and index % every == 1 % every
@@ -275,11 +275,6 @@ class Refinement:
     def _precision(self, radius: int) -> tuple[FourierDisk, Int[Tensor, " q"], Float[Tensor, " q"]]:
         disk, keep = self.stack.at_radius(radius)
         return disk, keep, disk.weight / self.tensors["noise"].to(disk.weight.device)[disk.shell]
-
-    def _initial_noise(self) -> Float[Tensor, " k"]:
-        """Power of a sample of the images per shell: an upper bound that the first sweep replaces."""
-        sample = torch.arange(0, len(self.stack), max(1, len(self.stack) // 500))[:500]
-        return self._shell_mean(self.stack.images(sample).abs().square().mean(dim=0))
 
     def _shell_mean(self, values: Float[Tensor, " p"]) -> Float[Tensor, " k"]:
         return shell_mean(values, self.stack.disk.to(values.device), self.limit + 2).cpu()

@@ -12,6 +12,7 @@ from cryorbit.groups import so3
 from cryorbit.groups.point import point_group
 from cryorbit.methods.marginal import Marginal
 from cryorbit.methods.refinement import Refinement
+from cryorbit.metrics.explained import unexplained
 from cryorbit.metrics.fsc import MaskedFSC, masked_fsc, resolution
 from cryorbit.metrics.local_resolution import local_resolution
 from cryorbit.metrics.masks import mask_from_map, soft_sphere
@@ -187,7 +188,8 @@ def _summarise(
     local = local_resolution(half_1, half_2, apix)
     quantiles = np.quantile(local[mask > 0.5].numpy(), [0.05, 0.5, 0.95])
     agreement = agree(len(rotations), masked, unmasked, 2 * apix)
-    told = _verdict(start, agreement, masked)
+    spectra, left = _spectra(refinement)
+    told = _verdict(start, agreement, masked, left)
     status = str(told["status"])
     if config.start == ABINITIO:
         warnings.append(
@@ -216,7 +218,8 @@ def _summarise(
         "pose_change_deg": float(torch.rad2deg(t["pose_change"])),
         "seconds": sum(seconds.values()),
         "stage_seconds": seconds,
-        "noise_variance": [float(x) / scale**2 for x in t["noise"]],
+        "signal_unexplained": left,
+        **spectra,
         "warnings": warnings,
     }
     poses = Poses(rotations, shifts * apix)
@@ -236,7 +239,19 @@ def _summarise(
     return result, curves
 
 
-def _verdict(start: Start, agreement: str, masked: float) -> dict[str, object]:
+def _spectra(refinement: Refinement) -> tuple[dict[str, list[float] | None], float | None]:
+    """Power per shell of what the map leaves of the images, of the images and of their background; and the share of signal left."""
+    stack = refinement.stack
+    image, background = stack.power, stack.background_power
+    residual = refinement.tensors["noise"][: len(image)]
+    disk = stack.disk.to("cpu")
+    pixels = torch.zeros(len(image)).index_add(0, disk.shell, disk.weight)
+    left = None if background is None else unexplained(image, background, residual, pixels)
+    named = {"noise_variance": residual, "image_power": image, "background_power": background}
+    return {name: None if x is None else (x / stack.scale**2).tolist() for name, x in named.items()}, left
+
+
+def _verdict(start: Start, agreement: str, masked: float, left: float | None) -> dict[str, object]:
     """What the run says of itself: of an ab initio run, the chance that it is right; of a refinement, how far its halves agree."""
     evidence = start.evidence
     if evidence is None and start.doubt:
@@ -247,6 +262,7 @@ def _verdict(start: Start, agreement: str, masked: float) -> dict[str, object]:
             "refinement share its mistakes"
         )
         return {"status": status}
+    evidence = replace(evidence, unexplained=left)
     verdict = judge(evidence)
     return {
         "status": sentence(verdict, agreement, masked),

@@ -28,6 +28,8 @@ class Evidence:
         Median effective number of poses per particle that ab initio left, over the asymmetric unit.
     intensity_sd
         Standard deviation over particles of how much stronger than the map each is.
+    unexplained
+        Share of the images' signal that the refined map leaves in the residual (``metrics/explained.py``); None where none was measured.
     """
 
     joined: bool
@@ -36,6 +38,7 @@ class Evidence:
     pose_difference_deg: float
     effective: float
     intensity_sd: float
+    unexplained: float | None = None
 
     def features(self) -> dict[str, float]:
         """Numbers the chance of being right is a logistic function of."""

@@ -18,10 +18,18 @@ from torch import Tensor
 
 from cryorbit.physics.ctf import ctf_on_disk
 from cryorbit.physics.fourier import FourierDisk, disk_subset, fourier_disk, image_to_fourier
-from cryorbit.training.equalise import background_window, measure_factors, pooled_groups
+from cryorbit.physics.spectrum import shell_mean
+from cryorbit.training.equalise import (
+    background_spectrum,
+    background_window,
+    is_emptied,
+    measure_factors,
+    pooled_groups,
+)
 from cryorbit.types import CTFParams
 
 _CHUNK = 512
+_SAMPLE = 500  # images whose power is measured
 
 
 @runtime_checkable
@@ -177,6 +185,38 @@ class FourierStack:
         sample = torch.from_numpy(self.particles.read(torch.arange(0, len(self.particles), step)[:200].numpy()))
         spread = float((sample - sample.mean(dim=(1, 2), keepdim=True)).square().mean().sqrt())
         return 1.0 / (self.particles.box * max(spread, 1e-30))
+
+    @cached_property
+    def power(self) -> Float[Tensor, " s"]:
+        """Mean of ``|images|^2`` per shell, over an even sample of the particles."""
+        images = self.images(self._sample)
+        return shell_mean(images.abs().square().mean(dim=0), self.disk.to(self.device), self._shells).cpu()
+
+    @cached_property
+    def background_power(self) -> Float[Tensor, " s"] | None:
+        """What :attr:`power` would be of the noise around the particles alone; None where the images were masked and there is none.
+
+        What the CTF spreads over the background and neighbours count as noise. Shell 0 says nothing.
+        """
+        total = torch.zeros(self._shells)
+        for part in self._sample.split(_CHUNK):
+            groups = torch.zeros_like(part) if self._group is None else self._group[part]
+            for group in groups.unique():
+                chosen = part[groups == group]
+                images = torch.from_numpy(self.particles.read(chosen.numpy()))
+                spectrum = background_spectrum(images, self._window, self._full_disk)
+                factor = 1.0 if self._group is None else self._factors[group].cpu()[: self._shells].square()
+                total += len(chosen) / len(self._sample) * factor * spectrum[: self._shells]
+        total *= (self.scale * self.particles.box) ** 2
+        return None if is_emptied(total, self.power) else total
+
+    @property
+    def _sample(self) -> Int[Tensor, " m"]:
+        return torch.arange(0, len(self), max(1, len(self) // _SAMPLE))[:_SAMPLE]
+
+    @property
+    def _shells(self) -> int:
+        return int(self.disk.shell.max()) + 1
 
     @cached_property
     def _cache(self) -> Complex[Tensor, "n p"]:

@@ -69,6 +69,11 @@ def background_spectrum(
     return estimate_spectrum(values, disk) / window.square().mean()
 
 
+def is_emptied(background: Float[Tensor, "*g s"], whole: Float[Tensor, "*g s"]) -> bool:
+    """Whether the background of some group has been masked away: less than 1 % of the images' power is left, shell 0 aside."""
+    return bool((background[..., 1:].sum(dim=-1) < _EMPTIED * whole[..., 1:].sum(dim=-1)).any())
+
+
 def _smoothed(log_ratio: Float[Tensor, "g s"], disk: FourierDisk) -> Float[Tensor, "g s"]:
     """A straight line through each shell and its two neighbours on either side, weighted by their pixels; shell 0 has no say."""
     count = torch.zeros(log_ratio.shape[1]).index_add(0, disk.shell.cpu(), disk.weight.cpu())
@@ -137,5 +142,4 @@ def measure_factors(
                 mean = background_spectrum(images, where.to(images.device), disk.to(images.device))
                 row[number] += (len(part) / len(sample)) * mean.cpu()
     background, whole = spectra
-    emptied = bool((background[:, 1:].sum(dim=1) < _EMPTIED * whole[:, 1:].sum(dim=1)).any())
-    return whitening_factors(whole if emptied else background, counts, disk)
+    return whitening_factors(whole if is_emptied(background, whole) else background, counts, disk)
