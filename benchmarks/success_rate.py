@@ -41,7 +41,7 @@ from cryorbit.simulate.source import open_source
 from cryorbit.simulate.write import write_simulation
 from cryorbit.types import Poses, Volume
 from reconstruct import against_truth, ceiling
-from success_report import fit, table
+from success_report import TWO, fit, table
 
 NEAR, FAR = (8000.0, 20000.0), (15000.0, 35000.0)
 PREFERRED = Orientations(kind="preferred", half_angle=0.5236, components=3, fraction=0.8)
@@ -109,7 +109,7 @@ CELLS = [
     Cell("ribosome, -15 dB", "ribosome", snr_db=-15.0, seeds=5),
     Cell("apoferritin O, -10 dB", "apoferritin", seeds=5),
     Cell("pure noise", snr_db=-60.0, hopeless=True),
-    Cell("two molecules", second="haemoglobin", hopeless=True),
+    Cell(TWO, second="haemoglobin", hopeless=True),
     Cell("20k at 6 A, SNR .032", "GroEL 6 A", count=20_000, snr_db=-14.95, seeds=5),
     Cell("20k at 6 A, SNR .016, no shifts", "GroEL 6 A", count=20_000, snr_db=-17.96, shift_sigma_px=0.0, seeds=5),
 ]

@@ -8,9 +8,10 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from cryorbit.pipeline.verdict import DOUBTED, TRUSTED, Evidence, probability
+from cryorbit.pipeline.verdict import DOUBTED, MIXED_CHANCE, TRUSTED, Evidence, probability
 
 Row = dict[str, object]
+TWO = "two molecules"
 
 
 def table(rows: list[Row]) -> str:
@@ -35,7 +36,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-SIGNS = {"constant": 0, "joined": -1, "periods": 1, "posed": 1, "sharpness": 1, "unevenness": -1}
+SIGNS = {"constant": 0, "periods": 1, "posed": 1, "sharpness": 1}
 """Which way each piece of evidence may count: no fit shall take agreement for a bad sign."""
 
 
@@ -59,37 +60,50 @@ def _auc(score: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     return float((gap > 0).mean() + 0.5 * (gap == 0).mean())
 
 
+def _range(values: NDArray[np.float64]) -> str:
+    return f"{values.min():.3f} to {values.max():.3f}" if len(values) else "-"
+
+
 def _bins(chance: NDArray[np.float64], y: NDArray[np.float64]) -> list[tuple[float, float, int]]:
     """Mean chance, share of right runs and number of runs in ten equal bins of the chance."""
     index = np.minimum((chance * 10).astype(int), 9)
     return [(chance[index == b].mean(), y[index == b].mean(), int((index == b).sum())) for b in np.unique(index)]
 
 
-def _evidence(rows: list[Row]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Features, one column for each of ``SIGNS``, and whether each run was right."""
-    features = [Evidence(**row["evidence"]).features() for row in rows]  # type: ignore[arg-type]
-    x = np.array([[f[name] for name in SIGNS] for f in features])
-    return x, np.array([float(bool(row["success"])) for row in rows])
+def _evidence(rows: list[Row]) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.float64]]:
+    """Features, one column for each of ``SIGNS``; which runs were seen to be mixed; and whether each was right."""
+    found = [Evidence(**row["evidence"]) for row in rows]  # type: ignore[arg-type]
+    x = np.array([[one.features()[name] for name in SIGNS] for one in found])
+    return x, np.array([one.mixed for one in found]), np.array([float(bool(row["success"])) for row in rows])
+
+
+def _chance(x: NDArray[np.float64], mixed: NDArray[np.bool_], w: NDArray[np.float64]) -> NDArray[np.float64]:
+    chance = 1 / (1 + np.exp(-x @ w))
+    return np.where(mixed, np.minimum(chance, MIXED_CHANCE), chance)
 
 
 def weights_of(rows: list[Row]) -> dict[str, float]:
-    """The verdict's weights, fitted to all runs."""
-    return dict(zip(SIGNS, (_logistic(*_evidence(rows)).round(2) + 0.0).tolist(), strict=True))
+    """The verdict's weights, fitted to all runs that were not seen to be mixed."""
+    x, mixed, y = _evidence(rows)
+    return dict(zip(SIGNS, (_logistic(x[~mixed], y[~mixed]).round(2) + 0.0).tolist(), strict=True))
 
 
 def fit(rows: list[Row], picture: Path) -> str:
     """Weights on all runs; AUC, expected calibration error and diagram from leaving each cell out in turn."""
-    x, y = _evidence(rows)
+    x, mixed, y = _evidence(rows)
     cells = np.array([str(row["cell"]) for row in rows])
     left_out = np.empty(len(y))
     for cell in np.unique(cells):
-        w = _logistic(x[cells != cell], y[cells != cell])
-        left_out[cells == cell] = 1 / (1 + np.exp(-x[cells == cell] @ w))
+        used, here = (cells != cell) & ~mixed, cells == cell
+        left_out[here] = _chance(x[here], mixed[here], _logistic(x[used], y[used]))
     weights = weights_of(rows)
     bins = _bins(left_out, y)
     ece = sum(n * abs(p - q) for p, q, n in bins) / len(y)
     hopeless = np.array([bool(row["hopeless"]) for row in rows])
-    chance = 1 / (1 + np.exp(-x @ np.array(list(weights.values()))))
+    chance = _chance(x, mixed, np.array(list(weights.values())))
+    told = np.array([Evidence(**row["evidence"]).unexplained is not None for row in rows])  # type: ignore[arg-type]
+    left = np.array([Evidence(**row["evidence"]).unexplained or 0.0 for row in rows])  # type: ignore[arg-type]
+    two = np.array([row["cell"] == TWO for row in rows])
     figure = Figure(figsize=(4.2, 4.2), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="#9aa1a9", lw=1)
@@ -106,6 +120,8 @@ def fit(rows: list[Row], picture: Path) -> str:
             f"{len(y)} runs, {int(y.sum())} right. Cell left out: AUC {_auc(left_out, y):.3f}, calibration error {ece:.3f}",
             f"trusted (>= {TRUSTED}): {int((chance >= TRUSTED).sum())}, wrong among them {int(((chance >= TRUSTED) & (y == 0)).sum())}",
             f"not trusted (< {DOUBTED}): {int((chance < DOUBTED).sum())}, right among them {int(((chance < DOUBTED) & (y == 1)).sum())}",
+            f"signal unexplained, {int((told & two).sum())} runs on two molecules: {_range(left[told & two])}; "
+            f"{int((told & ~two).sum())} other runs in which it was measured: {_range(left[told & ~two])}",
             f"largest chance given to a hopeless run: {chance[hopeless].max() if hopeless.any() else math.nan:.3f}, "
             f"cell left out {left_out[hopeless].max() if hopeless.any() else math.nan:.3f}",
         ]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cryorbit.pipeline.verdict import RUNS, TRUSTED, WEIGHTS, Evidence, agree, judge, probability, sentence
+from cryorbit.pipeline.verdict import DOUBTED, RUNS, TRUSTED, WEIGHTS, Evidence, agree, judge, probability, sentence
 
 GOOD = Evidence(joined=False, periods=9.5, posed=0.95, pose_difference_deg=8.0, effective=1.1, intensity_sd=0.05)
 NOISE = Evidence(joined=True, periods=0.5, posed=0.02, pose_difference_deg=120.0, effective=4000.0, intensity_sd=0.05)
@@ -24,6 +24,21 @@ def test_good_evidence_is_trusted_and_noise_is_not():
 )
 def test_worse_evidence_never_raises_the_chance(change):
     assert probability(replace(GOOD, **change)) < probability(GOOD)
+
+
+@pytest.mark.parametrize("left", [None, -0.2, 0.0, 0.03])
+def test_a_map_that_explains_the_images_keeps_its_chance(left):
+    assert probability(replace(GOOD, unexplained=left)) == probability(GOOD)
+
+
+def test_halves_that_agree_on_part_of_the_signal_are_not_trusted():
+    mixed = replace(GOOD, unexplained=0.15)
+    assert probability(mixed) < DOUBTED
+    assert probability(replace(NOISE, unexplained=0.15)) == probability(NOISE)
+    text = sentence(judge(mixed), agree(1000, 3.0, 3.4, 3.0), 3.0)
+    assert text.startswith("Do not trust this map")
+    assert "15 % of the images' signal unexplained" in text
+    assert "classes" in text
 
 
 def test_every_feature_has_a_weight():

@@ -1,12 +1,20 @@
-"""How far to trust a run: the chance that it is right, the reasons, and one sentence. ``benchmarks/success_rate.py`` measures it."""
+"""How far to trust a run: the chance that it is right, the reasons, and one sentence. ``benchmarks/success_rate.py`` measures it.
+
+Two questions. Did both halves find the same poses? A logistic function of the ab initio evidence, fitted to runs of known outcome. And is
+what they found all there is in the images? The signal that the refined map leaves unexplained: two molecules in one set can make halves
+agree on their average.
+"""
 
 import math
 from dataclasses import dataclass
 
 TRUSTED, DOUBTED = 0.95, 0.5
 
+# Signal left by the map above which more than one thing was imaged, whatever the halves agree on, and the chance that is then left.
+MIXED, MIXED_CHANCE = 0.06, 0.05
+
 # Weights of a logistic function of `features`, fitted to simulated runs by benchmarks/success_rate.py --fit.
-WEIGHTS = {"constant": -20.0, "joined": 0.0, "periods": 2.31, "posed": 3.86, "sharpness": 2.09, "unevenness": 0.0}
+WEIGHTS = {"constant": -20.0, "periods": 2.31, "posed": 3.86, "sharpness": 2.09}
 RUNS = 202
 
 
@@ -40,15 +48,18 @@ class Evidence:
     intensity_sd: float
     unexplained: float | None = None
 
+    @property
+    def mixed(self) -> bool:
+        """Whether the images show more than the map."""
+        return self.unexplained is not None and self.unexplained > MIXED
+
     def features(self) -> dict[str, float]:
         """Numbers the chance of being right is a logistic function of."""
         return {
             "constant": 1.0,
-            "joined": float(self.joined),
             "periods": min(self.periods, 10.0),
             "posed": self.posed,
             "sharpness": -math.log(max(self.effective, 1.0)),
-            "unevenness": self.intensity_sd,
         }
 
 
@@ -65,7 +76,8 @@ class Verdict:
 def probability(evidence: Evidence) -> float:
     """Chance that the run is right."""
     score = sum(WEIGHTS[name] * value for name, value in evidence.features().items())
-    return 1.0 / (1.0 + math.exp(-max(-30.0, min(30.0, score))))
+    chance = 1.0 / (1.0 + math.exp(-max(-30.0, min(30.0, score))))
+    return min(chance, MIXED_CHANCE) if evidence.mixed else chance
 
 
 def judge(evidence: Evidence) -> Verdict:
@@ -83,8 +95,15 @@ def judge(evidence: Evidence) -> Verdict:
         f"they g{'ave' if evidence.joined else 'ive'} {100 * evidence.posed:.0f} % of the same images the same pose (within 20 degrees)",
         f"a median of {evidence.effective:.1f} poses per particle is left",
     ]
+    if evidence.unexplained is not None:
+        reasons.append(f"the map leaves {100 * max(evidence.unexplained, 0.0):.0f} % of the images' signal unexplained")
     advice = ""
-    if level != "trust":
+    if evidence.mixed:
+        advice = (
+            "The images show more than one structure of this size: other molecules, other states, broken particles or junk, or wrong CTFs. "
+            "Sort the particles by 2-D or 3-D classes and run again with those of one."
+        )
+    elif level != "trust":
         advice = (
             "Compare a run with another --seed, try --preset thorough, and check mask diameter, CTF and symmetry with "
             "`cryorbit inspect`; junk and mixed particles do this too."
