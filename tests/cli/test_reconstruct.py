@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from processes import FINAL, command, cryorbit
 
+from cryorbit.cli.reconstruct import configured
 from cryorbit.io.particles import open_particles
 from cryorbit.simulate.particles import make_projector
 from cryorbit.simulate.phantom import phantom
@@ -164,3 +165,8 @@ def test_missing_input(tmp_path):
     assert "nowhere.star" in done.stderr
     assert "Traceback" not in done.stderr
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(("typed", "kept"), [("AUTO", "auto"), (" c 4", "C4"), ("i2", "I2")])
+def test_a_symmetry_has_one_spelling(typed: str, kept: str) -> None:
+    assert configured(Path("x.star"), None, [], symmetry=typed).symmetry == kept

@@ -1,5 +1,6 @@
 """``cryorbit reconstruct``: the main job."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -48,10 +49,12 @@ def reconstruct(
 
 def configured(particles: Path, datadir: Path | None, assignments: list[str], **settings: object) -> "RunConfig":  # noqa: F821
     """The settings of a run: the options', then the preset's, then those of ``--set``."""
-    from cryorbit.pipeline.config import RunConfig, from_dict, override, preset
+    from cryorbit.pipeline.config import AUTO, RunConfig, from_dict, override, preset
 
     paths = {"particles": str(particles.resolve()), "datadir": str(datadir.resolve()) if datadir else ""}
-    return override(preset(from_dict(RunConfig, paths | settings)), assignments)
+    made = override(preset(from_dict(RunConfig, paths | settings)), assignments)
+    name = "".join(made.symmetry.split())  # one spelling: another one is not another run
+    return replace(made, symmetry=AUTO if name.lower() == AUTO else name.upper())
 
 
 def run_and_report(config: "RunConfig", output: Path, overwrite: bool) -> None:  # noqa: F821 - imported where used, to keep --help fast

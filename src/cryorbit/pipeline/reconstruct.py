@@ -27,7 +27,7 @@ from cryorbit.pipeline.handover import hand_over
 from cryorbit.pipeline.inputs import Inputs, prepare
 from cryorbit.pipeline.rundir import locked, open_run
 from cryorbit.pipeline.start import Start, start_from_poses
-from cryorbit.pipeline.verdict import agree, judge, sentence
+from cryorbit.pipeline.verdict import NOTED, OTHERS, agree, judge, sentence
 from cryorbit.poses.posterior import PosedParticles
 from cryorbit.training.dataset import FourierStack
 from cryorbit.training.history import History
@@ -191,6 +191,8 @@ def _summarise(
     spectra, left = _spectra(refinement)
     told = _verdict(start, agreement, masked, left)
     status = str(told["status"])
+    if left is not None and left > NOTED and OTHERS not in status:
+        warnings.append(f"the map leaves {100 * left:.0f} % of the images' signal unexplained. {OTHERS}")
     if config.start == ABINITIO:
         warnings.append(
             "the hand is a coin's toss: images cannot tell a molecule from its mirror image. Look at the map; --flip-hand writes the other"

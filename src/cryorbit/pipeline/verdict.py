@@ -10,8 +10,14 @@ from dataclasses import dataclass
 
 TRUSTED, DOUBTED = 0.95, 0.5
 
-# Signal left by the map above which more than one thing was imaged, whatever the halves agree on, and the chance that is then left.
-MIXED, MIXED_CHANCE = 0.06, 0.05
+# Share of the signal that the map leaves: what one molecule never did is worth a note; where half of the images show another one, whatever the
+# halves agree on, little chance is left.
+NOTED, MIXED, MIXED_CHANCE = 0.03, 0.09, 0.05
+
+OTHERS = (
+    "The images show more than this map: other molecules or states, broken particles, junk, or wrong CTFs. Sort the particles by 2-D or 3-D "
+    "classes and run again with those of one"
+)
 
 # Weights of a logistic function of `features`, fitted to simulated runs by benchmarks/success_rate.py --fit.
 WEIGHTS = {"constant": -20.0, "periods": 2.31, "posed": 3.86, "sharpness": 2.09}
@@ -50,7 +56,7 @@ class Evidence:
 
     @property
     def mixed(self) -> bool:
-        """Whether the images show more than the map."""
+        """Whether the images show much that the map does not."""
         return self.unexplained is not None and self.unexplained > MIXED
 
     def features(self) -> dict[str, float]:
@@ -99,10 +105,7 @@ def judge(evidence: Evidence) -> Verdict:
         reasons.append(f"the map leaves {100 * max(evidence.unexplained, 0.0):.0f} % of the images' signal unexplained")
     advice = ""
     if evidence.mixed:
-        advice = (
-            "The images show more than one structure of this size: other molecules, other states, broken particles or junk, or wrong CTFs. "
-            "Sort the particles by 2-D or 3-D classes and run again with those of one."
-        )
+        advice = f"{OTHERS}."
     elif level != "trust":
         advice = (
             "Compare a run with another --seed, try --preset thorough, and check mask diameter, CTF and symmetry with "
