@@ -72,6 +72,8 @@ def fabricate_run(folder: Path) -> Path:
         "stage_seconds": {"abinitio": 100.0, "refine": 31.0},
         "pose_effective_median": 1.37,
         "noise_variance": [float(v) for v in 2.0 + 3.0 / (1 + shells)],
+        "background_power": [float(v) for v in 1.9 + 3.0 / (1 + shells)],
+        "image_power": [float(v) for v in 2.0 + 30.0 / (1 + shells)],
         "warnings": ["the particles carry no CTF: <unmodulated> images are assumed"],
     }
     (folder / "metrics.json").write_text(json.dumps(metrics))

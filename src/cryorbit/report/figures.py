@@ -211,16 +211,20 @@ def history_figure(history: list[dict[str, Any]], most: int = 6) -> Figure | Non
     return made
 
 
-def noise_figure(variance: Array, box: int, pixel_size: float) -> Figure:
-    """Noise variance per shell over resolution, logarithmic where it spans more than a decade."""
+def noise_figure(spectra: dict[str, Array], box: int, pixel_size: float) -> Figure:
+    """Power per shell over resolution, a curve for each of ``spectra``, logarithmic where the first spans more than a decade."""
     made = figure(7.2, 2.8)
-    axes = plain(made.add_subplot(), "resolution (Å)", "noise variance per Fourier pixel")
-    s = np.arange(len(variance)) / (box * pixel_size)
-    axes.plot(s[1:], variance[1:], color=BLUE, lw=1.6)
+    axes = plain(made.add_subplot(), "resolution (Å)", "power per Fourier pixel")
+    variance = next(iter(spectra.values()))
+    s = np.arange(max(len(x) for x in spectra.values())) / (box * pixel_size)
+    for (name, values), colour in zip(spectra.items(), SERIES, strict=False):
+        axes.plot(s[1 : len(values)], values[1:], color=colour, lw=1.6, label=name)
     if variance[1:].min() > 0 and variance[1:].max() > 10 * variance[1:].min():
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=0)
+    if len(spectra) > 1:
+        axes.legend(frameon=False, fontsize=8.5)
     _angstrom_axis(axes, float(s[-1]))
     return made
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from cryorbit.report import figures
 from cryorbit.report.rundata import RunData, load_run
@@ -90,7 +91,7 @@ def _draw(run: RunData) -> tuple[dict[str, bytes], dict[str, str]]:
         draw(
             "noise",
             "metrics.json",
-            lambda: figures.noise_figure(np.array(noise, dtype=np.float64), int(box), float(pixel_size)),
+            lambda: figures.noise_figure(_spectra(metrics), int(box), float(pixel_size)),
         )
     if volume is not None or fsc is not None:
         draw(
@@ -99,6 +100,19 @@ def _draw(run: RunData) -> tuple[dict[str, bytes], dict[str, str]]:
             lambda: figures.overview_figure(volume, size, fsc, truth, resolution, views, examples),
         )
     return made, failed
+
+
+_SPECTRA = {
+    "noise_variance": "images less the map's projections",
+    "background_power": "around the particles",
+    "image_power": "images",
+}
+
+
+def _spectra(metrics: dict[str, Any]) -> dict[str, NDArray[np.float64]]:
+    """The power spectra in ``metrics.json``, by what the figure calls them."""
+    found = {label: metrics[name] for name, label in _SPECTRA.items() if metrics.get(name)}
+    return {label: np.array(values, dtype=np.float64) for label, values in found.items()}
 
 
 def _pieces_missing(run: RunData, failed: dict[str, str]) -> dict[str, str]:
