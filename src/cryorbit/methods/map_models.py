@@ -9,7 +9,7 @@ alone say, for either model: networks may agree where both have learnt nothing.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -21,6 +21,7 @@ from cryorbit.training.checkpoint import State
 from cryorbit.volumes.neural import NeuralVolume
 
 
+@runtime_checkable
 class MapModel(Protocol):
     """The maps of two halves, rebuilt once per sweep."""
 
