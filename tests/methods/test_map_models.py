@@ -56,7 +56,7 @@ FLAT_FSC = torch.full((BOX // 2 + 1,), 0.9)
 
 def test_a_field_comes_nearer_to_the_minimum_with_every_sweep_and_halves_differ(sums):
     start = [1e-3 * SPHERE] * 2
-    maps = NeuralMaps(start, RefinementConfig(field_width=32, field_steps=40))
+    maps = NeuralMaps(start, RefinementConfig(field_width=64, field_steps=40))
     left = []
     for _ in range(3):
         one, two, joint = maps.rebuilt(*sums, FLAT_FSC, SPHERE)

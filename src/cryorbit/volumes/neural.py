@@ -1,8 +1,8 @@
 """A map plus a neural field that corrects it: a coordinate network on the voxels of the particle (papers/003 section 4.2, papers/001).
 
-The field lives in real space, where papers/003 eq. 33 puts it in Fourier space. Fitted to one half map of 4AKE (64 px, -10 dB, 60 steps),
-a real field of 128 x 2 came to a mean FSC with the truth of 0.87, eq. 33 of the same cost in Fourier space to 0.37: a molecule fills a
-small part of the box, a real field is asked only there, and the mask and Hermitian symmetry hold without being learnt.
+The field lives in real space, where papers/003 eq. 33 puts it in Fourier space. Fitted to one half map of 4AKE from nothing (64 px, -10 dB, 60
+steps), a real field of 128 x 2 came to a mean FSC with the truth of 0.75, eq. 33 of no less cost in Fourier space to 0.37: a molecule
+fills a small part of the box, a real field is asked only there, and the mask and Hermitian symmetry hold without being learnt.
 """
 
 import math
