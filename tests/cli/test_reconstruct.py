@@ -147,6 +147,7 @@ def test_full_disk_leaves_no_broken_file(simulated, tmp_path):
         (["--symmetry", "Q7"], "CONF112"),
         (["--preset", "speedy"], "CONF014"),
         (["--device", "quantum"], "CONF020"),
+        (["--volume", "mesh"], "CONF031"),
         (["--set", "abinitio.bach=3"], "CONF010"),
     ],
 )

@@ -202,6 +202,7 @@ def test_a_posterior_that_is_damaged_or_of_another_run_is_refused(finished, simu
         ("start.star", {"mask": "small"}, "CONF024.*box of 16"),
         ("start.star", {"mask": "counts"}, "CONF024.*values from"),
         ("start.star", {"mask": "corner"}, "CONF024.*misses the particle"),
+        ("start.star", {"volume": "mesh"}, "CONF031.*mesh(.|\n)*voxel, neural"),
         ("start.star", {"ini_high": -3.0}, "CONF016.*ini_high"),
         ("start.star", {"start": "abinitio", "ini_high": 20.0}, "CONF016.*ini_high"),
     ],

@@ -15,6 +15,7 @@ from cryorbit.training.dataset import ArrayParticles, FourierStack
 from cryorbit.training.loop import Method, run
 
 APIX, DIAMETER = 5.0, 70.0
+CASES = [*METHODS, "refine neural"]  # a method, and the volume where it takes one
 
 
 @pytest.fixture(scope="module", params=[16, 17], ids=["even", "odd"])
@@ -22,7 +23,8 @@ def truth(request: pytest.FixtureRequest) -> SimulatedParticles:
     return simulate_particles(phantom(), count=60, box=request.param, pixel_size=APIX, snr_db=3.0, seed=1)
 
 
-def build(name: str, truth: SimulatedParticles, seed: int = 0) -> Method:
+def build(case: str, truth: SimulatedParticles, seed: int = 0) -> Method:
+    name, _, volume = case.partition(" ")
     cls, config = method(name)
     particles = ArrayParticles(truth.images.numpy(), APIX)
     stack = FourierStack(particles, truth.volume.box / 2, mask_diameter=DIAMETER)
@@ -34,7 +36,9 @@ def build(name: str, truth: SimulatedParticles, seed: int = 0) -> Method:
         generator = torch.Generator().manual_seed(seed)
         candidates = (random_rotations(120, generator).view(60, 2, 3, 3), torch.zeros(60, 2, 2))
         start = (truth.volume.data, truth.volume.data)
-        return cls(stack, config(sweeps=3, iterations=2), start=start, radius=5, candidates=candidates, **common)
+        settings = config(sweeps=3, iterations=2, field_width=16, field_steps=5)
+        kind = {"volume": volume} if volume else {}
+        return cls(stack, settings, start=start, radius=5, candidates=candidates, **common, **kind)
     raise AssertionError(f"tests/contracts/test_methods.py builds no {name}: add it")
 
 
@@ -42,7 +46,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CASES)
 def test_same_seed_same_result_other_seed_other(name, truth):
     first, second, other = build(name, truth), build(name, truth), build(name, truth, seed=5)
     for m in (first, second, other):
@@ -51,7 +55,7 @@ def test_same_seed_same_result_other_seed_other(name, truth):
     assert not equal(first.state(), other.state())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CASES)
 def test_resumed_run_equals_uninterrupted(name, truth, tmp_path: Path):
     whole, part = build(name, truth), build(name, truth)
     run(whole)
@@ -64,7 +68,7 @@ def test_resumed_run_equals_uninterrupted(name, truth, tmp_path: Path):
     assert equal(load_checkpoint(tmp_path / "c")[0], whole.state())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CASES)
 def test_state_is_finite_and_rotations_are_rotations(name, truth):
     m = build(name, truth)
     run(m)

@@ -12,6 +12,8 @@ from cryorbit.groups.so3 import exp, random_rotations
 from cryorbit.physics.fourier import FourierDisk, fourier_disk, images_to_disk
 from cryorbit.volumes.registry import VOLUMES
 
+LINEAR = ["voxel"]  # whose one parameter is the map
+
 
 @pytest.fixture(params=sorted(VOLUMES))
 def kind(request: pytest.FixtureRequest) -> type[nn.Module]:
@@ -76,6 +78,7 @@ def test_zero_frequency_is_the_total(kind: type[nn.Module], box: int, generator:
     assert float(found[0].real) == pytest.approx(float(blob_3d(box).sum()), rel=0.06)
 
 
+@pytest.mark.parametrize("kind", LINEAR, indirect=True)
 def test_backward_is_the_adjoint(kind: type[nn.Module], box: int, generator: torch.Generator) -> None:
     """``Re <S v, u> = <v, S* u>`` with S* from autograd, v and u random: the volume is linear in its map."""
     disk, rotations = fourier_disk(box), random_rotations(4, generator).double()
@@ -86,6 +89,35 @@ def test_backward_is_the_adjoint(kind: type[nn.Module], box: int, generator: tor
     (adjoint,) = torch.autograd.grad(inner, list(volume.parameters()))
     left = float((torch.view_as_real(kind.from_map(v)(rotations, disk)) * u).sum().detach())
     assert left == pytest.approx(float((adjoint * v).sum()), rel=1e-9)
+
+
+def test_gradient_in_the_parameters(kind: type[nn.Module], box: int, generator: torch.Generator) -> None:
+    """Along random directions, against central differences of a random linear function of the slices."""
+    disk, rotations = fourier_disk(box), random_rotations(2, generator).double()
+    u = torch.randn(2, len(disk), 2, generator=generator, dtype=torch.float64)
+    volume = kind.from_map(blob_3d(box))
+
+    def moved(direction: list[Tensor], by: float) -> None:
+        with torch.no_grad():
+            for parameter, d in zip(volume.parameters(), direction, strict=True):
+                parameter.add_(by * d)
+
+    def value() -> Tensor:
+        return (torch.view_as_real(volume(rotations, disk)) * u).sum()
+
+    def random_direction() -> list[Tensor]:
+        return [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in volume.parameters()]
+
+    moved(random_direction(), 0.1)  # away from an empty network, most of whose gradients are zero
+    gradient, step = torch.autograd.grad(value(), list(volume.parameters())), 1e-6
+    for direction in (random_direction() for _ in range(3)):
+        slope = float(sum((g * d).sum() for g, d in zip(gradient, direction, strict=True)))
+        moved(direction, step)
+        ahead = float(value().detach())
+        moved(direction, -2 * step)
+        behind = float(value().detach())
+        moved(direction, step)
+        assert (ahead - behind) / (2 * step) == pytest.approx(slope, rel=1e-5)
 
 
 def test_gradcheck_in_rotation(kind: type[nn.Module], box: int, generator: torch.Generator) -> None:

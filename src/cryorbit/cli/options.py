@@ -21,6 +21,10 @@ Contrast = Annotated[str, typer.Option("--contrast", help="light or dark particl
 FlipHand = Annotated[
     bool, typer.Option("--flip-hand", help="Write the other hand (images alone cannot tell which is right).")
 ]
+VolumeModel = Annotated[
+    str,
+    typer.Option("--volume", help="What refined maps are made of: voxel, or neural (a coordinate network; slower)."),
+]
 NoCTF = Annotated[bool, typer.Option("--no-ctf", help="Take the images as unmodulated, whatever the file says.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Memory = Annotated[

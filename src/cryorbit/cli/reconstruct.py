@@ -22,6 +22,7 @@ def reconstruct(
     contrast: options.Contrast = "auto",
     flip_hand: options.FlipHand = False,
     no_ctf: options.NoCTF = False,
+    volume: options.VolumeModel = "voxel",
     device: options.Device = "auto",
     memory: options.Memory = 4.0,
     seed: Annotated[int, typer.Option("--seed", help="Random start; another seed is another independent attempt.")] = 0,
@@ -43,6 +44,7 @@ def reconstruct(
         contrast=contrast,
         flip_hand=flip_hand,
         no_ctf=no_ctf,
+        volume=volume,
     )
     run_and_report(config, output, overwrite)
 

@@ -31,6 +31,7 @@ def refine(
     contrast: options.Contrast = "auto",
     flip_hand: options.FlipHand = False,
     no_ctf: options.NoCTF = False,
+    volume: options.VolumeModel = "voxel",
     device: options.Device = "auto",
     memory: options.Memory = 4.0,
     seed: Annotated[int, typer.Option("--seed", help="Half sets, where the file has none.")] = 0,
@@ -57,5 +58,6 @@ def refine(
         contrast=contrast,
         flip_hand=flip_hand,
         no_ctf=no_ctf,
+        volume=volume,
     )
     run_and_report(config, output, overwrite)

@@ -99,24 +99,30 @@ def solvent_mask(
         return sphere
 
 
+def wiener_prior(
+    accumulator: Accumulator, correlation: Float[Tensor, " shells"], *, halves: int = 1
+) -> Float[Tensor, " s"]:
+    """Prior weight per shell of the sums of one half, or of both: mean weight over the SNR the FSC implies (Scheres 2012 eq. 9).
+
+    ``correlation`` is taken for chance past the shell where it first falls below 0.143.
+    """
+    trusted = torch.where(torch.arange(len(correlation)) > last_shell(correlation, 0.143), 0.0, correlation)
+    filled = torch.cat([trusted, trusted[-1:]]).clamp(1e-3, 0.999)
+    filled[0] = 0.999
+    ssnr = (filled / (1 - filled)).to(accumulator.weight.device)
+    return mean_weight(accumulator, len(ssnr)) / (halves * ssnr)
+
+
 def wiener(
     first: Accumulator,
     second: Accumulator,
     correlation: Float[Tensor, " shells"],
     mask: Float[Tensor, "d d d"],
 ) -> tuple[Float[Tensor, "d d d"], Float[Tensor, "d d d"], Float[Tensor, "d d d"]]:
-    """The two references, masked, and the joint map, each under the prior its halves' FSC implies (Scheres 2012 eq. 9).
-
-    ``correlation`` is taken for chance past the shell where it first falls below 0.143.
-    """
-    shells = len(correlation) + 1
-    trusted = torch.where(torch.arange(len(correlation)) > last_shell(correlation, 0.143), 0.0, correlation)
-    filled = torch.cat([trusted, trusted[-1:]]).clamp(1e-3, 0.999)
-    filled[0] = 0.999
-    ssnr = (filled / (1 - filled)).to(mask.device)
-    one, two = (volume_from_accumulator(a, mean_weight(a, shells) / ssnr) * mask for a in (first, second))
+    """The two references, masked, and the joint map, each under the prior its halves' FSC implies."""
+    one, two = (volume_from_accumulator(a, wiener_prior(a, correlation)) * mask for a in (first, second))
     both = first + second
-    return one, two, volume_from_accumulator(both, mean_weight(both, shells) / (2 * ssnr))
+    return one, two, volume_from_accumulator(both, wiener_prior(both, correlation, halves=2))
 
 
 def motion_onto(

@@ -1,6 +1,6 @@
 """Refinement of approximate poses to the resolution the halves' agreement supports: two independent halves, expectation-maximisation.
 
-* **volume**: voxels, one map per half (Wiener-filtered by the halves' Fourier shell correlation, ``methods/half_maps.py``).
+* **volume**: one map per half, voxels or a neural field (``methods/map_models.py``), under the prior the halves' FSC implies.
 * **poses**: the posterior over rotation x shift around up to ``modes`` modes per particle: Gauss-Newton on so(3) x R^2 to each mode
   (``poses/table.py``), weighted samples around it (``poses/local.py``).
 * **objective**: marginal Gaussian image likelihood, one noise variance per spectral shell.
@@ -14,15 +14,9 @@ from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor
 
 from cryorbit.groups import so3
-from cryorbit.methods.half_maps import (
-    compared,
-    insert_posed,
-    motion_onto,
-    solvent_mask,
-    unfiltered,
-    wiener,
-)
+from cryorbit.methods.half_maps import compared, insert_posed, motion_onto, solvent_mask, unfiltered
 from cryorbit.methods.halves import HALVES, members_of
+from cryorbit.methods.map_models import map_model
 from cryorbit.methods.online_em import rotation_grid
 from cryorbit.methods.refinement_config import RefinementConfig
 from cryorbit.metrics.align import framed
@@ -74,6 +68,8 @@ class Refinement:
         (N,) how much stronger than the map each image is; None takes all alike.
     solvent
         (D, D, D) mask of the molecule, 0 to 1; None draws one around the mean of the halves at each sweep.
+    volume
+        What a map is made of: ``voxel`` or ``neural``.
     """
 
     name = "refine"
@@ -91,6 +87,7 @@ class Refinement:
         half_set: Int[Tensor, " n"],
         intensity: Float[Tensor, " n"] | None = None,
         solvent: Float[Tensor, "d d d"] | None = None,
+        volume: str = "voxel",
     ) -> None:
         self.stack, self.config = stack, config
         device = stack.device
@@ -106,6 +103,7 @@ class Refinement:
         shells = self.limit + 2
         self.intensity = torch.ones(len(stack)) if intensity is None else intensity.cpu()
         first, second = (resize_volume(one.to(device), stack.box) * self.mask for one in start)
+        self.maps = map_model(volume, (first, second), config)
         modes = config.modes
         rotations, shifts = candidates[0][:, :1], candidates[1][:, :1]
         self.tensors: State = {
@@ -132,13 +130,14 @@ class Refinement:
 
     def state(self) -> State:
         """Everything a resumed run needs."""
-        return dict(self.tensors)
+        return self.tensors | self.maps.state()
 
     def load_state(self, state: State) -> None:
         """Inverse of :meth:`state`."""
-        self.tensors = {
-            k: v.to(self.stack.device) if k.startswith(("reference", "half", "map")) else v for k, v in state.items()
-        }
+        on_device = ("reference", "half", "map")
+        own = {name: state[name] for name in self.tensors}
+        self.tensors = {k: v.to(self.stack.device) if k.startswith(on_device) else v for k, v in own.items()}
+        self.maps.load_state(state)
 
     def total_steps(self) -> int:
         """Most sweeps."""
@@ -192,6 +191,7 @@ class Refinement:
             "pose_change_deg": float(torch.rad2deg(change.median())),
             "modes": float((t["mass"] > _NO_MASS).sum(dim=1).float().mean()),
             "log_likelihood": float(t["log_likelihood"].mean()),
+            **self.maps.history(),
         }
 
     # -- the last word on the poses ---------------------------------------------------------------------------------------------
@@ -385,10 +385,10 @@ class Refinement:
         return solvent_mask(t["half_1"], t["half_2"], self.mask, self.stack.pixel_size)
 
     def _rebuild(self, accumulators: list[Accumulator]) -> None:
-        """FSC of the halves inside the solvent mask, and the filtered references."""
-        t, mask = self.tensors, self._solvent_mask()
+        """FSC of the halves inside the solvent mask, and the references."""
+        t, mask, (first, second) = self.tensors, self._solvent_mask(), accumulators
         t["fsc"] = compared(t["half_1"], t["half_2"], mask)
-        t["reference_1"], t["reference_2"], t["map"] = wiener(accumulators[0], accumulators[1], t["fsc"], mask)
+        t["reference_1"], t["reference_2"], t["map"] = self.maps.rebuilt(first, second, t["fsc"], mask)
 
     def _next_radius(self, radius: int) -> int:
         reach = last_shell(self.tensors["fsc"], self.config.fsc_radius) + 2

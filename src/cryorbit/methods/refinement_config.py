@@ -2,6 +2,18 @@
 
 from dataclasses import dataclass
 
+from cryorbit.errors import ConfigError
+
+VOLUME_NAMES = ("voxel", "neural")
+"""What a map can be made of (``methods/map_models.py``)."""
+
+
+def checked_volume(name: str) -> str:
+    """``name`` if it is one of :data:`VOLUME_NAMES`."""
+    if name not in VOLUME_NAMES:
+        raise ConfigError("CONF031", f"unknown volume {name}", f"known volumes: {', '.join(VOLUME_NAMES)}")
+    return name
+
 
 @dataclass(frozen=True)
 class RefinementConfig:
@@ -28,6 +40,8 @@ class RefinementConfig:
     search_order, search_every
         Every so many sweeps (0, or shifts fixed: never) each particle is scored against a whole grid of rotations of this HEALPix order,
         and its best pose there becomes another mode where it is not near one.
+    field_width, field_steps
+        Of a neural map: hidden units per layer, and gradient steps per sweep.
     """
 
     sweeps: int = 8
@@ -40,3 +54,5 @@ class RefinementConfig:
     fit_shift: bool = True
     search_order: int = 2
     search_every: int = 2
+    field_width: int = 128
+    field_steps: int = 60

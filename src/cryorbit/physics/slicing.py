@@ -275,6 +275,31 @@ def completed(sums: Shaped[Tensor, "z y x"]) -> Shaped[Tensor, "z y x-1"]:
     return torch.cat([sums[..., 1:3] + mate, sums[..., 3:]], dim=-1)
 
 
+def normal_equations(
+    acc: Accumulator, regularisation: Float[Tensor, " shells"] | Float[Tensor, ""] | float = 0.0
+) -> tuple[Complex[Tensor, "z y x"], Float[Tensor, "z y x"]]:
+    """Numerator and regularised weight of every grid point within the radius and below Nyquist, at ``x = 0 .. c``, ``z, y = -c .. c``.
+
+    Both are zero at the other points. ``regularisation`` is as for :func:`volume_from_accumulator`.
+    """
+    numerator, weight = completed(acc.numerator), completed(acc.weight)
+    device, real = weight.device, weight.dtype
+    c = weight.shape[-1] - 1
+    full = torch.arange(-c, c + 1, device=device, dtype=real)
+    norm = (full[:, None, None] ** 2 + full[None, :, None] ** 2 + full[None, None, c:] ** 2).sqrt()
+    extra = torch.as_tensor(regularisation, device=device, dtype=real)
+    if extra.ndim:
+        shell = (norm / acc.oversampling).round().to(torch.int64).clamp(max=len(extra) - 1)
+        extra = extra[shell]
+    weight = weight + extra
+    side = acc.oversampling * acc.box
+    keep = (norm <= acc.radius * acc.oversampling) & (2 * norm < side) & (weight > 0)
+    inner = min(c, (side - 1) // 2)
+    part = slice(c - inner, c + inner + 1)
+    numerator, weight = (torch.where(keep, sums, 0.0)[part, part, : inner + 1] for sums in (numerator, weight))
+    return numerator, weight
+
+
 def volume_from_accumulator(
     acc: Accumulator, regularisation: Float[Tensor, " shells"] | Float[Tensor, ""] | float = 0.0
 ) -> Float[Tensor, "d d d"]:
@@ -292,24 +317,36 @@ def volume_from_accumulator(
     -------
     (D, D, D) real map, band-limited to the accumulator's radius.
     """
-    numerator, weight = completed(acc.numerator), completed(acc.weight)
-    device, real = weight.device, weight.dtype
-    c = weight.shape[-1] - 1
-    full = torch.arange(-c, c + 1, device=device, dtype=real)
-    norm = (full[:, None, None] ** 2 + full[None, :, None] ** 2 + full[None, None, c:] ** 2).sqrt()
-    extra = torch.as_tensor(regularisation, device=device, dtype=real)
-    if extra.ndim:
-        shell = (norm / acc.oversampling).round().to(torch.int64).clamp(max=len(extra) - 1)
-        extra = extra[shell]
-    weight = weight + extra
-    side = acc.oversampling * acc.box
-    keep = (norm <= acc.radius * acc.oversampling) & (2 * norm < side) & (weight > 0)
-    ratio = torch.where(keep, numerator / torch.where(keep, weight, 1.0), 0.0)
-    inner = min(c, (side - 1) // 2)
-    ratio = ratio[c - inner : c + inner + 1, c - inner : c + inner + 1, : inner + 1]
+    numerator, weight = normal_equations(acc, regularisation)
+    ratio = numerator / torch.where(weight > 0, weight, 1.0)
+    side, inner = acc.oversampling * acc.box, weight.shape[-1] - 1
     transform = ratio.new_zeros(side, side, side // 2 + 1)
-    axis = torch.arange(-inner, inner + 1, device=device) % side
+    axis = torch.arange(-inner, inner + 1, device=weight.device) % side
     transform[axis[:, None], axis[None, :], : inner + 1] = ratio
     start = side // 2 - acc.box // 2
     box = slice(start, start + acc.box)
     return _over_window(fourier_to_volume(transform, side)[box, box, box], acc.oversampling)
+
+
+def unexplained(
+    volume: Float[Tensor, "d d d"], acc: Accumulator, regularisation: Float[Tensor, " shells"] | float = 0.0
+) -> Float[Tensor, ""]:
+    """The least-squares objective of the sums at a map, 0 at its minimum over the grid and 1 at an empty map; differentiable.
+
+    ``J(v) = sum_k weight |U|^2 - 2 Re(conj(numerator) U)`` over the whole oversampled grid, with the regularised weight and U the transform
+    of the map *times* the transform of the B-spline (inserting blurs by the kernel what slicing a map *over* it makes good), is
+    ``sum_k weight |U - numerator / weight|^2`` less a constant; this is its share of ``J(0) - min J``. Its minimum over U is
+    :func:`volume_from_accumulator` before that is cut to the box.
+    """
+    numerator, weight = normal_equations(acc, regularisation)
+    side, inner = acc.oversampling * acc.box, weight.shape[-1] - 1
+    w = _interpolation_window(acc.box, acc.oversampling, volume)
+    before = side // 2 - acc.box // 2
+    padded = torch.nn.functional.pad(volume * w[:, None, None] * w[:, None] * w, [before, side - acc.box - before] * 3)
+    axis = torch.arange(-inner, inner + 1, device=weight.device) % side
+    transform = volume_to_fourier(padded)[axis[:, None], axis[None, :], : inner + 1]
+    twice = torch.full((inner + 1,), 2.0, device=weight.device)  # a point at x > 0 stands for its mate too
+    twice[0] = 1.0
+    best = numerator / torch.where(weight > 0, weight, 1.0)
+    size, off = ((twice * weight * torch.view_as_real(u).square().sum(-1)).sum() for u in (best, transform - best))
+    return off / size

@@ -11,7 +11,7 @@ import tomli_w
 
 from cryorbit.errors import ConfigError
 from cryorbit.methods.marginal_config import MarginalConfig
-from cryorbit.methods.refinement_config import RefinementConfig
+from cryorbit.methods.refinement_config import RefinementConfig, checked_volume
 
 T = TypeVar("T")
 
@@ -75,6 +75,8 @@ class RunConfig:
         Angstrom up to which the maps of given poses are trusted at first; 0: to where their half maps' FSC falls below 0.5.
     mask
         Map of the molecule's mask, 0 to 1, in the frame of given poses; empty draws one.
+    volume
+        What refined maps are made of: ``voxel`` or ``neural``.
     """
 
     particles: str
@@ -95,6 +97,7 @@ class RunConfig:
     start: str = ABINITIO
     ini_high: float = 0.0
     mask: str = ""
+    volume: str = "voxel"
     abinitio: MarginalConfig = field(default_factory=MarginalConfig)
     refine: RefinementConfig = field(default_factory=RefinementConfig)
 
@@ -233,7 +236,10 @@ def check(config: RunConfig) -> None:
         "refine.search_every": config.refine.search_every >= 0,
         "refine.radius_growth": config.refine.radius_growth > 1,
         "refine.fsc_radius": 0 < config.refine.fsc_radius < 1,
+        "refine.field_width": 0 < config.refine.field_width <= 4096,
+        "refine.field_steps": config.refine.field_steps > 0,
     }
+    checked_volume(config.volume)
     values = flat(dataclasses.asdict(config))
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):

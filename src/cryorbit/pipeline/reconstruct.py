@@ -148,6 +148,7 @@ def _refine(
         half_set=start.inputs.half_set,
         intensity=start.intensity,
         solvent=start.inputs.mask,
+        volume=config.volume,
     )
     run(
         refinement,
@@ -211,6 +212,7 @@ def _summarise(
         "preset": config.preset,
         "seed": config.seed,
         "start": config.start,
+        "volume": config.volume,
         "contrast": "dark" if inputs.particles.sign < 0 else "light",
         "hand_flipped": config.flip_hand,
         "pose_spread_deg": float(torch.rad2deg(posed.posterior.spread[0]).median()),
