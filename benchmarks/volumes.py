@@ -93,7 +93,7 @@ def one(snr_db: float, count: int, seed: int) -> list[dict[str, Any]]:
             "mean_deg": float(error.mean()),
             "fsc_0.5_A": resolution(curve, 0.5, BOX, PIXEL_SIZE),
             "mean_fsc": float(curve[1 : BOX // 2].mean()),
-            **({"unexplained": history[-1]["unexplained"]} if "unexplained" in history[-1] else {}),
+            **({"misfit": history[-1]["misfit"]} if "misfit" in history[-1] else {}),
         }
         print(row, flush=True)
         rows.append(row)

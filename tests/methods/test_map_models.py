@@ -13,7 +13,7 @@ from cryorbit.metrics.align import align_poses
 from cryorbit.metrics.fsc import fsc
 from cryorbit.metrics.map_search import align_volumes
 from cryorbit.metrics.masks import mask_from_map, soft_sphere
-from cryorbit.physics.slicing import Accumulator, unexplained
+from cryorbit.physics.slicing import Accumulator, misfit
 from cryorbit.poses.local import PoseSamples
 from cryorbit.simulate.particles import SimulatedParticles, simulate_particles
 from cryorbit.simulate.phantom import phantom
@@ -60,11 +60,11 @@ def test_a_field_comes_nearer_to_the_minimum_with_every_sweep_and_halves_differ(
     left = []
     for _ in range(3):
         one, two, joint = maps.rebuilt(*sums, FLAT_FSC, SPHERE)
-        left.append(maps.history()["unexplained"])
+        left.append(maps.history()["misfit"])
     assert left[0] > left[1] > left[2]
     target_one, target_two, _ = wiener(*sums, FLAT_FSC, SPHERE)
     floor = 0.5 * sum(
-        float(unexplained(v, a, wiener_prior(a, FLAT_FSC))) for v, a in zip((target_one, target_two), sums, strict=True)
+        float(misfit(v, a, wiener_prior(a, FLAT_FSC))) for v, a in zip((target_one, target_two), sums, strict=True)
     )
     assert left[2] < floor + 0.1  # of 1 where they started
     assert float((one - target_one).norm() / target_one.norm()) < 0.25

@@ -9,9 +9,9 @@ from cryorbit.physics.fourier import FourierDisk, fourier_disk
 from cryorbit.physics.slicing import (
     Accumulator,
     insert_slices,
+    misfit,
     slice_grid,
     slicing_grid,
-    unexplained,
     volume_from_accumulator,
 )
 
@@ -53,7 +53,7 @@ def minimised(sums: Accumulator, prior: Tensor) -> Tensor:
 
     def loss() -> Tensor:
         optimiser.zero_grad()
-        value = unexplained(over * voxels, sums, prior)
+        value = misfit(over * voxels, sums, prior)
         value.backward()
         return value
 
@@ -66,8 +66,8 @@ def test_minimum_over_voxels_is_the_closed_form(box: int, generator: torch.Gener
     """Gradient descent on voxels from nothing; with as many voxels as grid points it can reach what the quotient reaches."""
     sums, prior = inserted(box, 1, generator), torch.linspace(0.5, 20.0, box, dtype=torch.float64)
     closed = volume_from_accumulator(sums, prior)
-    assert float(unexplained(torch.zeros_like(closed), sums, prior)) == pytest.approx(1.0)
-    assert float(unexplained(closed, sums, prior)) < 1e-12
+    assert float(misfit(torch.zeros_like(closed), sums, prior)) == pytest.approx(1.0)
+    assert float(misfit(closed, sums, prior)) < 1e-12
     assert float((minimised(sums, prior) - closed).norm() / closed.norm()) < 1e-4
     without = volume_from_accumulator(sums, 0.0)  # the prior matters
     assert float((without - closed).norm() / closed.norm()) > 0.05
@@ -76,8 +76,8 @@ def test_minimum_over_voxels_is_the_closed_form(box: int, generator: torch.Gener
 def test_twofold_grid_cut_to_the_box_is_near_the_minimum(generator: torch.Generator) -> None:
     """Where the grid has more points than the box voxels, the quotient is cut to the box: off the minimum, but not by much."""
     sums, prior = inserted(8, 2, generator), torch.full((8,), 5.0, dtype=torch.float64)
-    closed = float(unexplained(volume_from_accumulator(sums, prior), sums, prior))
-    lowest = float(unexplained(minimised(sums, prior), sums, prior))
+    closed = float(misfit(volume_from_accumulator(sums, prior), sums, prior))
+    lowest = float(misfit(minimised(sums, prior), sums, prior))
     assert lowest < closed < lowest + 0.03
 
 
@@ -93,8 +93,8 @@ def test_objective_is_the_squared_error_of_the_images(generator: torch.Generator
 
     best = volume_from_accumulator(sums, 1e-3)
     empty = torch.zeros_like(best)
-    bottom = float(unexplained(best, sums, 1e-3))
+    bottom = float(misfit(best, sums, 1e-3))
     for volume in (best.flip(0), best.flip(1), *(torch.roll(best, 1, axis) for axis in range(3))):
         share = (error(volume) - error(best)) / (error(empty) - error(best))
         assert share > 0.02
-        assert (float(unexplained(volume, sums, 1e-3)) - bottom) / (1 - bottom) == pytest.approx(share, rel=0.08)
+        assert (float(misfit(volume, sums, 1e-3)) - bottom) / (1 - bottom) == pytest.approx(share, rel=0.08)

@@ -3,7 +3,7 @@
 The M-step of refinement for given weighted poses is regularised least squares in the map; its sufficient statistics are the accumulators of
 :func:`~cryorbit.methods.half_maps.insert_posed`, so no model passes over the images. On voxels the minimum is the Wiener quotient. A neural
 field walks towards it by gradient steps on its parameters, preconditioned by weight plus prior: for the objective J of
-:func:`~cryorbit.physics.slicing.unexplained`, whose Hessian over the grid is ``2 (weight + prior)``, the gradient over it is the difference
+:func:`~cryorbit.physics.slicing.misfit`, whose Hessian over the grid is ``2 (weight + prior)``, the gradient over it is the difference
 between the field and the quotient itself, and goes through the network by the chain rule. Half maps and their FSC stay what the images
 alone say, for either model: networks may agree where both have learnt nothing.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cryorbit.methods.half_maps import wiener, wiener_prior
 from cryorbit.methods.refinement_config import RefinementConfig, checked_volume
-from cryorbit.physics.slicing import Accumulator, unexplained, volume_from_accumulator
+from cryorbit.physics.slicing import Accumulator, misfit, volume_from_accumulator
 from cryorbit.training.checkpoint import State
 from cryorbit.volumes.neural import NeuralVolume
 
@@ -102,12 +102,12 @@ class NeuralMaps:
             prior = wiener_prior(sums, correlation)
             field.approach(volume_from_accumulator(sums, prior), mask, self.steps)
             maps.append(field.density(mask).detach())
-            self.missed += 0.5 * float(unexplained(maps[-1], sums, prior))
+            self.missed += 0.5 * float(misfit(maps[-1], sums, prior))
         return maps[0], maps[1], 0.5 * (maps[0] + maps[1])
 
     def history(self) -> dict[str, float | str]:
         """See :class:`MapModel`: the share of the objective that the fields leave."""
-        return {"unexplained": self.missed}
+        return {"misfit": self.missed}
 
     def state(self) -> State:
         """See :class:`MapModel`."""

@@ -36,7 +36,9 @@ from cryorbit.training.dataset import FourierStack
 
 _SEARCH_PERIODS = 10.5  # per particle diameter: where ab initio's grid of rotations ends, and this one's
 _BATCH_PIXELS = 2**21  # Fourier pixels read at a time; a particle may need ten times as much memory for its starts
-_FINAL_STARTS = 6  # places of the whole grid from which modes are looked for at last
+# Places of the whole grid from which modes are looked for, and how far apart, in the grid's spacing: in a sweep, where a map holds the noise of
+# the very image and more search finds more of it; and at last, under the other half's map.
+_STARTS, _FINAL_STARTS = (1, 1.2), (8, 0.7)
 _FINAL_SAMPLES, _FINAL_WIDEN = 48, 1.5  # poses drawn around each mode for the last posterior, and how wide
 _SINGLE = 1.02  # modes per particle: where there are fewer, none are looked for elsewhere at last
 _JUDGED = 500  # particles of a half by which the maps' errors are judged
@@ -212,7 +214,7 @@ class Refinement:
         scores = torch.empty(2, len(self.stack))
         for half, chosen in batches:
             images, ctf = self._read(chosen)
-            starts = self._starts(chosen, images, ctf, everywhere[half], _FINAL_STARTS)
+            starts = self._starts(chosen, images, ctf, everywhere[half], *_FINAL_STARTS)
             images, ctf = images[:, keep], ctf[:, keep]
             found = local_posterior(
                 grids[half],
@@ -225,6 +227,7 @@ class Refinement:
                 points=sample_points(len(chosen), _FINAL_SAMPLES, int(chosen[0])),
                 modes=self.config.modes,
                 iterations=self.config.iterations,
+                coarse=self.search_radius,
                 fit_shift=self.config.fit_shift,
                 widen=_FINAL_WIDEN,
             )[0]
@@ -299,7 +302,7 @@ class Refinement:
             rotations, shifts = (x[chosen].to(images.device) for x in self.candidates)
             starts = rotations, shifts, torch.ones(shifts.shape[:2], dtype=torch.bool, device=images.device)
         else:
-            starts = self._starts(chosen, images, ctf, everywhere, 1)
+            starts = self._starts(chosen, images, ctf, everywhere, *_STARTS)
         disk, keep, precision = self._precision(radius)
         modes, samples, loss = local_posterior(
             grid,
@@ -334,8 +337,9 @@ class Refinement:
         ctf: Float[Tensor, "b p"],
         everywhere: tuple[Float[Tensor, "h 3 3"], Complex[Tensor, "h q"]] | None,
         count: int,
+        spacings: float,
     ) -> tuple[Float[Tensor, "b c 3 3"], Float[Tensor, "b c 2"], Bool[Tensor, "b c"]]:
-        """The modes the particles had, and the best ``count`` of the rotations ``everywhere`` that are not near one of them."""
+        """The modes the particles had, and the best ``count`` of the rotations ``everywhere`` that are not so near to one of them."""
         t, low = self.tensors, self.search_radius
         had = (x[chosen].to(images.device) for x in (t["rotations"], t["shifts"], t["mass"] > _NO_MASS))
         rotations, shifts, used = had
@@ -347,7 +351,7 @@ class Refinement:
         lattice = shift_grid(3 * spread, min(0.38 * self.stack.box / low, max(3 * spread, 1e-3)), spread)
         modes = min(8 * count, 2 * len(grid)) if count > 1 else 1
         found = expectation(images[:, keep], ctf[:, keep], slices, precision, lattice, disk, sums=False, modes=modes)
-        every, near = with_half_turns(grid), 1.2 * so3.grid_spacing(self.config.search_order)
+        every, near = with_half_turns(grid), spacings * so3.grid_spacing(self.config.search_order)
         best, best_shift = distinct_modes(found, every, count, near)
         turns, offsets = every[best].to(images.device), lattice.points[best_shift.cpu()].to(images.device)
         mates = (turns[:, :, None] @ self.symmetry)[:, :, None]  # (b, found, 1, s, 3, 3)

@@ -328,7 +328,7 @@ def volume_from_accumulator(
     return _over_window(fourier_to_volume(transform, side)[box, box, box], acc.oversampling)
 
 
-def unexplained(
+def misfit(
     volume: Float[Tensor, "d d d"], acc: Accumulator, regularisation: Float[Tensor, " shells"] | float = 0.0
 ) -> Float[Tensor, ""]:
     """The least-squares objective of the sums at a map, 0 at its minimum over the grid and 1 at an empty map; differentiable.

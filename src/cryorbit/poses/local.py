@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cryorbit.groups import so3
 from cryorbit.metrics.align import framed
-from cryorbit.physics.fourier import FourierDisk
+from cryorbit.physics.fourier import FourierDisk, disk_subset, fourier_disk
 from cryorbit.physics.posing import pose_losses
 from cryorbit.physics.slicing import SlicingGrid
 from cryorbit.poses.posterior import PosePosterior
@@ -22,7 +22,7 @@ from cryorbit.poses.table import refine_poses
 _PRIOR = (0.3, 3.0)  # radian, pixels: proposals are no wider, whatever an image leaves open
 _SHARP_PX = 0.25  # of standard deviation at the rim of the disk, below which a mode is one pose
 _WORSE = 15.0  # of log likelihood below the best, where a mode is dropped
-_LOOK = 2  # Gauss-Newton steps before starts are compared
+_LOOK = 2  # Gauss-Newton steps before starts are compared, at the coarse radius and again at the full one
 _ONE_PX = 1.0  # at the rim of the disk or of shift, within which two modes are one
 _SAME = 4.0  # squared standard deviations within which two modes are one
 _GOLDEN = 0.5 * (math.sqrt(5) - 1)
@@ -106,6 +106,7 @@ def local_posterior(
     points: Float[Tensor, "b k 5"],
     modes: int,
     iterations: int,
+    coarse: float = math.inf,
     fit_shift: bool = True,
     widen: float = 1.2,
 ) -> tuple[PosePosterior, PoseSamples, Float[Tensor, " b"]]:
@@ -123,6 +124,9 @@ def local_posterior(
         From :func:`sample_points`.
     modes
         How many are kept.
+    coarse
+        Fourier radius in pixels at which several starts of a particle are looked at before the full one: from farther away than fine detail
+        reaches, they come to their mode there.
     widen
         Standard deviations of the proposal over those of the Gauss-Newton matrix: tails must be covered.
 
@@ -138,13 +142,26 @@ def local_posterior(
     rotations, shifts, left = starts[0][owner, slot], starts[1][owner, slot], iterations
     look = not alone and iterations > _LOOK  # first, after which most starts can be told to be hopeless
     if look:
-        rotations, shifts, loss, _ = refine_poses(
-            grid, y, c, precision, rotations, shifts, disk, iterations=_LOOK, fit_shift=fit_shift
-        )
-        best = _best(loss, owner, count)
-        keep = loss < best[owner] + 3 * _WORSE
-        owner, rotations, shifts, left = owner[keep], rotations[keep], shifts[keep], iterations - _LOOK
-        y, c = images[owner], ctf[owner]
+        looks: list[tuple[FourierDisk, Int[Tensor, " q"] | slice, float]] = [(disk, slice(None), 3 * _WORSE)]
+        if coarse < disk.radius:
+            near = fourier_disk(disk.box, coarse).to(disk.weight.device)
+            looks.insert(0, (near, disk_subset(disk, near), _WORSE))
+        for part, columns, hopeless in looks:
+            rotations, shifts, loss, _ = refine_poses(
+                grid,
+                y[:, columns],
+                c[:, columns],
+                precision[columns],
+                rotations,
+                shifts,
+                part,
+                iterations=_LOOK,
+                fit_shift=fit_shift,
+            )
+            keep = loss < _best(loss, owner, count)[owner] + hopeless
+            owner, rotations, shifts = owner[keep], rotations[keep], shifts[keep]
+            y, c = images[owner], ctf[owner]
+        left = iterations - _LOOK
     rotations, shifts, loss, hessian = refine_poses(
         grid,
         y,
