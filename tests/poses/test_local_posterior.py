@@ -183,3 +183,16 @@ def test_masses_of_modes_are_integrals_of_the_likelihood(grid, generator, monkey
     values = torch.tensor(differences)
     assert float(values.abs().median()) < off
     assert abs(float(values.mean())) < off
+
+
+def test_a_coarse_look_ends_where_a_fine_one_does(grid, generator):
+    disk, count = fourier_disk(BOX, RADIUS), 60
+    truth, shifts, images, ctf, precision = noisy(grid, disk, count, 30.0, generator)
+    near = exp(0.1 * torch.randn(count, 3, generator=generator)) @ truth
+    two = torch.stack([random_rotations(count, generator), near], dim=1), shifts[:, None].expand(-1, 2, -1)
+    starts = *two, torch.ones(count, 2, dtype=torch.bool)
+    fine, _, _ = posterior(grid, images, ctf, precision, starts, disk)
+    coarse, _, _ = posterior(grid, images, ctf, precision, starts, disk, coarse=4.0)
+    assert float((distance(fine.rotations[:, 0], truth) < 0.1).double().mean()) > 0.9
+    assert float(distance(fine.rotations[:, 0], coarse.rotations[:, 0]).median()) < 1e-3
+    assert float((distance(fine.rotations[:, 0], coarse.rotations[:, 0]) < 0.01).double().mean()) > 0.9
