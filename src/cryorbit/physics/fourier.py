@@ -153,3 +153,12 @@ def shell_index(box: int, device: torch.device | str = "cpu") -> Int[Tensor, "d 
     half = torch.arange(box // 2 + 1, device=device, dtype=full.dtype)
     norm2 = full[:, None, None] ** 2 + full[None, :, None] ** 2 + half[None, None, :] ** 2
     return norm2.sqrt().round().to(torch.int64)
+
+
+def friedel_weight(box: int, like: Tensor) -> Float[Tensor, " h"]:
+    """How many voxels of the whole transform each column of its rfft half stands for: 1 or 2; type and device of ``like`` (real)."""
+    out = torch.full((box // 2 + 1,), 2.0, dtype=like.dtype, device=like.device)
+    out[0] = 1.0
+    if box % 2 == 0:
+        out[-1] = 1.0
+    return out

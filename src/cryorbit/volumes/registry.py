@@ -1,5 +1,6 @@
 """The volumes by name. A class added here inherits every check in ``tests/contracts``."""
 
+from cryorbit.volumes.gaussian import GaussianVolume
 from cryorbit.volumes.voxel import VoxelVolume
 
-VOLUMES = {"voxel": VoxelVolume}
+VOLUMES = {"voxel": VoxelVolume, "gaussian": GaussianVolume}
