@@ -147,6 +147,15 @@ def resize_volume(volume: Float[Tensor, "d d d"], new_box: int) -> Float[Tensor,
     return fourier_to_volume(out, new_box)
 
 
+def full_transform(values: Float[Tensor, "d d h"]) -> Float[Tensor, "d d d"]:
+    """Real, even values on the rfft half of a transform as a centred cube: zero frequency at ``D // 2``, axes zyx."""
+    box = values.shape[0]
+    k = torch.arange(box, device=values.device) - box // 2
+    kz, ky, kx = torch.meshgrid(k, k, k, indexing="ij")
+    sign = torch.where(kx < 0, -1, 1)
+    return values[(sign * kz) % box, (sign * ky) % box, kx.abs()]
+
+
 def shell_index(box: int, device: torch.device | str = "cpu") -> Int[Tensor, "d d h"]:
     """Spectral shell (``|k|`` rounded) of every voxel of a 3-D rfft of side ``box``."""
     full = torch.fft.fftfreq(box, d=1.0 / box, device=device)
