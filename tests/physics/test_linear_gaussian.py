@@ -6,7 +6,14 @@ import torch
 from cryorbit.metrics.fsc import shell_sum
 from cryorbit.metrics.masks import soft_sphere
 from cryorbit.physics.fourier import fourier_disk, fourier_to_volume, shell_index, volume_to_fourier
-from cryorbit.physics.linear_gaussian import ball, corrected_mean, learned_prior, posterior_mean, posterior_variance
+from cryorbit.physics.linear_gaussian import (
+    ball,
+    corrected_mean,
+    learned_prior,
+    least_squares,
+    posterior_mean,
+    posterior_variance,
+)
 from cryorbit.physics.slicing import Accumulator, insert_slices, slice_grid, slicing_grid
 from cryorbit.simulate.orientations import Orientations
 
@@ -47,12 +54,11 @@ def errors(box: int, kind: str, repeats: int) -> tuple[torch.Tensor, torch.Tenso
         truth = draw(box, generator)
         images = observed(truth, rotations, generator)
         acc = posed(images, rotations, box)
-        first = posterior_mean(acc, noise, prior)
+        first, predicted = posterior_mean(acc, noise, prior), posterior_variance(acc, noise, prior)
         left = images - slice_grid(slicing_grid(first, disk.radius), rotations, disk)
-        mean = corrected_mean(first, posed(left, rotations, box), noise, prior)
+        mean = corrected_mean(first, predicted, posed(left, rotations, box), noise, prior)
         found += volume_to_fourier(mean - truth).abs().square() / repeats
         plain += volume_to_fourier(first - truth).abs().square() / repeats
-    predicted = posterior_variance(acc, noise, prior)
     return found, plain, predicted, 1 - predicted / prior[shell_index(box).clamp(max=box // 2)]
 
 
@@ -78,7 +84,7 @@ def test_variance_at_a_missing_cone():
 
 def _prior(truth: torch.Tensor, rotations: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     acc = posed(observed(truth, rotations, generator), rotations, truth.shape[0])
-    return learned_prior(acc, torch.full((truth.shape[0] // 2 + 1,), NOISE))
+    return learned_prior(least_squares(acc), torch.full((truth.shape[0] // 2 + 1,), NOISE))
 
 
 def test_prior_is_found_without_half_sets(generator):
@@ -106,7 +112,7 @@ def test_scale_carries_through(generator):
     acc = posed(observed(draw(16, generator), rotations, generator), rotations, 16)
     scaled = Accumulator(acc.numerator * 3, acc.weight, acc.box, acc.oversampling, acc.radius)
     noise = torch.full((9,), NOISE)
-    first, second = learned_prior(acc, noise), learned_prior(scaled, 9 * noise)
+    first, second = learned_prior(least_squares(acc), noise), learned_prior(least_squares(scaled), 9 * noise)
     torch.testing.assert_close(second, 9 * first, rtol=1e-4, atol=0)
     torch.testing.assert_close(posterior_mean(scaled, 9 * noise, 9 * first), 3 * posterior_mean(acc, noise, first))
     torch.testing.assert_close(posterior_variance(acc, 9 * noise, 9 * first), 9 * posterior_variance(acc, noise, first))

@@ -26,6 +26,7 @@ from cryorbit.physics.linear_gaussian import (
     corrected_mean,
     information,
     learned_prior,
+    least_squares,
     posterior_mean,
     posterior_variance,
 )
@@ -97,21 +98,30 @@ def map_posterior(
     """
     symmetry = symmetry.to(stack.device)
     acc = insert_posed(stack, intensity, samples, symmetry)
+    seen = information(acc)
+    alone = least_squares(acc) if prior is None else None
     chosen = torch.linspace(0, len(stack) - 1, min(_JUDGED, len(stack))).round().to(torch.int64)
     some = _of(samples, torch.isin(samples.particle, chosen))
     noise = _read_power(stack, some)
-    spectrum = learned_prior(acc, noise) if prior is None else prior.to(noise)
+
+    def spectrum() -> Float[Tensor, " shells"]:
+        if prior is not None:
+            return prior.to(noise)
+        assert alone is not None
+        return learned_prior(alone, noise)
+
+    def left(power: Float[Tensor, " shells"]) -> Float[Tensor, " shells"]:
+        return _noise(power, seen, noise / spectrum(), len(stack) * len(symmetry), stack)
+
     for _ in range(_ROUNDS):
-        mean = posterior_mean(acc, noise, spectrum)
-        power, _ = _residual(stack, intensity, some, mean, None)
-        noise = _noise(power, posterior_variance(acc, noise, spectrum), spectrum, len(stack) * len(symmetry), stack)
-        spectrum = learned_prior(acc, noise) if prior is None else spectrum
-    mean = posterior_mean(acc, noise, spectrum)
-    power, left = _residual(stack, intensity, samples, mean, symmetry)
-    noise = _noise(power, posterior_variance(acc, noise, spectrum), spectrum, len(stack) * len(symmetry), stack)
-    assert left is not None
-    mean = corrected_mean(mean, left, noise, spectrum)
-    return MapPosterior(mean, posterior_variance(acc, noise, spectrum), information(acc), noise, spectrum)
+        noise = left(_residual(stack, intensity, some, posterior_mean(acc, noise, spectrum()), None)[0])
+    mean = posterior_mean(acc, noise, spectrum())
+    power, residual = _residual(stack, intensity, samples, mean, symmetry)
+    noise = left(power)
+    variance = posterior_variance(acc, noise, spectrum())
+    assert residual is not None
+    mean = corrected_mean(mean, variance, residual, noise, spectrum())
+    return MapPosterior(mean, variance, seen, noise, spectrum())
 
 
 def pose_variance(
@@ -198,16 +208,15 @@ def _residual(
 
 def _noise(
     power: Float[Tensor, " shells"],
-    variance: Float[Tensor, "d d h"],
-    prior: Float[Tensor, " shells"],
+    seen: Float[Tensor, "d d h"],
+    ratio: Float[Tensor, " shells"],
     images: int,
     stack: FourierStack,
 ) -> Float[Tensor, " shells"]:
     """Noise from what is left of the images: more by as many numbers as the map took from them (MacKay 1992, Neural Comp. 4, 415)."""
-    index = shell_index(stack.box, variance.device)
-    inside = (variance > 0) & (index < len(prior))
-    learnt = torch.where(inside, 1 - variance / prior[index.clamp(max=len(prior) - 1)], 0.0).clamp(0, 1)
-    parameters = shell_sum(learnt, index, stack.box)[: len(prior)]
+    index = shell_index(stack.box, seen.device)
+    learnt = seen / (seen + ratio[index.clamp(max=len(ratio) - 1)])
+    parameters = shell_sum(learnt, index, stack.box)
     disk = stack.disk.to(power.device)
     pixels = torch.zeros_like(power).index_add(0, disk.shell, disk.weight)
     share = (parameters / (images * pixels).clamp_min(1)).clamp(max=0.9)

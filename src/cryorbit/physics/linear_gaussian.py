@@ -12,12 +12,23 @@ larger, and right (docs/methods/variational.md has the numbers).
 Coefficients are those of the map's unnormalised transform; variances are complex, ``E|V - mean|^2`` of real and imaginary part together.
 """
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from cryorbit.physics.fourier import fourier_to_volume, friedel_weight, shell_index, volume_to_fourier
-from cryorbit.physics.slicing import Accumulator, completed, inside_ball, on_grid, uncropped, volume_from_accumulator
+from cryorbit.physics.slicing import (
+    Accumulator,
+    completed,
+    half_width,
+    inside_ball,
+    on_grid,
+    uncropped,
+    volume_from_accumulator,
+)
 from cryorbit.physics.spectrum import mean_weight
 
 _NO_HOLE = 1e-3  # of a shell's mean weight: what keeps the least-squares map finite
@@ -49,8 +60,19 @@ def _box_mean(values: Float[Tensor, "z y x"], acc: Accumulator) -> Float[Tensor,
 
 def _mean_inside(values: Float[Tensor, "z y x"], acc: Accumulator) -> Float[Tensor, "d d h"]:
     """:func:`_box_mean` over the points that images reach; 0 at coefficients they do not."""
-    inside = inside_ball(acc).to(values.dtype)
-    return _sum_inside(values, acc) / _box_mean(inside, acc).clamp_min(1e-3)
+    share = _share_inside(acc.box, acc.oversampling, acc.radius, values.device, values.dtype)
+    return _sum_inside(values, acc) / share
+
+
+@lru_cache(maxsize=2)
+def _share_inside(
+    box: int, oversampling: int, radius: float, device: torch.device, dtype: torch.dtype
+) -> Float[Tensor, "d d h"]:
+    """How much of the kernel of each coefficient lies within the radius."""
+    c = half_width(radius, oversampling)
+    points = torch.zeros(2 * c + 1, 2 * c + 1, c + 2, device=device, dtype=dtype)
+    empty = Accumulator(points.to(dtype.to_complex()), points, box, oversampling, radius)
+    return _box_mean(inside_ball(empty).to(dtype), empty).clamp_min(1e-3)
 
 
 def _sum_inside(values: Float[Tensor, "z y x"], acc: Accumulator) -> Float[Tensor, "d d h"]:
@@ -94,6 +116,7 @@ def information(acc: Accumulator) -> Float[Tensor, "d d h"]:
 
 def corrected_mean(
     mean: Float[Tensor, "d d d"],
+    variance: Float[Tensor, "d d h"],
     residual: Accumulator,
     noise: Float[Tensor, " shells"],
     prior: Float[Tensor, " shells"],
@@ -107,18 +130,67 @@ def corrected_mean(
     ----------
     mean
         (D, D, D) first answer.
+    variance
+        From :func:`posterior_variance`.
     residual
         The images less their predictions from ``mean``, inserted like the images.
     noise, prior
         As for :func:`posterior_variance`.
     """
     shell = shell_index(residual.box, mean.device).clamp(max=len(prior) - 1)
-    shrunk = posterior_variance(residual, noise, prior) / prior[shell]
+    shrunk = variance / prior[shell]
     pull = fourier_to_volume(volume_to_fourier(mean) * shrunk, residual.box)
     return mean + posterior_mean(residual, noise, prior) - pull
 
 
-def learned_prior(acc: Accumulator, noise: Float[Tensor, " shells"]) -> Float[Tensor, " shells"]:
+@dataclass(frozen=True)
+class LeastSquares:
+    """What the images alone say of each coefficient that they show well.
+
+    Attributes
+    ----------
+    power
+        (V,) ``|V|^2`` of the least-squares map.
+    seen
+        (V,) how much of the true coefficient is in it, squared.
+    error
+        (V,) its variance from noise, over the noise of its shell.
+    shell, weight
+        (V,) which shell, and how many coefficients of the whole transform it stands for.
+    shells
+        How many shells the map has.
+    """
+
+    power: Float[Tensor, " v"]
+    seen: Float[Tensor, " v"]
+    error: Float[Tensor, " v"]
+    shell: Int[Tensor, " v"]
+    weight: Float[Tensor, " v"]
+    shells: int
+
+    def sums(self, values: Float[Tensor, " v"]) -> Float[Tensor, " shells"]:
+        """Over each shell of the whole transform."""
+        zero = torch.zeros(self.shells, dtype=torch.float64, device=values.device)
+        return zero.index_add(0, self.shell, values * self.weight)
+
+
+def least_squares(acc: Accumulator) -> LeastSquares:
+    """The least-squares map from inserted images, coefficient by coefficient."""
+    shells = acc.box // 2 + 1
+    weight = completed(acc.weight).clamp_min(0)
+    floor = _NO_HOLE * mean_weight(acc, shells)
+    total = weight + on_grid(floor, acc)
+    seen = _mean_inside(weight / total, acc)
+    error = _sum_inside(weight / total.square(), acc) / acc.oversampling**3
+    power = volume_to_fourier(volume_from_accumulator(acc, floor)).abs().square()
+    index = shell_index(acc.box, weight.device)
+    used = (seen > _SEEN) & (index < shells)
+    number = friedel_weight(acc.box, seen).expand_as(seen)[used]
+    power, h2, error = (x[used].double() for x in (power, seen.square(), error))
+    return LeastSquares(power, h2, error, index[used], number.double(), shells)
+
+
+def learned_prior(found: LeastSquares, noise: Float[Tensor, " shells"]) -> Float[Tensor, " shells"]:
     """Power spectrum of the map by empirical Bayes: the prior variance per shell that makes the images most probable, without half-sets.
 
     A least-squares coefficient has the variance ``h^2 t + s``, h how much of it the images determine and s what their noise makes of it;
@@ -127,32 +199,19 @@ def learned_prior(acc: Accumulator, noise: Float[Tensor, " shells"]) -> Float[Te
 
     Parameters
     ----------
-    acc, noise
+    found
+        From :func:`least_squares`.
+    noise
         As for :func:`posterior_variance`.
     """
-    shells = len(noise)
-    weight = completed(acc.weight).clamp_min(0)
-    floor = _NO_HOLE * mean_weight(acc, shells)
-    total = weight + on_grid(floor, acc)
-    seen = _mean_inside(weight / total, acc)
-    error = _sum_inside(weight * on_grid(noise, acc) / total.square(), acc) / acc.oversampling**3
-    power = volume_to_fourier(volume_from_accumulator(acc, floor)).abs().square()
-    index = shell_index(acc.box, noise.device)
-    used = (seen > _SEEN) & (index < shells)
-    shell, number = index[used], friedel_weight(acc.box, seen).expand_as(seen)[used].double()
-    h2, error, power = seen[used].double().square(), error[used].double(), power[used].double()
-
-    def summed(values: Float[Tensor, " v"]) -> Float[Tensor, " shells"]:
-        return torch.zeros(shells, dtype=torch.float64, device=noise.device).index_add(0, shell, values * number)
-
-    count = summed(torch.ones_like(h2))
-    prior = summed(power / h2) / count.clamp_min(1)
+    h2, error, shell = found.seen, found.error * noise.double()[found.shell], found.shell
+    count = found.sums(torch.ones_like(h2))
+    prior = found.sums(found.power / h2) / count.clamp_min(1)
     for _ in range(_UPDATES):
         variance = h2 * prior[shell] + error
-        top, bottom = summed(h2 * (power - error) / variance.square()), summed((h2 / variance).square())
-        prior = torch.maximum(top, (2 * bottom).sqrt()) / bottom.clamp_min(
-            1e-300
-        )  # no less than its own standard error
+        top = found.sums(h2 * (found.power - error) / variance.square())
+        bottom = found.sums((h2 / variance).square()).clamp_min(1e-300)
+        prior = torch.maximum(top / bottom, (2 / bottom).sqrt())  # no less than its own standard error
     last = int(torch.nonzero(count > 0).max())
     for empty in (
         torch.nonzero(count == 0).flatten().tolist()

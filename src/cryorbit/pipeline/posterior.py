@@ -37,6 +37,7 @@ from cryorbit.poses.posterior import PosePosterior
 from cryorbit.training.dataset import FourierStack
 
 NEEDED = ("config.toml", "metrics.json", "particles.star", "poses.npz", "map.mrc", "fsc.csv", "checkpoint")
+_NO_MASS = 1e-2  # of a particle's posterior: modes with less are left out
 _SMOOTH_PX = 1.5  # standard deviation of the window over which voxel variances from few draws are averaged
 
 
@@ -86,7 +87,7 @@ def posterior(
         poses = _poses(run, len(stack)).in_pixels(stack.pixel_size)
         samples = _drawn(poses, draws, seed)
         group, equal = point_group(inputs.symmetry).float(), torch.ones(len(stack))
-        found = map_posterior(stack, equal, _joined(samples), group)
+        found = map_posterior(stack, equal, _modes(poses), group)
         by_shell, by_voxel = pose_variance(stack, equal, samples, group, found)
         values = _write(run, config, inputs, stack, found, by_shell.cpu(), by_voxel.cpu())
         values |= {"draws": draws, "seed": seed, "particles": len(stack), "seconds": time.monotonic() - begun}
@@ -149,15 +150,17 @@ def _drawn(poses: PosePosterior, draws: int, seed: int) -> list[PoseSamples]:
     return [PoseSamples(every, rotations[:, k].float(), shifts[:, k].float(), one) for k in range(draws)]
 
 
-def _joined(samples: list[PoseSamples]) -> PoseSamples:
-    """All draws at once, each of its share."""
-    together = PoseSamples.joined(samples)
-    order = torch.argsort(together.particle, stable=True)
+def _modes(poses: PosePosterior) -> PoseSamples:
+    """Every particle's modes, each weighted by its mass.
+
+    Not draws around them: a pose drawn from the posterior is as far from the mode as the true one is, independently of it as far as the
+    image did not decide, so a map of draws is blurred twice (docs/methods/variational.md has the numbers).
+    """
+    particle, mode = torch.nonzero(poses.mass > _NO_MASS, as_tuple=True)
+    weight = poses.mass[particle, mode]
+    total = torch.zeros(len(poses.mass)).index_add(0, particle, weight)
     return PoseSamples(
-        together.particle[order],
-        together.rotations[order],
-        together.shifts[order],
-        together.weight[order] / len(samples),
+        particle, poses.rotations[particle, mode], poses.shifts[particle, mode], weight / total[particle]
     )
 
 
