@@ -8,6 +8,7 @@ import torch
 
 from cryorbit.groups.so3 import healpix_grid, random_rotations
 from cryorbit.methods.registry import METHODS, method
+from cryorbit.poses.local import PoseSamples
 from cryorbit.simulate.particles import SimulatedParticles, simulate_particles
 from cryorbit.simulate.phantom import phantom
 from cryorbit.training.checkpoint import load_checkpoint, save_checkpoint
@@ -35,6 +36,10 @@ def build(name: str, truth: SimulatedParticles, seed: int = 0) -> Method:
         candidates = (random_rotations(120, generator).view(60, 2, 3, 3), torch.zeros(60, 2, 2))
         start = (truth.volume.data, truth.volume.data)
         return cls(stack, config(sweeps=3, iterations=2), start=start, radius=5, candidates=candidates, **common)
+    if name == "variational":
+        poses = PoseSamples(torch.arange(60), truth.poses.rotations, truth.poses.shifts / APIX, torch.ones(60))
+        settings = config(epochs=2, batch=25)
+        return cls(stack, settings, poses=poses, symmetry=common["symmetry"], seed=seed)
     raise AssertionError(f"tests/contracts/test_methods.py builds no {name}: add it")
 
 
