@@ -2,9 +2,10 @@
 
     python benchmarks/reproduce/paper002/uncertainty.py ../shared/data --json benchmarks/results/paper002_uncertainty.json
 
-`fig4`: resolution predicted from the posterior of all images, beside that measured between posterior means of half-sets (FSC 0.143) and against the
-truth (FSC 0.5); coverage of 90 % intervals, overall and over shells. `fig5`: a cone of 30 degrees, without and with noise (`fig9`): mean of variance over
-prior where no slice passes within a Fourier pixel and where many do, and its rank correlation with the number of slices that pass.
+`fig4`: resolution predicted from the posterior of all images, beside that measured between posterior means of half-sets (FSC 0.143) and
+against the truth (FSC 0.5); coverage of 90 % intervals, overall and over shells. `fig5`: a cone of 30 degrees, without and with noise (`fig9`):
+mean of variance over prior where no slice passes within half a Fourier pixel and where many do, and the rank correlation of what is
+learnt with the number of slices that pass.
 """
 
 import argparse
