@@ -12,6 +12,7 @@ larger, and right (docs/methods/variational.md has the numbers).
 Coefficients are those of the map's unnormalised transform; variances are complex, ``E|V - mean|^2`` of real and imaginary part together.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -99,7 +100,8 @@ def posterior_variance(
     """
     weight = completed(acc.weight).clamp_min(0)
     precision = acc.oversampling**3 * weight / on_grid(noise, acc) + 1 / on_grid(prior, acc)
-    return _mean_inside(1 / precision, acc)
+    shell = shell_index(acc.box, precision.device).clamp(max=len(prior) - 1)
+    return torch.minimum(_mean_inside(1 / precision, acc), prior.to(precision)[shell])
 
 
 def posterior_mean(
@@ -157,8 +159,8 @@ class LeastSquares:
         (V,) its variance from noise, over the noise of its shell.
     shell, weight
         (V,) which shell, and how many coefficients of the whole transform it stands for.
-    shells
-        How many shells the map has.
+    shells, whole
+        How many shells the map has, and the last that images reach with all of its width; beyond it the prior is that shell's.
     """
 
     power: Float[Tensor, " v"]
@@ -167,6 +169,7 @@ class LeastSquares:
     shell: Int[Tensor, " v"]
     weight: Float[Tensor, " v"]
     shells: int
+    whole: int
 
     def sums(self, values: Float[Tensor, " v"]) -> Float[Tensor, " shells"]:
         """Over each shell of the whole transform."""
@@ -187,15 +190,15 @@ def least_squares(acc: Accumulator) -> LeastSquares:
     used = (seen > _SEEN) & (index < shells)
     number = friedel_weight(acc.box, seen).expand_as(seen)[used]
     power, h2, error = (x[used].double() for x in (power, seen.square(), error))
-    return LeastSquares(power, h2, error, index[used], number.double(), shells)
+    return LeastSquares(power, h2, error, index[used], number.double(), shells, math.ceil(acc.radius - 0.5) - 1)
 
 
 def learned_prior(found: LeastSquares, noise: Float[Tensor, " shells"]) -> Float[Tensor, " shells"]:
     """Power spectrum of the map by empirical Bayes: the prior variance per shell that makes the images most probable, without half-sets.
 
     A least-squares coefficient has the variance ``h^2 t + s``, h how much of it the images determine and s what their noise makes of it;
-    t maximises their likelihood over each shell (Fisher scoring, to the fixed point of expectation-maximisation on t). It is never below its
-    standard error: a shell in which nothing is seen is not known to be empty.
+    t maximises their likelihood over each shell (Fisher scoring, to the fixed point of expectation-maximisation on t). Where it is not well
+    above its standard error its mean is taken, given that it is positive: a shell in which nothing is seen is not known to be empty.
 
     Parameters
     ----------
@@ -211,10 +214,18 @@ def learned_prior(found: LeastSquares, noise: Float[Tensor, " shells"]) -> Float
         variance = h2 * prior[shell] + error
         top = found.sums(h2 * (found.power - error) / variance.square())
         bottom = found.sums((h2 / variance).square()).clamp_min(1e-300)
-        prior = torch.maximum(top / bottom, (2 / bottom).sqrt())  # no less than its own standard error
-    last = int(torch.nonzero(count > 0).max())
+        prior = _positive(top / bottom, (2 / bottom).sqrt())
+    whole = min(found.whole, int(torch.nonzero(count > 0).max()))
     for empty in (
         torch.nonzero(count == 0).flatten().tolist()
     ):  # a shell that no coefficient shows well is like its neighbour
-        prior[empty] = prior[max(empty - 1, 0)] if empty <= last else prior[last]
+        prior[empty] = prior[max(empty - 1, 0)]
+    prior[whole + 1 :] = prior[whole]
     return prior.to(noise)
+
+
+def _positive(value: Float[Tensor, " s"], error: Float[Tensor, " s"]) -> Float[Tensor, " s"]:
+    """Mean of a normal distribution of this mean and standard deviation, cut at 0."""
+    ratio = (value / error).clamp(-6.0, 30.0)
+    density = (-0.5 * ratio.square()).exp() / math.sqrt(2 * math.pi)
+    return torch.where(ratio < 30, error * (ratio + density / torch.special.ndtr(ratio)), value)

@@ -51,7 +51,12 @@ def _draw_curves(axes: Axes, predicted: dict[str, Array], measured: dict[str, Ar
 
 
 def _draw_slice(
-    made: Figure, axes: Axes, values: Array, title: str, colours: str, window: tuple[float, float] | None = None
+    made: Figure,
+    axes: Axes,
+    values: NDArray[np.float32],
+    title: str,
+    colours: str,
+    window: tuple[float, float] | None = None,
 ) -> None:
     low, high = window or tuple(np.percentile(values, [0.5, 99.8]))
     shown = axes.imshow(values, cmap=colours, origin="lower", vmin=low, vmax=max(high, low + 1e-12))
