@@ -4,8 +4,8 @@
 
 `fig4`: resolution predicted from the posterior of all images, beside that measured between posterior means of half-sets (FSC 0.143) and
 against the truth (FSC 0.5); coverage of 90 % intervals, overall and over shells. `fig5`: a cone of 30 degrees, without and with noise (`fig9`):
-mean of variance over prior, up to the predicted resolution, where no slice passes within half a Fourier pixel and where many do, and the
-rank correlation of what is learnt with the number of slices that pass.
+mean of variance over prior (with noise: up to the predicted resolution) where no slice passes within half a Fourier pixel and where many
+do, and the rank correlation of what is learnt with the number of slices that pass.
 """
 
 import argparse
@@ -69,10 +69,8 @@ def figure5(data: Data, found: MapPosterior, cell: dict[str, object]) -> dict[st
     box = found.mean.shape[-1]
     index = shell_index(box)
     alpha = ss_snr(found.mean, found.variance)
-    limit = max(
-        6,
-        min(box // 2 - 2, round(box * data.truth.pixel_size / predicted_resolution(alpha, box, data.truth.pixel_size))),
-    )
+    resolved = round(box * data.truth.pixel_size / predicted_resolution(alpha, box, data.truth.pixel_size))
+    limit = box // 2 - 2 if cell["snr"] is None else max(6, min(box // 2 - 2, resolved))
     chosen = torch.nonzero((index >= 3) & (index <= limit) & (found.variance > 0))
     chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:20000]]
     z, y = (torch.where(2 * c < box, c, c - box) for c in chosen[:, :2].T)
