@@ -197,8 +197,8 @@ def learned_prior(found: LeastSquares, noise: Float[Tensor, " shells"]) -> Float
     """Power spectrum of the map by empirical Bayes: the prior variance per shell that makes the images most probable, without half-sets.
 
     A least-squares coefficient has the variance ``h^2 t + s``, h how much of it the images determine and s what their noise makes of it;
-    t maximises their likelihood over each shell (Fisher scoring, to the fixed point of expectation-maximisation on t). Where it is not well
-    above its standard error its mean is taken, given that it is positive: a shell in which nothing is seen is not known to be empty.
+    t maximises their likelihood over each shell (Fisher scoring, to the fixed point of expectation-maximisation on t). It is never below its
+    standard error: a shell in which nothing is seen is not known to be empty.
 
     Parameters
     ----------
@@ -214,7 +214,7 @@ def learned_prior(found: LeastSquares, noise: Float[Tensor, " shells"]) -> Float
         variance = h2 * prior[shell] + error
         top = found.sums(h2 * (found.power - error) / variance.square())
         bottom = found.sums((h2 / variance).square()).clamp_min(1e-300)
-        prior = _positive(top / bottom, (2 / bottom).sqrt())
+        prior = torch.maximum(top / bottom, (2 / bottom).sqrt())  # no less than its own standard error
     whole = min(found.whole, int(torch.nonzero(count > 0).max()))
     for empty in (
         torch.nonzero(count == 0).flatten().tolist()
@@ -222,10 +222,3 @@ def learned_prior(found: LeastSquares, noise: Float[Tensor, " shells"]) -> Float
         prior[empty] = prior[max(empty - 1, 0)]
     prior[whole + 1 :] = prior[whole]
     return prior.to(noise)
-
-
-def _positive(value: Float[Tensor, " s"], error: Float[Tensor, " s"]) -> Float[Tensor, " s"]:
-    """Mean of a normal distribution of this mean and standard deviation, cut at 0."""
-    ratio = (value / error).clamp(-6.0, 30.0)
-    density = (-0.5 * ratio.square()).exp() / math.sqrt(2 * math.pi)
-    return torch.where(ratio < 30, error * (ratio + density / torch.special.ndtr(ratio)), value)
