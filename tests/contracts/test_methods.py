@@ -8,6 +8,7 @@ import torch
 
 from cryorbit.groups.so3 import healpix_grid, random_rotations
 from cryorbit.methods.registry import METHODS, method
+from cryorbit.poses.local import PoseSamples
 from cryorbit.simulate.particles import SimulatedParticles, simulate_particles
 from cryorbit.simulate.phantom import phantom
 from cryorbit.training.checkpoint import load_checkpoint, save_checkpoint
@@ -39,6 +40,10 @@ def build(case: str, truth: SimulatedParticles, seed: int = 0) -> Method:
         settings = config(sweeps=3, iterations=2, field_width=16, field_steps=5)
         kind = {"volume": volume} if volume else {}
         return cls(stack, settings, start=start, radius=5, candidates=candidates, **common, **kind)
+    if name == "variational":
+        poses = PoseSamples(torch.arange(60), truth.poses.rotations, truth.poses.shifts / APIX, torch.ones(60))
+        settings = config(epochs=2, batch=25)
+        return cls(stack, settings, poses=poses, symmetry=common["symmetry"], seed=seed)
     raise AssertionError(f"tests/contracts/test_methods.py builds no {name}: add it")
 
 

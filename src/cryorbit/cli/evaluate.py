@@ -15,8 +15,6 @@ from cryorbit.io.mrc import read_volume, write_volume
 from cryorbit.io.particles import ParticleSet, open_particles
 from cryorbit.io.stacks import split_image_name
 
-_SAME_RUN = 30.0  # degrees, median, between the poses of a run and the modes of its posterior
-
 
 def match_images(ours: list[str], theirs: list[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Rows of the same images in two lists of image names, ``number@stack``.
@@ -128,20 +126,10 @@ def _credible(
     """How often the truth lies inside the 50, 68, 90, 95 and 99 % regions of the run's posterior."""
     import torch
 
-    from cryorbit.groups.so3 import distance
-    from cryorbit.pipeline.outputs import read_posterior
+    from cryorbit.pipeline.outputs import posterior_of
     from cryorbit.poses.posterior import covered, levels_of_truth
 
-    stored, index = read_posterior(path), torch.from_numpy(rows)
-    apart = 180.0
-    if len(stored.mass) == len(written):
-        apart = float(torch.rad2deg(distance(stored.rotations[:, 0].double(), torch.from_numpy(written))).median())
-    if apart > _SAME_RUN:
-        raise RunError(
-            "RUN025",
-            f"{path} ({len(stored.mass)} particles) is not the posterior of the poses in particles.star ({len(written)})",
-            "refine again, or remove the file",
-        )
+    stored, index = posterior_of(path, written), torch.from_numpy(rows)
     return covered(levels_of_truth(stored.rows(index), true, found, group))
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from cryorbit.cli.demo import demo
 from cryorbit.cli.evaluate import evaluate
 from cryorbit.cli.inspect import inspect
+from cryorbit.cli.posterior import posterior
 from cryorbit.cli.reconstruct import reconstruct
 from cryorbit.cli.refine import refine
 from cryorbit.cli.report import report
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for verb in (demo, inspect, simulate, reconstruct, refine, evaluate, report):
+for verb in (demo, inspect, simulate, reconstruct, refine, evaluate, posterior, report):
     app.command()(verb)
 
 

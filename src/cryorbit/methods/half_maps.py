@@ -1,9 +1,10 @@
 """Maps of two halves from posed particles: insertion, solvent mask, Wiener filter by their agreement, and one frame for both."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from cryorbit.errors import DataError
@@ -24,16 +25,27 @@ _PIXELS = 2**22
 _ALIGNED_PX = 0.05  # Fourier or real pixels by which the halves may lie off each other
 
 
+def posed_images(
+    stack: FourierStack, intensity: Float[Tensor, " n"], samples: PoseSamples
+) -> Iterator[tuple[Int[Tensor, " m"], Complex[Tensor, "m p"], Float[Tensor, "m p"]]]:
+    """Rows of ``samples`` a bounded number at a time, with the image of each and its CTF times ``intensity``."""
+    for part in torch.arange(len(samples.particle)).split(max(1, _PIXELS // len(stack.disk))):
+        particle, repeat = samples.particle[part].unique_consecutive(return_inverse=True)
+        repeat = repeat.to(stack.device)
+        ctf = stack.ctf(particle) * intensity[particle, None].to(stack.device)
+        yield part, stack.images(particle)[repeat], ctf[repeat]
+
+
 def insert_posed(
-    stack: FourierStack, intensity: Float[Tensor, " n"], samples: PoseSamples, symmetry: Float[Tensor, "s 3 3"]
+    stack: FourierStack,
+    intensity: Float[Tensor, " n"],
+    samples: PoseSamples,
+    symmetry: Float[Tensor, "s 3 3"],
 ) -> Accumulator:
     """Every image at its weighted poses (``samples.particle`` counts in the stack): the M-step's numerator and CTF^2 weight."""
     disk = stack.disk.to(stack.device)
     out: Accumulator | None = None
-    for part in torch.arange(len(samples.particle)).split(max(1, _PIXELS // len(disk))):
-        particle, repeat = samples.particle[part].unique_consecutive(return_inverse=True)
-        images = stack.images(particle)[repeat]
-        ctf = (stack.ctf(particle) * intensity[particle, None].to(stack.device))[repeat]
+    for part, images, ctf in posed_images(stack, intensity, samples):
         rotations, shifts = samples.rotations[part].to(images.device), samples.shifts[part].to(images.device)
         weight = samples.weight[part, None].to(ctf)
         values, weights = images * (ctf * weight) * phase_ramp(shifts, disk).conj(), ctf.square() * weight

@@ -7,6 +7,7 @@ from cryorbit.errors import ConfigError
 METHODS: dict[str, tuple[str, str, str]] = {
     "abinitio": ("cryorbit.methods.marginal", "Marginal", "MarginalConfig"),
     "refine": ("cryorbit.methods.refinement", "Refinement", "RefinementConfig"),
+    "variational": ("cryorbit.methods.variational", "Variational", "VariationalConfig"),
 }
 
 

@@ -8,11 +8,11 @@ the stored half of the transform is weighted so that both members of each Friede
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from cryorbit.errors import DataError
-from cryorbit.physics.fourier import fourier_to_volume, image_to_fourier, shell_index, volume_to_fourier
+from cryorbit.physics.fourier import fourier_to_volume, friedel_weight, image_to_fourier, shell_index, volume_to_fourier
 
 
 def _same_shape(a: Tensor, b: Tensor) -> None:
@@ -24,23 +24,20 @@ def _same_shape(a: Tensor, b: Tensor) -> None:
         )
 
 
-def _shell_sum(values: Float[Tensor, "*s h"], shells: Tensor, box: int) -> Float[Tensor, " shells"]:
-    """Sum over the whole transform of ``values`` given on its rfft half, per shell 0 .. D // 2."""
-    weight = torch.full((box // 2 + 1,), 2.0, dtype=values.dtype, device=values.device)
-    weight[0] = 1.0
-    if box % 2 == 0:
-        weight[-1] = 1.0
+def shell_sum(values: Float[Tensor, "*s h"], shells: Int[Tensor, "*s h"], box: int) -> Float[Tensor, " shells"]:
+    """Sum over the whole transform of ``values`` given on its rfft half, per shell 0 .. D // 2 of the index ``shells``."""
+    values = values * friedel_weight(box, values)
     keep = shells <= box // 2
     zero = torch.zeros(box // 2 + 1, dtype=values.dtype, device=values.device)
-    return zero.index_add(0, shells[keep], (values * weight)[keep])
+    return zero.index_add(0, shells[keep], values[keep])
 
 
 def _correlate(
     fa: Complex[Tensor, "*s h"], fb: Complex[Tensor, "*s h"], shells: Tensor, box: int
 ) -> Float[Tensor, " shells"]:
-    cross = _shell_sum((fa * fb.conj()).real, shells, box)
-    power_a = _shell_sum(fa.abs().square(), shells, box)
-    power_b = _shell_sum(fb.abs().square(), shells, box)
+    cross = shell_sum((fa * fb.conj()).real, shells, box)
+    power_a = shell_sum(fa.abs().square(), shells, box)
+    power_b = shell_sum(fb.abs().square(), shells, box)
     norm = (power_a * power_b).sqrt()
     return torch.where(norm > 0, cross / torch.where(norm > 0, norm, 1.0), 0.0)
 
@@ -82,7 +79,7 @@ def shell_power(volume: Float[Tensor, "d d d"]) -> Float[Tensor, " shells"]:
     box = volume.shape[-1]
     f, shells = volume_to_fourier(volume.to(torch.float64)), shell_index(box, volume.device)
     power = f.abs().square()
-    return _shell_sum(power, shells, box) / _shell_sum(torch.ones_like(power), shells, box)
+    return shell_sum(power, shells, box) / shell_sum(torch.ones_like(power), shells, box)
 
 
 def crossing(curve: Float[Tensor, " shells"], threshold: float) -> float | None:

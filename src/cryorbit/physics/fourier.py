@@ -147,9 +147,27 @@ def resize_volume(volume: Float[Tensor, "d d d"], new_box: int) -> Float[Tensor,
     return fourier_to_volume(out, new_box)
 
 
+def full_transform(values: Float[Tensor, "d d h"]) -> Float[Tensor, "d d d"]:
+    """Real, even values on the rfft half of a transform as a centred cube: zero frequency at ``D // 2``, axes zyx."""
+    box = values.shape[0]
+    k = torch.arange(box, device=values.device) - box // 2
+    kz, ky, kx = torch.meshgrid(k, k, k, indexing="ij")
+    sign = torch.where(kx < 0, -1, 1)
+    return values[(sign * kz) % box, (sign * ky) % box, kx.abs()]
+
+
 def shell_index(box: int, device: torch.device | str = "cpu") -> Int[Tensor, "d d h"]:
     """Spectral shell (``|k|`` rounded) of every voxel of a 3-D rfft of side ``box``."""
     full = torch.fft.fftfreq(box, d=1.0 / box, device=device)
     half = torch.arange(box // 2 + 1, device=device, dtype=full.dtype)
     norm2 = full[:, None, None] ** 2 + full[None, :, None] ** 2 + half[None, None, :] ** 2
     return norm2.sqrt().round().to(torch.int64)
+
+
+def friedel_weight(box: int, like: Tensor) -> Float[Tensor, " h"]:
+    """How many voxels of the whole transform each column of its rfft half stands for: 1 or 2; type and device of ``like`` (real)."""
+    out = torch.full((box // 2 + 1,), 2.0, dtype=like.dtype, device=like.device)
+    out[0] = 1.0
+    if box % 2 == 0:
+        out[-1] = 1.0
+    return out

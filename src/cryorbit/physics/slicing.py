@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Complex, Float, Shaped
+from jaxtyping import Bool, Complex, Float, Shaped
 from torch import Tensor
 
 from cryorbit.errors import ConfigError, DataError
@@ -275,31 +275,6 @@ def completed(sums: Shaped[Tensor, "z y x"]) -> Shaped[Tensor, "z y x-1"]:
     return torch.cat([sums[..., 1:3] + mate, sums[..., 3:]], dim=-1)
 
 
-def normal_equations(
-    acc: Accumulator, regularisation: Float[Tensor, " shells"] | Float[Tensor, ""] | float = 0.0
-) -> tuple[Complex[Tensor, "z y x"], Float[Tensor, "z y x"]]:
-    """Numerator and regularised weight of every grid point within the radius and below Nyquist, at ``x = 0 .. c``, ``z, y = -c .. c``.
-
-    Both are zero at the other points. ``regularisation`` is as for :func:`volume_from_accumulator`.
-    """
-    numerator, weight = completed(acc.numerator), completed(acc.weight)
-    device, real = weight.device, weight.dtype
-    c = weight.shape[-1] - 1
-    full = torch.arange(-c, c + 1, device=device, dtype=real)
-    norm = (full[:, None, None] ** 2 + full[None, :, None] ** 2 + full[None, None, c:] ** 2).sqrt()
-    extra = torch.as_tensor(regularisation, device=device, dtype=real)
-    if extra.ndim:
-        shell = (norm / acc.oversampling).round().to(torch.int64).clamp(max=len(extra) - 1)
-        extra = extra[shell]
-    weight = weight + extra
-    side = acc.oversampling * acc.box
-    keep = (norm <= acc.radius * acc.oversampling) & (2 * norm < side) & (weight > 0)
-    inner = min(c, (side - 1) // 2)
-    part = slice(c - inner, c + inner + 1)
-    numerator, weight = (torch.where(keep, sums, 0.0)[part, part, : inner + 1] for sums in (numerator, weight))
-    return numerator, weight
-
-
 def volume_from_accumulator(
     acc: Accumulator, regularisation: Float[Tensor, " shells"] | Float[Tensor, ""] | float = 0.0
 ) -> Float[Tensor, "d d d"]:
@@ -317,15 +292,12 @@ def volume_from_accumulator(
     -------
     (D, D, D) real map, band-limited to the accumulator's radius.
     """
-    numerator, weight = normal_equations(acc, regularisation)
-    ratio = numerator / torch.where(weight > 0, weight, 1.0)
-    side, inner = acc.oversampling * acc.box, weight.shape[-1] - 1
-    transform = ratio.new_zeros(side, side, side // 2 + 1)
-    axis = torch.arange(-inner, inner + 1, device=weight.device) % side
-    transform[axis[:, None], axis[None, :], : inner + 1] = ratio
-    start = side // 2 - acc.box // 2
-    box = slice(start, start + acc.box)
-    return _over_window(fourier_to_volume(transform, side)[box, box, box], acc.oversampling)
+    numerator, weight = completed(acc.numerator), completed(acc.weight)
+    weight = weight + on_grid(regularisation, acc)
+    keep = inside_ball(acc) & (weight > 0)
+    ratio = torch.where(keep, numerator / torch.where(keep, weight, 1.0), 0.0)
+    transform = uncropped(ratio, acc.oversampling * acc.box)
+    return _over_window(_central(fourier_to_volume(transform, acc.oversampling * acc.box), acc.box), acc.oversampling)
 
 
 def misfit(
@@ -338,15 +310,56 @@ def misfit(
     ``sum_k weight |U - numerator / weight|^2`` less a constant; this is its share of ``J(0) - min J``. Its minimum over U is
     :func:`volume_from_accumulator` before that is cut to the box.
     """
-    numerator, weight = normal_equations(acc, regularisation)
-    side, inner = acc.oversampling * acc.box, weight.shape[-1] - 1
+    numerator, weight = completed(acc.numerator), completed(acc.weight)
+    weight = weight + on_grid(regularisation, acc)
+    weight = torch.where(inside_ball(acc), weight, 0.0)
+    best = torch.where(weight > 0, numerator / torch.where(weight > 0, weight, 1.0), 0.0)
+    side, c = acc.oversampling * acc.box, weight.shape[-1] - 1
     w = _interpolation_window(acc.box, acc.oversampling, volume)
     before = side // 2 - acc.box // 2
     padded = torch.nn.functional.pad(volume * w[:, None, None] * w[:, None] * w, [before, side - acc.box - before] * 3)
-    axis = torch.arange(-inner, inner + 1, device=weight.device) % side
-    transform = volume_to_fourier(padded)[axis[:, None], axis[None, :], : inner + 1]
-    twice = torch.full((inner + 1,), 2.0, device=weight.device)  # a point at x > 0 stands for its mate too
+    transform = _crop(volume_to_fourier(padded), side, c)[..., 1:]
+    twice = torch.full((c + 1,), 2.0, device=weight.device)  # a point at x > 0 stands for its mate too
     twice[0] = 1.0
-    best = numerator / torch.where(weight > 0, weight, 1.0)
     size, off = ((twice * weight * torch.view_as_real(u).square().sum(-1)).sum() for u in (best, transform - best))
     return off / size
+
+
+def _norm(acc: Accumulator) -> Float[Tensor, "z y x"]:
+    """``|k|`` in grid points at ``x = 0 .. c``."""
+    c = acc.weight.shape[-1] - 2
+    full = torch.arange(-c, c + 1, device=acc.weight.device, dtype=acc.weight.dtype)
+    return (full[:, None, None] ** 2 + full[None, :, None] ** 2 + full[None, None, c:] ** 2).sqrt()
+
+
+def on_grid(
+    spectrum: Float[Tensor, " shells"] | Float[Tensor, ""] | float, acc: Accumulator
+) -> Float[Tensor, "z y x"] | Float[Tensor, ""]:
+    """A number, or one value for each shell ``|k|`` in Fourier pixels (the last one serves beyond), at the points of :func:`completed`."""
+    values = torch.as_tensor(spectrum, device=acc.weight.device, dtype=acc.weight.dtype)
+    if not values.ndim:
+        return values
+    return values[(_norm(acc) / acc.oversampling).round().to(torch.int64).clamp(max=len(values) - 1)]
+
+
+def inside_ball(acc: Accumulator) -> Bool[Tensor, "z y x"]:
+    """Which points of :func:`completed` are within the accumulator's radius and below Nyquist."""
+    norm = _norm(acc)
+    return (norm <= acc.radius * acc.oversampling) & (2 * norm < acc.oversampling * acc.box)
+
+
+def uncropped(values: Shaped[Tensor, "z y x"], side: int) -> Shaped[Tensor, "s s h"]:
+    """Values at the points of :func:`completed` in the layout of a 3-D rfft of ``side``, zero elsewhere and at Nyquist."""
+    c = values.shape[-1] - 1
+    inner = min(c, (side - 1) // 2)
+    out = values.new_zeros(side, side, side // 2 + 1)
+    axis = torch.arange(-inner, inner + 1, device=values.device)
+    rows = axis % side
+    out[rows[:, None], rows[None, :], : inner + 1] = values[c + axis[:, None], c + axis[None, :], : inner + 1]
+    return out
+
+
+def _central(volume: Float[Tensor, "s s s"], box: int) -> Float[Tensor, "d d d"]:
+    start = volume.shape[-1] // 2 - box // 2
+    part = slice(start, start + box)
+    return volume[part, part, part]

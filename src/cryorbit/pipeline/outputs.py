@@ -13,16 +13,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 import cryorbit
 from cryorbit.conventions import PARTICLE_COLUMNS
 from cryorbit.errors import RunError
+from cryorbit.groups.so3 import distance
 from cryorbit.io.atomic import atomic_path, write_text
 from cryorbit.io.mrc import write_volume
 from cryorbit.io.particles import ParticleSet, write_particles
 from cryorbit.poses.posterior import PosedParticles, PosePosterior
 from cryorbit.types import Reconstruction
+
+_SAME_RUN = 30.0  # degrees, median, between the poses of a run and the modes of its posterior
 
 
 def write_json(path: Path, values: dict[str, object]) -> None:
@@ -41,6 +45,15 @@ def write_fsc(path: Path, curves: dict[str, Float[Tensor, " shells"]], box: int,
             writer.writerow(
                 [shell, f"{frequency:.6f}", resolution, *(f"{float(c[shell]):.5f}" for c in curves.values())]
             )
+
+
+def write_directions(path: Path, directions: Float[Tensor, "m 3"], resolution: Float[Tensor, " m"]) -> None:
+    """``directions.csv``: unit vectors in the map's frame and the resolution along each (A)."""
+    with atomic_path(path) as temporary, Path(temporary).open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["x", "y", "z", "resolution_A"])
+        for direction, angstrom in zip(directions.tolist(), resolution.tolist(), strict=True):
+            writer.writerow([*(f"{c:.6f}" for c in direction), f"{angstrom:.4f}"])
 
 
 def write_maps(run: Path, result: Reconstruction) -> None:
@@ -105,6 +118,20 @@ def read_posterior(path: Path) -> PosePosterior:
     if np.linalg.eigvalsh(values[3]).min() < -1e-6:
         raise _no_posterior(path, "a covariance is not positive")
     return PosePosterior(*(torch.from_numpy(v) for v in values))
+
+
+def posterior_of(path: Path, rotations: NDArray[np.float64]) -> PosePosterior:
+    """The posterior in ``poses.npz`` of particles whose poses in ``particles.star`` are ``rotations`` (N, 3, 3), or an error."""
+    stored, apart = read_posterior(path), 180.0
+    if len(stored.mass) == len(rotations):
+        apart = float(torch.rad2deg(distance(stored.rotations[:, 0].double(), torch.from_numpy(rotations))).median())
+    if apart > _SAME_RUN:
+        raise RunError(
+            "RUN025",
+            f"{path} ({len(stored.mass)} particles) is not the posterior of the poses in particles.star ({len(rotations)})",
+            "refine again, or remove the file",
+        )
+    return stored
 
 
 def _no_posterior(path: Path, why: str) -> RunError:

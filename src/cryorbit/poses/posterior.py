@@ -119,6 +119,10 @@ class PosePosterior:
         nearest = apart.argmin(dim=2)[:, :, None, None, None]
         return replace(self, rotations=mates.take_along_dim(nearest, dim=2)[:, :, 0])
 
+    def in_pixels(self, pixel_size: float) -> "PosePosterior":
+        """The same with shifts in pixels of ``pixel_size``, from angstrom."""
+        return self.in_angstrom(1 / pixel_size)
+
     def in_angstrom(self, pixel_size: float) -> "PosePosterior":
         """The same with shifts in angstrom, from pixels of ``pixel_size``."""
         unit = self.covariance.new_tensor([1.0, 1.0, 1.0, pixel_size, pixel_size])
@@ -168,18 +172,25 @@ class PosePosterior:
         """Of the particles ``index`` alone."""
         return PosePosterior(self.rotations[index], self.shifts[index], self.mass[index], self.covariance[index])
 
+    def drawn(self, count: int, generator: torch.Generator) -> tuple[Float[Tensor, "n k 3 3"], Float[Tensor, "n k 2"]]:
+        """``count`` poses of every particle: rotations and shifts, float64."""
+        n, free = len(self.mass), self.free
+        chosen = torch.multinomial(self.mass.double(), count, replacement=True, generator=generator)
+        row = torch.arange(n)[:, None]
+        normal = torch.randn(n, count, free, dtype=torch.float64, generator=generator)
+        step = torch.einsum("nkij,nkj->nki", self._factor()[row, chosen], normal)
+        rotations = so3.exp(step[..., :3]) @ self.rotations.double()[row, chosen]
+        shifts = self.shifts.double()[row, chosen]
+        return rotations, shifts + step[..., 3:] if free == 5 else shifts
+
+    def _factor(self) -> Float[Tensor, "n m f f"]:
+        return torch.linalg.cholesky(self.covariance[..., : self.free, : self.free].double())
+
     def _levels(
         self, rotations: Float[Tensor, "n k 3 3"], shifts: Float[Tensor, "n k 2"], generator: torch.Generator
     ) -> Float[Tensor, " n"]:
-        n, free = len(self.mass), self.free
-        chosen = torch.multinomial(self.mass.double(), _DRAWS, replacement=True, generator=generator)
-        row = torch.arange(n)[:, None]
-        factor = torch.linalg.cholesky(self.covariance[..., :free, :free].double())
-        normal = torch.randn(n, _DRAWS, free, dtype=torch.float64, generator=generator)
-        step = torch.einsum("nkij,nkj->nki", factor[row, chosen], normal)
-        drawn = so3.exp(step[..., :3]) @ self.rotations.double()[row, chosen]
-        moved = self.shifts.double()[row, chosen]
-        inside = self._log_density(drawn, moved + step[..., 3:] if free == 5 else moved, factor)
+        factor = self._factor()
+        inside = self._log_density(*self.drawn(_DRAWS, generator), factor)
         true = self._log_density(rotations.double(), shifts.double(), factor).amax(dim=1)
         return (inside > true[:, None]).double().mean(dim=1)
 

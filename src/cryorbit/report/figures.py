@@ -13,7 +13,7 @@ Array = NDArray[np.float64]
 _AXES = (("xy", 0), ("xz", 1), ("yz", 2))
 
 
-def _angstrom_axis(axes: Axes, top: float) -> None:
+def angstrom_axis(axes: Axes, top: float) -> None:
     """Label spatial frequency by the length it stands for."""
     ticks = np.linspace(0, top, 6)[1:]
     axes.set_xticks(ticks, [f"{1 / t:.1f}" for t in ticks])
@@ -58,7 +58,7 @@ def draw_fsc(
             color=INK,
         )
     axes.set_ylim(min(-0.1, float(np.nanmin(curves["fsc"])) - 0.02), 1.03)
-    _angstrom_axis(axes, float(s[-1]))
+    angstrom_axis(axes, float(s[-1]))
     axes.legend(frameon=False, fontsize=9, loc="lower left")
 
 
@@ -225,7 +225,7 @@ def noise_figure(spectra: dict[str, Array], box: int, pixel_size: float) -> Figu
         axes.set_ylim(bottom=0)
     if len(spectra) > 1:
         axes.legend(frameon=False, fontsize=8.5)
-    _angstrom_axis(axes, float(s[-1]))
+    angstrom_axis(axes, float(s[-1]))
     return made
 
 

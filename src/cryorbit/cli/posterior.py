@@ -1,0 +1,42 @@
+"""``cryorbit posterior``: how sure a finished run is of its map."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def posterior(
+    run: Annotated[Path, typer.Argument(help="Run folder of cryorbit reconstruct or refine.")],
+    draws: Annotated[int, typer.Option("--draws", help="How many times all poses are drawn from poses.npz.")] = 8,
+    seed: Annotated[int, typer.Option("--seed", help="Of these draws.")] = 0,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N (default: the run's).")] = "",
+    memory: Annotated[
+        float, typer.Option("--memory", help="GiB of Fourier pixels kept in memory (negative: as in the run).")
+    ] = -1.0,
+) -> None:
+    """Uncertainty of a run's map, resolution without half-sets, and missing views; adds files to the run folder."""
+    from rich.console import Console
+
+    from cryorbit.pipeline.posterior import posterior as compute
+    from cryorbit.report.posterior import write_figure
+
+    values = compute(run, draws=draws, seed=seed, device=device, memory_gib=None if memory < 0 else memory)
+    page = write_figure(run)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(_words(values))
+    console.print(f"\nmean       {run / 'map_mean.mrc'}\nstd        {run / 'map_std.mrc'}")
+    console.print(f"views      {run / 'missing_views.mrc'}\ncurves     {run / 'ss_snr.csv'}\nfigure     {page}")
+
+
+def _words(values: dict[str, Any]) -> str:
+    """The numbers a person looks for first."""
+    return (
+        f"resolution  {values['resolution_masked_A']:.2f} A inside the mask, {values['resolution_A']:.2f} A without "
+        f"(from all particles, no half-sets)\n"
+        f"directions  {values['resolution_best_direction_A']:.2f} A along the best, "
+        f"{values['resolution_worst_direction_A']:.2f} A along the worst\n"
+        f"views       {100 * values['unseen_share']:.1f} % of the map's Fourier coefficients are hardly seen\n"
+        f"voxels      signal inside the mask is {values['signal_to_std']:.1f} times its uncertainty, of whose variance "
+        f"{100 * values['pose_share_of_variance']:.0f} % comes from poses"
+    )

@@ -1,0 +1,223 @@
+"""The posterior of the map given posed images, exactly: what papers/002 section 5.1 approaches by gradients, in two passes over the images.
+
+* **volume**: a Gaussian over Fourier coefficients (``volumes/gaussian.py``).
+* **poses**: known, or weighted samples of each particle's posterior.
+* **objective**: none. Images are linear in the map and noise is Gaussian: a weighted back-projection is the posterior mean, its weights the
+  precision (``physics/linear_gaussian.py``). The second pass inserts what the first answer leaves of the images, which takes away the
+  back-projection's interpolation error and measures the noise.
+
+The prior is the standard normal of papers/002 or, better, a power spectrum learned from the same images (empirical Bayes); no half-sets.
+Memory does not grow with the number of images.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cryorbit.methods.half_maps import insert_posed, posed_images
+from cryorbit.metrics.fsc import shell_sum
+from cryorbit.physics.cryoem import form_images
+from cryorbit.physics.fourier import shell_index, volume_to_fourier
+from cryorbit.physics.linear_gaussian import (
+    ball,
+    corrected_mean,
+    information,
+    learned_prior,
+    least_squares,
+    posterior_mean,
+    posterior_variance,
+)
+from cryorbit.physics.shift import phase_ramp
+from cryorbit.physics.slicing import Accumulator, insert_slices, slice_grid, slicing_grid
+from cryorbit.physics.spectrum import shell_mean
+from cryorbit.poses.local import PoseSamples
+from cryorbit.training.dataset import FourierStack
+from cryorbit.volumes.gaussian import GaussianVolume
+
+_JUDGED = 1000  # particles by which noise is measured before the second pass
+_ROUNDS = 2  # of noise, prior and mean on them: each makes the other
+
+
+@dataclass(frozen=True)
+class MapPosterior:
+    """A map and how sure it is of itself, in the stack's units.
+
+    Attributes
+    ----------
+    mean
+        (D, D, D) map.
+    variance
+        (D, D, D // 2 + 1) of each coefficient of its unnormalised transform, rfft layout; 0 where there are no coefficients.
+    information
+        (D, D, D // 2 + 1) summed ``CTF^2`` of the images per coefficient.
+    noise, prior
+        (shells,) ``E|n|^2`` of a Fourier pixel of the images, ``E|V|^2`` of a coefficient.
+    """
+
+    mean: Float[Tensor, "d d d"]
+    variance: Float[Tensor, "d d h"]
+    information: Float[Tensor, "d d h"]
+    noise: Float[Tensor, " shells"]
+    prior: Float[Tensor, " shells"]
+
+    @property
+    def volume(self) -> GaussianVolume:
+        """As a distribution to slice, draw from and take voxel variances of."""
+        return GaussianVolume.from_map(self.mean, variance=self.variance)
+
+
+def standard_normal(box: int) -> Float[Tensor, " shells"]:
+    """The prior of papers/002: variance 1 of the real and of the imaginary part of every coefficient, in the stack's units."""
+    return torch.full((box // 2 + 1,), 2.0)
+
+
+def map_posterior(
+    stack: FourierStack,
+    intensity: Float[Tensor, " n"],
+    samples: PoseSamples,
+    symmetry: Float[Tensor, "s 3 3"],
+    prior: Float[Tensor, " shells"] | None = None,
+) -> MapPosterior:
+    """Posterior of the map given images at weighted poses.
+
+    Parameters
+    ----------
+    stack
+        The images, up to the radius the map shall have.
+    intensity
+        (N,) how much stronger than the map each image is.
+    samples
+        Weighted poses, shifts in pixels of the stack; ``particle`` ascending.
+    symmetry
+        (S, 3, 3) point group of the map.
+    prior
+        (shells,) variance of the map's coefficients; None learns it.
+    """
+    symmetry = symmetry.to(stack.device)
+    acc = insert_posed(stack, intensity, samples, symmetry)
+    seen = information(acc)
+    alone = least_squares(acc) if prior is None else None
+    chosen = torch.linspace(0, len(stack) - 1, min(_JUDGED, len(stack))).round().to(torch.int64)
+    some = _of(samples, torch.isin(samples.particle, chosen))
+    noise = _read_power(stack, some)
+
+    def spectrum() -> Float[Tensor, " shells"]:
+        if prior is not None:
+            return prior.to(noise)
+        assert alone is not None
+        return learned_prior(alone, noise)
+
+    def left(power: Float[Tensor, " shells"]) -> Float[Tensor, " shells"]:
+        return _noise(power, seen, noise / spectrum(), len(stack) * len(symmetry), stack)
+
+    for _ in range(_ROUNDS):
+        noise = left(_residual(stack, intensity, some, posterior_mean(acc, noise, spectrum()), None)[0])
+    mean = posterior_mean(acc, noise, spectrum())
+    power, residual = _residual(stack, intensity, samples, mean, symmetry)
+    noise = left(power)
+    variance = posterior_variance(acc, noise, spectrum())
+    assert residual is not None
+    mean = corrected_mean(mean, variance, residual, noise, spectrum())
+    return MapPosterior(mean, variance, seen, noise, spectrum())
+
+
+def pose_variance(
+    stack: FourierStack,
+    intensity: Float[Tensor, " n"],
+    draws: Iterable[PoseSamples],
+    symmetry: Float[Tensor, "s 3 3"],
+    posterior: MapPosterior,
+) -> tuple[Float[Tensor, " shells"], Float[Tensor, "d d d"]]:
+    """How much the map's mean moves with the poses: by the law of total variance, what not knowing them adds.
+
+    Parameters
+    ----------
+    stack, intensity, symmetry
+        As for :func:`map_posterior`.
+    draws
+        At least two joint draws of all particles' poses.
+    posterior
+        Its noise and prior are used.
+
+    Returns
+    -------
+    Variance of the coefficients, mean over each shell (shells,), and of the voxels (D, D, D), over the draws.
+    """
+    shells = len(posterior.prior)
+    count, total = 0, torch.zeros_like(posterior.mean)
+    square = torch.zeros_like(posterior.mean)
+    power = torch.zeros_like(posterior.variance)
+    for samples in draws:
+        acc = insert_posed(stack, intensity, samples, symmetry.to(stack.device))
+        off = posterior_mean(acc, posterior.noise, posterior.prior) - posterior.mean
+        count, total, square = count + 1, total + off, square + off.square()
+        power = power + volume_to_fourier(off).abs().square()
+    spread = (power - volume_to_fourier(total).abs().square() / count).clamp_min(0) / (count - 1)
+    voxels = (square - total.square() / count).clamp_min(0) / (count - 1)
+    kept = ball(stack.box, stack.disk.radius, spread.device)
+    index = shell_index(stack.box, spread.device)
+    number = shell_sum(kept, index, stack.box).clamp_min(1)
+    return (shell_sum(spread * kept, index, stack.box) / number)[:shells], voxels
+
+
+def _of(samples: PoseSamples, keep: Tensor) -> PoseSamples:
+    return PoseSamples(samples.particle[keep], samples.rotations[keep], samples.shifts[keep], samples.weight[keep])
+
+
+def _shells(stack: FourierStack) -> int:
+    return stack.box // 2 + 1
+
+
+def _read_power(stack: FourierStack, samples: PoseSamples) -> Float[Tensor, " shells"]:
+    """Mean power of images per shell: an upper bound of their noise."""
+    images = stack.images(samples.particle.unique())
+    return _filled(shell_mean(images.abs().square().mean(dim=0), stack.disk.to(stack.device), _shells(stack)))
+
+
+def _filled(values: Float[Tensor, " shells"]) -> Float[Tensor, " shells"]:
+    """Shells the disk does not reach take the last one's value."""
+    last = int(torch.nonzero(values > 0).max())
+    return torch.cat([values[: last + 1], values[last].expand(len(values) - last - 1)])
+
+
+def _residual(
+    stack: FourierStack,
+    intensity: Float[Tensor, " n"],
+    samples: PoseSamples,
+    mean: Float[Tensor, "d d d"],
+    symmetry: Float[Tensor, "s 3 3"] | None,
+) -> tuple[Float[Tensor, " shells"], Accumulator | None]:
+    """Mean power per shell of what ``mean`` leaves of the images, and the same inserted (``symmetry`` None: not)."""
+    disk = stack.disk.to(stack.device)
+    grid, power, mass = slicing_grid(mean, disk.radius), torch.zeros(len(disk), device=stack.device), 0.0
+    out: Accumulator | None = None
+    for part, images, ctf in posed_images(stack, intensity, samples):
+        rotations, shifts = samples.rotations[part].to(images.device), samples.shifts[part].to(images.device)
+        weight = samples.weight[part, None].to(ctf)
+        left = images - form_images(slice_grid(grid, rotations, disk), shifts, disk, ctf)
+        power += (weight * left.abs().square()).sum(dim=0)
+        mass += float(weight.sum())
+        values, weights = left * (ctf * weight) * phase_ramp(shifts, disk).conj(), ctf.square() * weight
+        for element in () if symmetry is None else symmetry:
+            out = insert_slices(values, weights, rotations @ element, disk, out=out)
+    return shell_mean(power / mass, disk, _shells(stack)), out
+
+
+def _noise(
+    power: Float[Tensor, " shells"],
+    seen: Float[Tensor, "d d h"],
+    ratio: Float[Tensor, " shells"],
+    images: int,
+    stack: FourierStack,
+) -> Float[Tensor, " shells"]:
+    """Noise from what is left of the images: more by as many numbers as the map took from them (MacKay 1992, Neural Comp. 4, 415)."""
+    index = shell_index(stack.box, seen.device)
+    learnt = seen / (seen + ratio[index.clamp(max=len(ratio) - 1)])
+    parameters = shell_sum(learnt, index, stack.box)
+    disk = stack.disk.to(power.device)
+    pixels = torch.zeros_like(power).index_add(0, disk.shell, disk.weight)
+    share = (parameters / (images * pixels).clamp_min(1)).clamp(max=0.9)
+    return _filled(power / (1 - share)).clamp_min(1e-12 * float(power.max()))

@@ -1,0 +1,224 @@
+"""The exact posterior of a map whose poses are known: linear images, Gaussian noise, Gaussian prior (papers/002 section 5.1 without the
+variational detour).
+
+Images ``y = c V(q) + n`` at points q of Fourier space, ``E|n|^2 = N``, give the map's transform near k the precision ``rho / N``, rho the
+summed ``c^2`` per unit of Fourier volume: ``o^3`` times the inserted weight W on a grid of o points per Fourier pixel. With a prior of
+variance ``t`` the posterior at a grid point has the variance ``1 / (o^3 W / N + 1 / t)``. Of that grid a map of side D keeps what lies
+inside its box: every coefficient of the map is a sum of the points around it under the transform of the box, so its variance is their
+mean under the square of that kernel, taken by one transform and a triangle window (the box's autocorrelation). Where views are even this is
+the inverse of the precision's diagonal, which is the variance of the mean-field Gaussian of papers/002; at the rim of a missing cone it is
+larger, and right (docs/methods/variational.md has the numbers).
+
+Coefficients are those of the map's unnormalised transform; variances are complex, ``E|V - mean|^2`` of real and imaginary part together.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cryorbit.physics.fourier import fourier_to_volume, friedel_weight, shell_index, volume_to_fourier
+from cryorbit.physics.slicing import (
+    Accumulator,
+    completed,
+    half_width,
+    inside_ball,
+    on_grid,
+    uncropped,
+    volume_from_accumulator,
+)
+from cryorbit.physics.spectrum import mean_weight
+
+_NO_HOLE = 1e-3  # of a shell's mean weight: what keeps the least-squares map finite
+_UPDATES = 30
+_SEEN = 0.5  # of a coefficient, below which what is left of it is of its neighbours and says nothing of the prior
+
+
+def ball(box: int, radius: float, device: torch.device | str = "cpu") -> Float[Tensor, "d d h"]:
+    """1 at the coefficients of a map's rfft that images reach, ``|k| <= radius`` and below Nyquist, 0 elsewhere."""
+    axis = torch.arange(box, device=device)
+    full = torch.where(2 * axis < box, axis, axis - box).float()
+    norm2 = full[:, None, None] ** 2 + full[:, None] ** 2 + axis[: box // 2 + 1].float() ** 2
+    return ((norm2 <= radius**2) & (4 * norm2 < box**2)).float()
+
+
+def _box_mean(values: Float[Tensor, "z y x"], acc: Accumulator) -> Float[Tensor, "d d h"]:
+    """Mean of real, even grid values around each coefficient of the map, under the squared transform of the box."""
+    box, o = acc.box, acc.oversampling
+    side = o * box
+    density = fourier_to_volume(uncropped(values, side).to(values.dtype.to_complex()), side)
+    axis = torch.arange(side, device=values.device, dtype=values.dtype) - side // 2
+    triangle = (1 - axis.abs() / box).clamp_min(0)
+    density = density * triangle[:, None, None] * triangle[:, None] * triangle
+    wide = volume_to_fourier(density).real
+    low = torch.arange(box, device=values.device)
+    rows = (torch.where(2 * low < box, low, low - box) * o) % side
+    return wide[rows[:, None], rows[None, :]][..., : o * (box // 2) + 1 : o]
+
+
+def _mean_inside(values: Float[Tensor, "z y x"], acc: Accumulator) -> Float[Tensor, "d d h"]:
+    """:func:`_box_mean` over the points that images reach; 0 at coefficients they do not."""
+    share = _share_inside(acc.box, acc.oversampling, acc.radius, values.device, values.dtype)
+    return _sum_inside(values, acc) / share
+
+
+@lru_cache(maxsize=2)
+def _share_inside(
+    box: int, oversampling: int, radius: float, device: torch.device, dtype: torch.dtype
+) -> Float[Tensor, "d d h"]:
+    """How much of the kernel of each coefficient lies within the radius."""
+    c = half_width(radius, oversampling)
+    points = torch.zeros(2 * c + 1, 2 * c + 1, c + 2, device=device, dtype=dtype)
+    empty = Accumulator(points.to(dtype.to_complex()), points, box, oversampling, radius)
+    return _box_mean(inside_ball(empty).to(dtype), empty).clamp_min(1e-3)
+
+
+def _sum_inside(values: Float[Tensor, "z y x"], acc: Accumulator) -> Float[Tensor, "d d h"]:
+    """:func:`_box_mean` with nothing at points that images do not reach."""
+    kept = ball(acc.box, acc.radius, values.device).to(values.dtype)
+    return kept * _box_mean(values * inside_ball(acc), acc)
+
+
+def posterior_variance(
+    acc: Accumulator, noise: Float[Tensor, " shells"], prior: Float[Tensor, " shells"]
+) -> Float[Tensor, "d d h"]:
+    """Variance of every coefficient of the map given posed images.
+
+    Parameters
+    ----------
+    acc
+        Inserted images and ``CTF^2``, not divided by the noise.
+    noise, prior
+        ``E|n|^2`` of a Fourier pixel and ``E|V|^2`` of a coefficient, per shell of the map (the last entry serves beyond).
+
+    Returns
+    -------
+    (D, D, D // 2 + 1) in rfft layout; 0 beyond the accumulator's radius, where the map has no coefficients.
+    """
+    weight = completed(acc.weight).clamp_min(0)
+    precision = acc.oversampling**3 * weight / on_grid(noise, acc) + 1 / on_grid(prior, acc)
+    shell = shell_index(acc.box, precision.device).clamp(max=len(prior) - 1)
+    return torch.minimum(_mean_inside(1 / precision, acc), prior.to(precision)[shell])
+
+
+def posterior_mean(
+    acc: Accumulator, noise: Float[Tensor, " shells"], prior: Float[Tensor, " shells"]
+) -> Float[Tensor, "d d d"]:
+    """Mean of the same posterior, a real map: the Wiener-filtered back-projection. Parameters as for :func:`posterior_variance`."""
+    return volume_from_accumulator(acc, noise / (acc.oversampling**3 * prior))
+
+
+def information(acc: Accumulator) -> Float[Tensor, "d d h"]:
+    """Inserted ``CTF^2`` per coefficient of the map: the precision the images give it, times their noise. Where views are missing, 0."""
+    return acc.oversampling**3 * _mean_inside(completed(acc.weight).clamp_min(0), acc)
+
+
+def corrected_mean(
+    mean: Float[Tensor, "d d d"],
+    variance: Float[Tensor, "d d h"],
+    residual: Accumulator,
+    noise: Float[Tensor, " shells"],
+    prior: Float[Tensor, " shells"],
+) -> Float[Tensor, "d d d"]:
+    """A posterior mean after one step of iterative refinement, ``mean + covariance (S* (y - S mean) / N - mean / prior)``.
+
+    The back-projection takes slices for evenly spread, which near the origin they are not: :func:`posterior_mean` is off by up to a few per
+    cent of the amplitude in the first shells, many times its standard deviation there. One step leaves a tenth of that.
+
+    Parameters
+    ----------
+    mean
+        (D, D, D) first answer.
+    variance
+        From :func:`posterior_variance`.
+    residual
+        The images less their predictions from ``mean``, inserted like the images.
+    noise, prior
+        As for :func:`posterior_variance`.
+    """
+    shell = shell_index(residual.box, mean.device).clamp(max=len(prior) - 1)
+    shrunk = variance / prior[shell]
+    pull = fourier_to_volume(volume_to_fourier(mean) * shrunk, residual.box)
+    return mean + posterior_mean(residual, noise, prior) - pull
+
+
+@dataclass(frozen=True)
+class LeastSquares:
+    """What the images alone say of each coefficient that they show well.
+
+    Attributes
+    ----------
+    power
+        (V,) ``|V|^2`` of the least-squares map.
+    seen
+        (V,) how much of the true coefficient is in it, squared.
+    error
+        (V,) its variance from noise, over the noise of its shell.
+    shell, weight
+        (V,) which shell, and how many coefficients of the whole transform it stands for.
+    shells, whole
+        How many shells the map has, and the last that images reach with all of its width; beyond it the prior is that shell's.
+    """
+
+    power: Float[Tensor, " v"]
+    seen: Float[Tensor, " v"]
+    error: Float[Tensor, " v"]
+    shell: Int[Tensor, " v"]
+    weight: Float[Tensor, " v"]
+    shells: int
+    whole: int
+
+    def sums(self, values: Float[Tensor, " v"]) -> Float[Tensor, " shells"]:
+        """Over each shell of the whole transform."""
+        zero = torch.zeros(self.shells, dtype=torch.float64, device=values.device)
+        return zero.index_add(0, self.shell, values * self.weight)
+
+
+def least_squares(acc: Accumulator) -> LeastSquares:
+    """The least-squares map from inserted images, coefficient by coefficient."""
+    shells = acc.box // 2 + 1
+    weight = completed(acc.weight).clamp_min(0)
+    floor = _NO_HOLE * mean_weight(acc, shells)
+    total = weight + on_grid(floor, acc)
+    seen = _mean_inside(weight / total, acc)
+    error = _sum_inside(weight / total.square(), acc) / acc.oversampling**3
+    power = volume_to_fourier(volume_from_accumulator(acc, floor)).abs().square()
+    index = shell_index(acc.box, weight.device)
+    used = (seen > _SEEN) & (index < shells)
+    number = friedel_weight(acc.box, seen).expand_as(seen)[used]
+    power, h2, error = (x[used].double() for x in (power, seen.square(), error))
+    return LeastSquares(power, h2, error, index[used], number.double(), shells, math.ceil(acc.radius - 0.5) - 1)
+
+
+def learned_prior(found: LeastSquares, noise: Float[Tensor, " shells"]) -> Float[Tensor, " shells"]:
+    """Power spectrum of the map by empirical Bayes: the prior variance per shell that makes the images most probable, without half-sets.
+
+    A least-squares coefficient has the variance ``h^2 t + s``, h how much of it the images determine and s what their noise makes of it;
+    t maximises their likelihood over each shell (Fisher scoring, to the fixed point of expectation-maximisation on t). It is never below its
+    standard error: a shell in which nothing is seen is not known to be empty.
+
+    Parameters
+    ----------
+    found
+        From :func:`least_squares`.
+    noise
+        As for :func:`posterior_variance`.
+    """
+    h2, error, shell = found.seen, found.error * noise.double()[found.shell], found.shell
+    count = found.sums(torch.ones_like(h2))
+    prior = found.sums(found.power / h2) / count.clamp_min(1)
+    for _ in range(_UPDATES):
+        variance = h2 * prior[shell] + error
+        top = found.sums(h2 * (found.power - error) / variance.square())
+        bottom = found.sums((h2 / variance).square()).clamp_min(1e-300)
+        prior = torch.maximum(top / bottom, (2 / bottom).sqrt())  # no less than its own standard error
+    whole = min(found.whole, int(torch.nonzero(count > 0).max()))
+    for empty in (
+        torch.nonzero(count == 0).flatten().tolist()
+    ):  # a shell that no coefficient shows well is like its neighbour
+        prior[empty] = prior[max(empty - 1, 0)]
+    prior[whole + 1 :] = prior[whole]
+    return prior.to(noise)

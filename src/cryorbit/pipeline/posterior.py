@@ -1,0 +1,236 @@
+"""What a finished run knows of its own map: ``cryorbit posterior run/``. Orchestration only."""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy import ndimage
+from torch import Tensor
+
+from cryorbit.errors import DataError, RunError
+from cryorbit.groups.point import point_group
+from cryorbit.io.mrc import read_volume, write_volume
+from cryorbit.io.particles import open_particles
+from cryorbit.methods.map_posterior import MapPosterior, map_posterior, pose_variance
+from cryorbit.metrics.directions import missing_views, spectrum_by_direction, unseen_share
+from cryorbit.metrics.masks import mask_from_map, soft_sphere
+from cryorbit.metrics.resample import inverted
+from cryorbit.metrics.spectrum import (
+    full_set_fsc,
+    half_set_fsc,
+    in_mask,
+    predicted_resolution,
+    ss_snr,
+    truth_fsc,
+)
+from cryorbit.physics.fourier import full_transform, shell_index
+from cryorbit.pipeline import outputs
+from cryorbit.pipeline.config import RunConfig, from_toml
+from cryorbit.pipeline.inputs import Inputs, choose_device, prepare
+from cryorbit.pipeline.rundir import locked
+from cryorbit.poses.local import PoseSamples
+from cryorbit.poses.posterior import PosePosterior
+from cryorbit.training.dataset import FourierStack
+
+NEEDED = ("config.toml", "metrics.json", "particles.star", "poses.npz", "map.mrc", "fsc.csv", "checkpoint")
+_NO_MASS = 1e-2  # of a particle's posterior: modes with less are left out
+_SMOOTH_PX = 1.5  # standard deviation of the window over which voxel variances from few draws are averaged
+
+
+def posterior(
+    run: Path, *, draws: int = 8, seed: int = 0, device: str = "", memory_gib: float | None = None
+) -> dict[str, object]:
+    """Mean, standard deviation, resolution and missing views of a finished run's map; writes them into its folder.
+
+    Parameters
+    ----------
+    run
+        Run folder of ``cryorbit reconstruct`` or ``cryorbit refine``.
+    draws
+        Joint draws of all particles' poses from ``poses.npz``, at least two.
+    seed
+        Of the draws.
+    device, memory_gib
+        In place of the run's own.
+
+    Returns
+    -------
+    What was written to ``posterior.json``.
+
+    Raises
+    ------
+    RunError
+        The folder is no finished run, or its particles are not those it was made from.
+    """
+    if not 2 <= draws <= 1000:
+        raise RunError("RUN042", f"{draws} draws of poses tell no variance", "give 2 to 1000, 8 is usual")
+    config, metrics = _finished(run)
+    if device:
+        choose_device(device)
+        config = replace(config, device=device)
+    if memory_gib is not None:
+        config = replace(config, memory_gib=memory_gib)
+    begun = time.monotonic()
+    with locked(run):
+        inputs = _inputs(run, config, metrics)
+        stack = FourierStack(
+            inputs.particles,
+            0.5 * inputs.particles.box,
+            mask_diameter=inputs.mask_diameter,
+            memory_gib=config.memory_gib,
+            device=inputs.device,
+        )
+        poses = _poses(run, len(stack)).in_pixels(stack.pixel_size)
+        samples = _drawn(poses, draws, seed)
+        group, equal = point_group(inputs.symmetry).float(), torch.ones(len(stack))
+        found = map_posterior(stack, equal, _modes(poses), group)
+        by_shell, by_voxel = pose_variance(stack, equal, samples, group, found)
+        values = _write(run, config, inputs, stack, found, by_shell.cpu(), by_voxel.cpu())
+        values |= {"draws": draws, "seed": seed, "particles": len(stack), "seconds": time.monotonic() - begun}
+        outputs.write_json(run / "posterior.json", values)
+    return values
+
+
+def _finished(run: Path) -> tuple[RunConfig, dict[str, object]]:
+    if not run.is_dir():
+        raise RunError("RUN040", f"{run} is not a folder", "give the --output folder of a reconstruction")
+    missing = [name for name in NEEDED if not (run / name).exists()]
+    if missing:
+        started = (run / "config.toml").exists()
+        raise RunError(
+            "RUN040",
+            f"{run} is not a finished run: {', '.join(missing)} missing",
+            "run the command that made it again, it continues"
+            if started
+            else "give the --output folder of a reconstruction",
+        )
+    config = from_toml((run / "config.toml").read_text(encoding="utf-8"))
+    try:
+        metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+        symmetry, diameter, contrast = (metrics[k] for k in ("symmetry", "mask_diameter_A", "contrast"))
+        shape = int(metrics["box"]), int(metrics["particles"]), float(metrics["pixel_size_A"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            "RUN041", f"{run / 'metrics.json'} is not of a finished run ({error!r})", "run it again"
+        ) from error
+    config = replace(config, symmetry=str(symmetry), mask_diameter=float(diameter), contrast=str(contrast))
+    return config, {"box": shape[0], "particles": shape[1], "pixel_size_A": shape[2]} | metrics
+
+
+def _inputs(run: Path, config: RunConfig, metrics: dict[str, object]) -> Inputs:
+    """The particles of the run, if they are still those it was made from."""
+    inputs = prepare(config)
+    now = {"box": inputs.particles.box, "particles": len(inputs.particles), "pixel_size_A": inputs.particles.pixel_size}
+    for name, value in now.items():
+        if abs(float(str(metrics[name])) - value) > 1e-4 * value:
+            raise RunError(
+                "RUN043",
+                f"{config.particles} has {name} {value:g}, {run} was made from {metrics[name]}",
+                "put the particles the run was made from back, or run it again",
+            )
+    return inputs
+
+
+def _poses(run: Path, count: int) -> PosePosterior:
+    ours = open_particles(run / "particles.star", require_images=False)
+    stored = outputs.posterior_of(run / "poses.npz", np.asarray(ours.rotations))
+    if len(stored.mass) != count:
+        raise RunError("RUN043", f"{run / 'poses.npz'} has poses of {len(stored.mass)} particles, there are {count}")
+    return stored
+
+
+def _drawn(poses: PosePosterior, draws: int, seed: int) -> list[PoseSamples]:
+    """Joint draws: one pose of every particle in each."""
+    rotations, shifts = poses.drawn(draws, torch.Generator().manual_seed(seed))
+    every, one = torch.arange(len(rotations)), torch.ones(len(rotations))
+    return [PoseSamples(every, rotations[:, k].float(), shifts[:, k].float(), one) for k in range(draws)]
+
+
+def _modes(poses: PosePosterior) -> PoseSamples:
+    """Every particle's modes, each weighted by its mass.
+
+    Not draws around them: a pose drawn from the posterior is as far from the mode as the true one is, independently of it as far as the
+    image did not decide, so a map of draws is blurred twice (docs/methods/variational.md has the numbers).
+    """
+    particle, mode = torch.nonzero(poses.mass > _NO_MASS, as_tuple=True)
+    weight = poses.mass[particle, mode]
+    total = torch.zeros(len(poses.mass)).index_add(0, particle, weight)
+    return PoseSamples(
+        particle, poses.rotations[particle, mode], poses.shifts[particle, mode], weight / total[particle]
+    )
+
+
+def _mask(run: Path, config: RunConfig, inputs: Inputs, box: int, pixel_size: float) -> Float[Tensor, "d d d"]:
+    """The mask the run's own resolution was measured in."""
+    if inputs.mask is not None:
+        return inverted(inputs.mask) if config.flip_hand else inputs.mask
+    sphere = soft_sphere(box, 0.5 * inputs.mask_diameter / pixel_size)
+    try:
+        return mask_from_map(torch.from_numpy(read_volume(run / "map.mrc")[0]).float() * sphere, pixel_size)
+    except DataError:
+        return sphere
+
+
+def _write(
+    run: Path,
+    config: RunConfig,
+    inputs: Inputs,
+    stack: FourierStack,
+    found: MapPosterior,
+    by_shell: Float[Tensor, " shells"],
+    by_voxel: Float[Tensor, "d d d"],
+) -> dict[str, object]:
+    box, apix, scale = stack.box, stack.pixel_size, stack.scale
+    group = point_group(inputs.symmetry).float()
+    mean, noise_part, seen = found.mean.cpu(), found.variance.cpu(), found.information.cpu()
+    variance = _with_shells(noise_part, by_shell)
+    alpha = ss_snr(mean, variance)
+    mask = _mask(run, config, inputs, box, apix)
+    masked = in_mask(alpha, mask)
+    resolution, inside = (predicted_resolution(a, box, apix) for a in (alpha, masked))
+    pose_part = torch.from_numpy(ndimage.gaussian_filter(by_voxel.numpy(), _SMOOTH_PX))
+    voxels = found.volume.voxel_variance(group).cpu()
+    spread = (voxels + pose_part).sqrt() / scale
+    views = missing_views(seen)
+    directions, curves = spectrum_by_direction(mean, variance)
+    along = torch.tensor([predicted_resolution(in_mask(c, mask), box, apix) for c in curves])
+    write_volume(run / "map_mean.mrc", (mean / scale).numpy(), apix)
+    write_volume(run / "map_std.mrc", spread.float().numpy(), apix)
+    write_volume(run / "missing_views.mrc", full_transform(views).numpy(), apix)
+    curves_by_name = {
+        "ss_snr": alpha,
+        "fsc_full_set": full_set_fsc(alpha),
+        "fsc_half_set": half_set_fsc(alpha),
+        "fsc_truth": truth_fsc(alpha),
+        "ss_snr_masked": masked,
+        "fsc_half_set_masked": half_set_fsc(masked),
+    }
+    outputs.write_fsc(run / "ss_snr.csv", curves_by_name, box, apix)
+    outputs.write_directions(run / "directions.csv", directions, along)
+    solid = mask > 0.5
+    limit = round(box * apix / resolution)
+    return {
+        "resolution_A": resolution,
+        "resolution_masked_A": inside,
+        "resolution_best_direction_A": float(along.min()),
+        "resolution_worst_direction_A": float(along.max()),
+        "unseen_share": unseen_share(views, limit),
+        "std_mean": float(spread[solid].mean()),
+        "signal_to_std": float((mean / scale)[solid].std() / spread[solid].mean()),
+        "pose_share_of_variance": float(pose_part[solid].mean() / (voxels + pose_part)[solid].mean()),
+        "noise_variance": [float(x) / scale**2 for x in found.noise],
+        "prior_variance": [float(x) / scale**2 for x in found.prior],
+        "symmetry": inputs.symmetry,
+        "box": box,
+        "pixel_size_A": apix,
+    }
+
+
+def _with_shells(variance: Float[Tensor, "d d h"], added: Float[Tensor, " shells"]) -> Float[Tensor, "d d h"]:
+    """Variances plus a number for each shell, where there are coefficients."""
+    index = shell_index(variance.shape[0]).clamp(max=len(added) - 1)
+    return torch.where(variance > 0, variance + added[index], 0.0)
