@@ -227,7 +227,7 @@ class Refinement:
                 points=sample_points(len(chosen), _FINAL_SAMPLES, int(chosen[0])),
                 modes=self.config.modes,
                 iterations=self.config.iterations,
-                coarse=self.search_radius,
+                coarse=float(self.search_radius),
                 fit_shift=self.config.fit_shift,
                 widen=_FINAL_WIDEN,
             )[0]
