@@ -18,9 +18,20 @@ FINE = 20  # shifts tried per sample where an error is said to be over continuou
 def best_shift(
     estimate: Float[Tensor, "*b n"], truth: Float[Tensor, "*b n"], oversample: int = 1
 ) -> Float[Tensor, "*b"]:
-    """The shift of ``truth``, in samples, that brings it closest to ``estimate``."""
-    found = circular_correlation(truth, estimate, oversample).argmax(dim=-1)
-    return found.to(estimate.dtype) / oversample
+    """The shift of ``truth``, in samples, that brings it closest to ``estimate``.
+
+    With ``oversample`` above 1 the highest of the shifts tried is refined by the parabola through its neighbours.
+    """
+    correlation = circular_correlation(truth, estimate, oversample)
+    best = correlation.argmax(dim=-1)
+    shift = best.to(estimate.dtype)
+    if oversample > 1:
+        m = correlation.shape[-1]
+        around = torch.stack([(best - 1) % m, best, (best + 1) % m], dim=-1)
+        left, middle, right = correlation.gather(-1, around).unbind(-1)
+        bend = left - 2 * middle + right
+        shift = shift + torch.where(bend < 0, 0.5 * (left - right) / bend.clamp(max=-1e-30), 0.0).clamp(-0.5, 0.5)
+    return shift / oversample
 
 
 def signal_error(

@@ -18,6 +18,8 @@ from torch import Tensor
 from cryorbit.errors import DataError
 from cryorbit.physics.fourier import fourier_to_outer, fourier_to_signal, outer_to_fourier, signal_to_fourier
 
+_BLOCK = 2048  # bispectra in memory at once
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -128,3 +130,22 @@ def relative_errors(found: Moments, given: Moments) -> tuple[Float[Tensor, "*b"]
 def real_space(moments: Moments) -> tuple[Float[Tensor, "*b n"], Float[Tensor, "*b n n"]]:
     """The same moments as averages of ``v`` and ``v v^T`` over shifts, in real space; errors (eq. 23) are the same there."""
     return fourier_to_signal(moments.first), fourier_to_outer(moments.second)
+
+
+def bispectrum(signal: Float[Tensor, "*b n"]) -> Complex[Tensor, "*b n n"]:
+    """``v^(k1) v^(k2)* v^(k2 - k1)`` of signals without their mean: blind to shifts (Bendory et al. 2018)."""
+    v = signal_to_fourier(signal - signal.mean(dim=-1, keepdim=True))
+    lags = differences(signal.shape[-1]).mT.to(signal.device)
+    return v[..., :, None] * v[..., None, :].conj() * v[..., lags]
+
+
+def mean_bispectrum(observations: Float[Tensor, "b n"]) -> Complex[Tensor, "n n"]:
+    """Unbiased estimate of the signal's bispectrum from noisy observations, float64, in blocks.
+
+    White noise adds to a bispectrum only where one of the three frequencies is zero; without the mean there is nothing there.
+    """
+    n = observations.shape[-1]
+    total = torch.zeros(n, n, dtype=torch.complex128)
+    for block in observations.split(_BLOCK):
+        total = total + bispectrum(block).sum(dim=0)
+    return total / len(observations)
