@@ -56,9 +56,9 @@ def align_signal(estimate: Float[Tensor, "*b n"], truth: Float[Tensor, "*b n"]) 
     return shift_signal(estimate, -best_shift(estimate, truth, FINE))
 
 
-def align_density(signal: Float[Tensor, " n"], density: Float[Tensor, " n"], given: Moments) -> Float[Tensor, " n"]:
-    """``density`` in the frame of ``signal``: at the shift that fits the ``given`` moments best (papers/003 section 5.1.2)."""
+def frame_shift(signal: Float[Tensor, " n"], density: Float[Tensor, " n"], given: Moments) -> int:
+    """By how many samples to move ``density`` so that it fits the ``given`` moments beside ``signal`` best (papers/003 section 5.1.2)."""
     n = len(density)
     shifted = torch.stack([density.roll(shift) for shift in range(n)])
     first, second = relative_errors(analytic_moments(signal.expand(n, n), shifted), given)
-    return shifted[int((first + second).argmin())]
+    return int((first + second).argmin())
