@@ -13,14 +13,13 @@ RESULTS = ("mra.npz", "mra.csv", "mra.png", "metrics.json")
 SET = ("observations.npy", "truth.npz", "simulation.json")
 
 
-def _folder(output: Path, names: tuple[str, ...], overwrite: bool) -> None:
-    """Make the folder; files of an earlier run are replaced only when asked."""
+def _check(output: Path, names: tuple[str, ...], overwrite: bool) -> None:
+    """Refuse a folder that holds an earlier run, unless it may be replaced; nothing is made yet."""
     if output.exists() and not output.is_dir():
         raise RunError("RUN041", f"{output} is a file, expected a folder", "give another --output")
     there = [name for name in names if (output / name).exists()]
     if there and not overwrite:
         raise RunError("RUN040", f"{output / there[0]} exists already", "give another --output, or --overwrite")
-    output.mkdir(parents=True, exist_ok=True)
 
 
 def _sigma(text: str) -> float | None:
@@ -69,8 +68,9 @@ def mra(
 
     table = read_observations(observations)
     true = None if truth is None else read_pair(truth)
-    _folder(output, RESULTS, overwrite)
-    result = recover(table, noise, method, seed)
+    _check(output, RESULTS, overwrite)
+    with Console(stderr=True).status(f"{method}: {len(table):,} observations"):
+        result = recover(table, noise, method, seed)
     pair = (result.signal, result.density)
     metrics = {"input": str(observations), **result.metrics}
     if true is not None:
@@ -78,6 +78,7 @@ def mra(
         metrics |= {"truth": str(truth), **compare(result, signal, density)}
         pair = into_frame_of(result, signal)
     columns = tuple(x.numpy() for x in pair)
+    output.mkdir(parents=True, exist_ok=True)
     with atomic_path(output / "mra.npz") as temporary:
         np.savez(temporary, signal=columns[0], density=columns[1])
     lines = [f"{i},{v:.9g},{p:.9g}" for i, (v, p) in enumerate(zip(*columns, strict=True))]
@@ -122,7 +123,8 @@ def simulate_mra(
     generator = torch.Generator().manual_seed(seed)
     signals, densities = family.draw(1, generator)
     blocks = observations(signals[0], densities[0], count, sigma, generator)
-    _folder(output, SET, overwrite)
+    _check(output, SET, overwrite)
+    output.mkdir(parents=True, exist_ok=True)
     with atomic_path(output / SET[0]) as temporary:
         table = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(count, length))
         done = 0

@@ -37,7 +37,7 @@ def best_shift(
 def signal_error(
     estimate: Float[Tensor, "*b n"], truth: Float[Tensor, "*b n"], oversample: int = 1
 ) -> Float[Tensor, "*b"]:
-    """``min_s |s . truth - estimate| / |truth|`` (papers/003 eq. 22), differentiable in ``estimate``.
+    """``min_s |s . truth - estimate| / |truth|`` (papers/003 eq. 22), differentiable in ``estimate`` with the shift held.
 
     Parameters
     ----------

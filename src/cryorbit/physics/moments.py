@@ -91,8 +91,8 @@ class MomentSums:
     @staticmethod
     def of(observations: Float[Tensor, "b n"]) -> "MomentSums":
         """Sums over one block of observations."""
-        second = (observations.mT @ observations).double()
-        return MomentSums(len(observations), observations.double().sum(dim=0), second)
+        rows = observations.double()  # an offset of the data must not drown the second moment
+        return MomentSums(len(rows), rows.sum(dim=0), rows.mT @ rows)
 
     def __add__(self, other: "MomentSums") -> "MomentSums":
         if self.first.shape != other.first.shape:

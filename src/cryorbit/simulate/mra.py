@@ -6,6 +6,7 @@ densities sum to 1. At 41 samples a Gaussian of width 0.04 has fallen to 3e-6 at
 band-limited function.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -102,10 +103,10 @@ def observations(
     Raises
     ------
     ConfigError
-        CONF343 ``sigma`` or ``count`` is negative.
+        CONF343 ``sigma`` or ``count`` is negative or not finite.
     """
-    if sigma < 0 or count < 0:
-        raise ConfigError("CONF343", f"{count} observations with noise {sigma:g}, expected neither below zero")
+    if not 0 <= sigma < math.inf or count < 0:
+        raise ConfigError("CONF343", f"{count} observations with noise {sigma:g}, expected finite, neither below zero")
     model = MRA(Cyclic(len(signal)))
     table = model.observe(signal.float(), torch.arange(len(signal)))
     for start in range(0, count, _BLOCK):

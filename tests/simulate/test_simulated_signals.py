@@ -1,5 +1,7 @@
 """Simulated signals and observations: normalisation, band limit, seeds, statistics of the shifts and of the noise."""
 
+import math
+
 import pytest
 import torch
 
@@ -64,3 +66,5 @@ def test_negative_noise_is_refused(generator):
     half = torch.full((8,), 0.125)
     with pytest.raises(ConfigError, match="CONF343"):
         next(observations(half, half, 10, -1.0, generator))
+    with pytest.raises(ConfigError, match="CONF343"):
+        next(observations(half, half, 10, math.nan, generator))

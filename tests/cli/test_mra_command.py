@@ -139,7 +139,21 @@ def test_bad_files_are_named(name, tmp_path):
 def test_bad_sigma(sigma, code, made, tmp_path):
     with pytest.raises(CryorbitError, match=code):
         run("mra", made / "observations.npy", "-o", tmp_path / "out", "--sigma", sigma)
-    assert not list(tmp_path.rglob("mra.*"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_noise_free_em_is_refused_and_leaves_nothing(made, tmp_path):
+    with pytest.raises(CryorbitError, match="CONF402"):
+        run("mra", made / "observations.npy", "-o", tmp_path / "out", "--sigma", "0", "--method", "em")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_offset_does_not_drown_the_signal(made):
+    """Observations on a pedestal a thousand times their size, as raw detectors give them."""
+    table = np.array(read_observations(made / "observations.npy")[:4000]).astype(np.float64)
+    level, raised = recover(table, 1.0), recover(table + 1000, 1.0)
+    a, b = level.signal - level.signal.mean(), raised.signal - raised.signal.mean()
+    assert float(signal_error(b, a, FINE)) < 0.1
 
 
 def test_truth_of_another_length(made, tmp_path):
