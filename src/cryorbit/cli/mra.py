@@ -45,9 +45,13 @@ def mra(
         Option("--sigma", help="Noise per sample, a standard deviation; auto takes it from the highest frequencies."),
     ] = "",
     method: Annotated[
-        Literal["spectral", "em", "bispectrum", "lbfgs"],
-        Option("--method", help="spectral: from first and second moments. bispectrum: works for uniform shifts too."),
-    ] = "spectral",
+        Literal["auto", "spectral", "em", "bispectrum", "lbfgs"],
+        Option(
+            "--method",
+            help="spectral: from first and second moments, fast. em: marginal likelihood, started there. "
+            "bispectrum: works for uniform shifts too. auto: em with noise, spectral without.",
+        ),
+    ] = "auto",
     truth: Annotated[
         Path | None, Option("--truth", help="File with signal and density (.npz) to compare with.")
     ] = None,

@@ -2,7 +2,8 @@
 
 ``p(y) = sum_s rho(s) N(y; s . v, sigma^2)`` (papers/003 eq. 2, 24, shifts marginalised as in section 2). The E-step is one product of
 observations and shifted copies, the M-step its transpose. Likelihood never falls; like any local search it can end in a wrong place, so
-it is started from moments. It reads every observation in every round, where moments read each once: early rounds take a part of them.
+it is started from moments. A free density takes on the noise of the observations, a value per shift; one estimated from moments knows that it
+is smooth, so it may be held. EM reads every observation in every round, where moments read each once: early rounds take a part of them.
 """
 
 import math
@@ -61,6 +62,7 @@ def em(
     start: tuple[Float[Tensor, " n"], Float[Tensor, " n"]],
     rounds: int = 30,
     tolerance: float = 1e-4,
+    hold_density: bool = False,
 ) -> EMResult:
     """Climb the marginal likelihood from ``start``.
 
@@ -77,6 +79,9 @@ def em(
     tolerance
         A part is done when the signal changes by less than this fraction.
 
+    hold_density
+        Leave the density as it is in ``start``.
+
     Raises
     ------
     ConfigError
@@ -91,7 +96,8 @@ def em(
         if part > 1 and rows < _FEWEST:
             continue
         for _ in range(rounds):
-            new, density, likelihood = em_round(observations[:rows], signal, density, sigma)
+            new, mass, likelihood = em_round(observations[:rows], signal, density, sigma)
+            density = density if hold_density else mass
             change = float((new - signal).norm() / new.norm().clamp(min=1e-30))
             signal = new
             if part == 1:

@@ -17,10 +17,11 @@ from cryorbit.physics.moments import Moments, MomentSums, analytic_moments, mean
 from cryorbit.physics.mra import shift_signal
 
 METHODS = ("spectral", "em", "bispectrum", "lbfgs")
+AUTO = "auto"  # em, which has measured best; spectral where there is no noise and hence no likelihood
 _BLOCK = 65536  # observations read at once
 _PER_SAMPLE = 10  # fewer observations than this per sample deserve a word
 _EVIDENCE = 20.0  # squared ratio of a density's strongest frequency to its error below which it may be flat
-_NEEDS_SHAPE = ("spectral", "lbfgs")  # methods that need shifts that are not uniform
+_NEEDS_SHAPE = ("spectral", "em", "lbfgs")  # methods that need shifts that are not uniform
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def sums_of(table: NDArray[np.floating]) -> MomentSums:
     return first
 
 
-def recover(table: NDArray[np.floating], sigma: float | None, method: str = METHODS[0], seed: int = 0) -> Recovery:
+def recover(table: NDArray[np.floating], sigma: float | None, method: str = AUTO, seed: int = 0) -> Recovery:
     """Recover signal and shift density from observations.
 
     Parameters
@@ -60,7 +61,8 @@ def recover(table: NDArray[np.floating], sigma: float | None, method: str = METH
     sigma
         Noise per sample; ``None`` reads it off the highest quarter of the frequencies.
     method
-        One of :data:`METHODS`. ``em`` starts from ``spectral`` and, like ``bispectrum``, reads the observations again.
+        One of :data:`METHODS`, or :data:`AUTO`: ``em`` with noise, ``spectral`` without. ``em`` starts from ``spectral``, keeps its density
+        and, like ``bispectrum``, reads the observations again.
     seed
         Random starts of ``lbfgs``.
 
@@ -71,8 +73,8 @@ def recover(table: NDArray[np.floating], sigma: float | None, method: str = METH
     DataError
         DATA403 nothing but noise.
     """
-    if method not in METHODS:
-        raise ConfigError("CONF405", f"unknown method {method}", f"known methods: {', '.join(METHODS)}")
+    if method not in (AUTO, *METHODS):
+        raise ConfigError("CONF405", f"unknown method {method}", f"known methods: {', '.join((AUTO, *METHODS))}")
     if sigma is not None and not 0 <= sigma < float("inf"):
         raise ConfigError("CONF406", f"sigma is {sigma:g}, expected a number that is not negative")
     started = time.process_time()
@@ -86,6 +88,8 @@ def recover(table: NDArray[np.floating], sigma: float | None, method: str = METH
             "--sigma is the standard deviation of the noise in one sample",
         )
     moments = sums.debiased(variance)
+    if method == AUTO:
+        method = "em" if variance else "spectral"
     pair = _solve(table, moments, method, seed)
     warnings = _warnings(sums.count, pair, moments, method)
     errors = [float(e) for e in relative_errors(analytic_moments(*pair), moments)]
@@ -119,7 +123,7 @@ def _solve(
     start = spectral(moments)
     if method == "spectral":
         return start
-    result = em(_tensor(table), moments.noise_variance**0.5, start)
+    result = em(_tensor(table), moments.noise_variance**0.5, start, hold_density=True)
     return result.signal, result.density
 
 
@@ -131,7 +135,7 @@ def _warnings(
         found.append(f"only {count} observations of {len(pair[0])} samples: the second moment is mostly chance")
     if method in _NEEDS_SHAPE and shifts_evidence(pair[0], moments) < _EVIDENCE:
         found.append(
-            "the shifts look uniform: first and second moments cannot tell the signal then; try --method bispectrum or em"
+            "the shifts look uniform: first and second moments cannot tell the signal then; try --method bispectrum"
         )
     return tuple(found)
 
