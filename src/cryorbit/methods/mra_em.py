@@ -37,12 +37,16 @@ def em_round(
     """One E-step and M-step: new signal, new density, and the mean log-likelihood of the old ones."""
     n = len(signal)
     shifts = torch.arange(n)
-    copies = MRA(Cyclic(n)).observe(signal, shifts).to(observations.dtype)
+    level = float(
+        signal.mean()
+    )  # the same at every shift: out of the products, where a pedestal would cost their digits
+    copies = MRA(Cyclic(n)).observe(signal - level, shifts).to(observations.dtype)
     prior = density.clamp(min=1e-12).log().to(observations.dtype)
     weighted = torch.zeros(n, n, dtype=torch.float64)
     mass = torch.zeros(n, dtype=torch.float64)
     total = 0.0
-    for block in observations.split(_BLOCK):
+    for rows in observations.split(_BLOCK):
+        block = rows - level
         scores = block @ (copies.mT / sigma**2) + prior
         evidence = scores.logsumexp(dim=1, keepdim=True)
         posterior = (scores - evidence).exp()
@@ -51,8 +55,10 @@ def em_round(
         total += float(evidence.double().sum() - 0.5 * block.double().square().sum() / sigma**2)
     count = len(observations)
     back = (shifts[:, None] + shifts) % n
-    new = weighted.gather(1, back).sum(dim=0) / count
-    constant = 0.5 * n * math.log(2 * math.pi * sigma**2) + 0.5 * float(signal.double().square().sum()) / sigma**2
+    new = weighted.gather(1, back).sum(dim=0) / count + level
+    constant = (
+        0.5 * n * math.log(2 * math.pi * sigma**2) + 0.5 * float((signal - level).double().square().sum()) / sigma**2
+    )
     return new, mass / count, total / count - constant
 
 
