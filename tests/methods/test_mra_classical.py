@@ -60,17 +60,17 @@ def test_signal_whose_density_has_two_equal_peaks(generator):
 
 def test_spectral_error_falls_with_the_count(generator):
     signal, density = drawn(2, generator)
-    data = noisy(signal, density, 64_000, 1.0, generator)
+    data = noisy(signal, density, 32_000, 1.0, generator)
     errors = [
         [
             float(signal_error(found, true, FINE))
             for found, true in zip(spectral(MomentSums.of(data[:n]).debiased(1.0)), (signal, density), strict=True)
         ]
-        for n in (1000, 64_000)
+        for n in (1000, 32_000)
     ]
     assert errors[1][0] < 0.05
     assert errors[1][1] < 0.1
-    assert errors[1][0] < 0.5 * errors[0][0]
+    assert errors[1][0] < 0.6 * errors[0][0]
 
 
 def test_evidence_of_shifts_parts_uniform_from_nearly_uniform(generator):
@@ -104,7 +104,7 @@ def test_nearest_density_is_a_density_and_keeps_one(generator):
 def test_lbfgs_fits_moments_and_signal(generator):
     signal, density = drawn(3, generator)
     moments = analytic_moments(signal, density)
-    found = lbfgs(moments, generator, restarts=2, iterations=300)
+    found = lbfgs(moments, generator, restarts=1, iterations=300)
     assert float(signal_error(found[0], signal, FINE)) < 0.05
     assert float(found[1].sum()) == pytest.approx(1.0)
     with pytest.raises(ConfigError, match="CONF401"):
@@ -146,9 +146,9 @@ def test_em_climbs_and_improves_on_its_start(generator):
 def test_em_with_the_density_of_the_moments_is_nearer(generator):
     """It only moves the signal, and with few noisy observations gets nearer than with the density free."""
     signal, density = drawn(2, generator)
-    data = noisy(signal, density, 20_000, 2.0, generator)
+    data = noisy(signal, density, 8000, 2.0, generator)
     start = spectral(MomentSums.of(data).debiased(4.0))
-    held, free = (em(data, 2.0, start, rounds=20, hold_density=hold) for hold in (True, False))
+    held, free = (em(data, 2.0, start, rounds=10, hold_density=hold) for hold in (True, False))
     torch.testing.assert_close(held.density, start[1], atol=0, rtol=0)
     assert float(torch.tensor(held.log_likelihood).diff().min()) > -1e-5
     off = [float(signal_error(found.signal, signal, FINE)) for found in (held, free)]
