@@ -174,11 +174,9 @@ def _alternate(amplitude: Float[Tensor, " n"], phases: Complex[Tensor, " n"], mo
 
 
 def _signed(signal_hat: Complex[Tensor, " n"], moments: Moments) -> Pair:
-    """The pair whose first moment has the right sign (``M2`` cannot tell v from -v), the density fitted to the signal."""
-    if float(moments.first[0].real) * float(signal_hat[0].real) < 0:
-        signal_hat = -signal_hat
-    rho, precision = density_of(signal_hat, moments)
-    return fourier_to_signal(signal_hat), nearest_density(rho, precision)
+    """The pair of v or -v, which ``M2`` cannot tell apart, that fits both moments better; the density fitted to the signal."""
+    pairs = [(fourier_to_signal(v), nearest_density(*density_of(v, moments))) for v in (signal_hat, -signal_hat)]
+    return min(pairs, key=lambda pair: mismatch(pair[0], pair[1], moments))
 
 
 def lbfgs(
