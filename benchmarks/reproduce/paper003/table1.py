@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    table = {}
+    table, origin = {}, about()
     for components in PAPER:
         clean = clean_rows(components, arguments.weights, arguments.networks, arguments.classical)
         noisy = noisy_rows(components, arguments.weights, arguments.problems, arguments.count, arguments.read_again)
@@ -155,7 +155,7 @@ def main() -> None:
                 if "signal" in row:
                     print(f"{components} {kind} {name}: v {row['signal']:.2g} rho {row['density']:.2g}", flush=True)
     training = {p.stem: json.loads(p.read_text()) for p in sorted(arguments.weights.glob("*.json"))}
-    record = {"about": about(), "family": asdict(Mixtures()), "training": training, "gaussians": table}
+    record = {"about": origin, "family": asdict(Mixtures()), "training": training, "gaussians": table}
     record["settings"] = {k: v for k, v in vars(arguments).items() if isinstance(v, int)}
     if arguments.json:
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")

@@ -42,9 +42,9 @@ def main() -> None:
         family = Mixtures(components=components)
         method = Supervised(family, SupervisedConfig(network=arguments.network, steps=arguments.steps))
         history = History(arguments.weights / f"{name}.jsonl")
-        started = time.process_time()
+        origin, started = about(), time.process_time()
         run(method, checkpoint=arguments.weights / f"{name}.safetensors", history=history)
-        row = {"family": asdict(family), "config": asdict(method.config), "about": about()}
+        row = {"family": asdict(family), "config": asdict(method.config), "about": origin}
         row |= {"pairs": arguments.steps * method.config.batch, "cpu_seconds": time.process_time() - started}
         row |= {"parameters": sum(p.numel() for p in method.network.parameters())}
         (arguments.weights / f"{name}.json").write_text(json.dumps(row, indent=2) + "\n")
