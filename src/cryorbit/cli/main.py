@@ -11,6 +11,7 @@ from rich.console import Console
 from cryorbit.cli.demo import demo
 from cryorbit.cli.evaluate import evaluate
 from cryorbit.cli.inspect import inspect
+from cryorbit.cli.mra import mra, simulate_mra
 from cryorbit.cli.posterior import posterior
 from cryorbit.cli.reconstruct import reconstruct
 from cryorbit.cli.refine import refine
@@ -26,8 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for verb in (demo, inspect, simulate, reconstruct, refine, evaluate, posterior, report):
+for verb in (demo, inspect, simulate, reconstruct, refine, evaluate, posterior, report, mra):
     app.command()(verb)
+app.command("simulate-mra")(simulate_mra)
 
 
 def _version(show: bool) -> None:

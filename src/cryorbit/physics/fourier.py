@@ -171,3 +171,37 @@ def friedel_weight(box: int, like: Tensor) -> Float[Tensor, " h"]:
     if box % 2 == 0:
         out[-1] = 1.0
     return out
+
+
+def signal_to_fourier(signal: Float[Tensor, "*b n"]) -> Complex[Tensor, "*b n"]:
+    """Unitary transform of periodic signals (papers/003 section 4.1, ``F* F = 1``), k in FFT order, phase origin at sample 0.
+
+    White noise of variance s^2 has ``E|F(k)|^2 = s^2``.
+    """
+    return torch.fft.fft(signal, norm="ortho")
+
+
+def fourier_to_signal(transform: Complex[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
+    """Inverse of :func:`signal_to_fourier`; an imaginary part, which no real signal has, is dropped."""
+    return torch.fft.ifft(transform, norm="ortho").real
+
+
+def circular_correlation(
+    a: Float[Tensor, "*b n"], b: Float[Tensor, "*b n"], oversample: int = 1
+) -> Float[Tensor, "*b m"]:
+    """``c[j] = sum_x b(x) a(x - j / oversample)`` over j = 0 .. n * oversample - 1, signals taken as trigonometric polynomials."""
+    n = a.shape[-1]
+    product = torch.fft.rfft(b) * torch.fft.rfft(a).conj()
+    if n % 2 == 0 and oversample > 1:  # the stored Nyquist coefficient is a sum of two
+        product = torch.cat([product[..., :-1], 0.5 * product[..., -1:]], dim=-1)
+    return torch.fft.irfft(product, n=n * oversample) * oversample
+
+
+def outer_to_fourier(products: Float[Tensor, "*b n n"]) -> Complex[Tensor, "*b n n"]:
+    """``F A F*`` of real matrices A with the unitary F of :func:`signal_to_fourier`: from ``v v^T`` to ``v^ v^*``."""
+    return torch.fft.ifft(torch.fft.fft(products, dim=-2, norm="ortho"), dim=-1, norm="ortho")
+
+
+def fourier_to_outer(transform: Complex[Tensor, "*b n n"]) -> Float[Tensor, "*b n n"]:
+    """``F* M F``, the inverse of :func:`outer_to_fourier`."""
+    return torch.fft.fft(torch.fft.ifft(transform, dim=-2, norm="ortho"), dim=-1, norm="ortho").real

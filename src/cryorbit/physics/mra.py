@@ -1,5 +1,6 @@
 """Multi-reference alignment: a signal seen at unknown circular shifts (papers/003 eq. 2, 3), cryo-EM in the small."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cryorbit.groups.cyclic import Cyclic
+from cryorbit.physics.fourier import fourier_to_signal, signal_to_fourier
 
 
 @dataclass(frozen=True)
@@ -32,3 +34,15 @@ class MRA:
         """
         n = self.group.order
         return signal[(torch.arange(n, device=signal.device) - g[:, None]) % n]
+
+
+def shift_signal(signal: Float[Tensor, "*b n"], shift: Float[Tensor, "*b"]) -> Float[Tensor, "*b n"]:
+    """``v(x - shift)`` for a real ``shift`` in samples: the trigonometric polynomial through the samples, moved.
+
+    The Nyquist coefficient of an even length cannot be moved by a fraction; it is scaled by the cosine of its phase.
+    """
+    n = signal.shape[-1]
+    k = torch.arange(n, device=signal.device)
+    k = torch.where(2 * k > n, k - n, k).to(signal.dtype)
+    phase = (-2 * math.pi / n) * shift[..., None] * k
+    return fourier_to_signal(signal_to_fourier(signal) * torch.polar(torch.ones_like(phase), phase))
