@@ -17,7 +17,7 @@ from cryorbit.metrics.evaluation import compare_poses
 from cryorbit.metrics.resample import inverted, move_volume
 from cryorbit.physics.fourier import disk_to_images, fourier_disk
 from cryorbit.physics.slicing import slice_grid, slicing_grid
-from cryorbit.pipeline.config import RunConfig, override
+from cryorbit.pipeline.config import POSES, RunConfig, override
 from cryorbit.pipeline.reconstruct import prepare, reconstruct
 from cryorbit.simulate.particles import make_projector
 from cryorbit.simulate.phantom import phantom
@@ -92,8 +92,8 @@ def test_dark_particles_give_a_bright_map_and_say_so(tmp_path):
 
 
 def test_flip_hand_writes_the_mirror_image_with_poses_that_fit_it(tmp_path):
-    star = simulate(tmp_path / "in", 24, count=400, snr_db=5.0)
-    config = override(RunConfig(particles=str(star)), QUICK)
+    simulate(tmp_path / "in", 24, count=400, snr_db=5.0)
+    config = override(RunConfig(particles=str(tmp_path / "in" / "truth.star"), start=POSES), QUICK)
     plain = reconstruct(config, tmp_path / "plain")
     flipped = reconstruct(override(config, ["flip_hand=true"]), tmp_path / "flipped")
     torch.testing.assert_close(flipped.map.data, inverted(plain.map.data))
@@ -139,11 +139,10 @@ def test_dark_particles_are_pointed_out(tmp_path):
 
 
 def test_image_names_suit_relion_run_from_the_project_folder(tmp_path, monkeypatch):
-    star = simulate(tmp_path / "project" / "Extract" / "job001", 24, count=40, snr_db=10.0)
+    simulate(tmp_path / "project" / "Extract" / "job001", 24, count=40, snr_db=10.0)
     monkeypatch.chdir(tmp_path / "project")
-    config = override(
-        RunConfig(particles=str(star)), [*QUICK, "refine.sweeps=1", "abinitio.march_steps=1", "abinitio.settle_steps=1"]
-    )
+    star = tmp_path / "project" / "Extract" / "job001" / "truth.star"
+    config = override(RunConfig(particles=str(star), start=POSES), [*QUICK, "refine.sweeps=1"])
     reconstruct(config, Path("cryorbit") / "run1")
     ours = read_star(Path("cryorbit/run1/particles.star")).blocks["particles"].columns["rlnImageName"]
     assert ours[0] == "000001@Extract/job001/particles.mrcs"
