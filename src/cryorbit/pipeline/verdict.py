@@ -20,7 +20,7 @@ OTHERS = (
 )
 
 # Weights of a logistic function of `features`, fitted to simulated runs by benchmarks/success_rate.py --fit.
-WEIGHTS = {"constant": -20.0, "periods": 2.31, "posed": 3.86, "sharpness": 2.09}
+WEIGHTS = {"constant": -18.91, "periods": 2.33, "posed": 3.7, "sharpness": 2.95}
 RUNS = 202
 
 
