@@ -182,6 +182,7 @@ def one(cell: Cell, seed: int, data: Path, commit: str) -> dict[str, object]:
             "pose_widening",
             "scale_spread",
             "signal_unexplained",
+            "signal_unexplained_error",
         )
         row |= {key: result.metrics[key] for key in keys + more}
         spectra = ("noise_variance", "image_power", "background_power")

@@ -83,22 +83,26 @@ def _chance(x: NDArray[np.float64], mixed: NDArray[np.bool_], w: NDArray[np.floa
 
 
 def weights_of(rows: list[Row]) -> dict[str, float]:
-    """The verdict's weights, fitted to all runs that were not seen to be mixed."""
-    x, mixed, y = _evidence(rows)
-    return dict(zip(SIGNS, (_logistic(x[~mixed], y[~mixed]).round(2) + 0.0).tolist(), strict=True))
+    """The verdict's weights, fitted to all runs."""
+    x, _, y = _evidence(rows)
+    return dict(zip(SIGNS, (_logistic(x, y).round(2) + 0.0).tolist(), strict=True))
 
 
 def fit(rows: list[Row], picture: Path) -> str:
     """Weights on all runs; AUC, expected calibration error and diagram from leaving each cell out in turn."""
     x, mixed, y = _evidence(rows)
     cells = np.array([str(row["cell"]) for row in rows])
-    left_out = np.empty(len(y))
+    agreed, left_out = (
+        np.empty(len(y)),
+        np.empty(len(y)),
+    )  # by the logistic function alone, and with the signal that is left
     for cell in np.unique(cells):
-        used, here = (cells != cell) & ~mixed, cells == cell
-        left_out[here] = _chance(x[here], mixed[here], _logistic(x[used], y[used]))
+        here = cells == cell
+        w = _logistic(x[~here], y[~here])
+        agreed[here], left_out[here] = _chance(x[here], np.zeros_like(mixed[here]), w), _chance(x[here], mixed[here], w)
     weights = weights_of(rows)
     bins = _bins(left_out, y)
-    ece = sum(n * abs(p - q) for p, q, n in bins) / len(y)
+    ece, alone = (sum(n * abs(p - q) for p, q, n in b) / len(y) for b in (bins, _bins(agreed, y)))
     hopeless = np.array([bool(row["hopeless"]) for row in rows])
     chance = _chance(x, mixed, np.array(list(weights.values())))
     told = np.array([Evidence(**row["evidence"]).unexplained is not None for row in rows])  # type: ignore[arg-type]
@@ -117,12 +121,13 @@ def fit(rows: list[Row], picture: Path) -> str:
     return "\n".join(
         [
             "WEIGHTS = {" + ", ".join(f'"{name}": {weight}' for name, weight in weights.items()) + "}",
-            f"{len(y)} runs, {int(y.sum())} right. Cell left out: AUC {_auc(left_out, y):.3f}, calibration error {ece:.3f}",
+            f"{len(y)} runs, {int(y.sum())} right. Cell left out: AUC {_auc(left_out, y):.3f}, calibration error {ece:.3f}; by agreement alone "
+            f"{_auc(agreed, y):.3f}, {alone:.3f}",
             f"trusted (>= {TRUSTED}): {int((chance >= TRUSTED).sum())}, wrong among them {int(((chance >= TRUSTED) & (y == 0)).sum())}",
             f"not trusted (< {DOUBTED}): {int((chance < DOUBTED).sum())}, right among them {int(((chance < DOUBTED) & (y == 1)).sum())}",
             f"signal unexplained, {int((told & two).sum())} runs on two molecules: {_range(left[told & two])}; "
             f"{int((told & ~two).sum())} other runs in which it was measured: {_range(left[told & ~two])}",
             f"largest chance given to a hopeless run: {chance[hopeless].max() if hopeless.any() else math.nan:.3f}, "
-            f"cell left out {left_out[hopeless].max() if hopeless.any() else math.nan:.3f}",
+            f"cell left out {left_out[hopeless].max() if hopeless.any() else math.nan:.3f}, by agreement alone {agreed[hopeless].max():.3f}",
         ]
     )

@@ -157,7 +157,7 @@ def test_an_offset_does_not_drown_the_signal(made):
 
 
 def test_truth_of_another_length(made, tmp_path):
-    np.savez(tmp_path / "truth.npz", signal=np.zeros(7), density=np.zeros(7))
+    np.savez(tmp_path / "truth.npz", signal=np.arange(7.0), density=np.full(7, 1 / 7))
     with pytest.raises(CryorbitError, match="DATA404"):
         run("mra", made / "observations.npy", "-o", tmp_path / "o", "--sigma", "1", "--truth", tmp_path / "truth.npz")
 
@@ -173,3 +173,25 @@ def test_a_real_process_ends_in_one_message(tmp_path):
     assert done.returncode == 1
     assert "CONF407" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("density", [np.full(7, -1.0), np.full(7, 5.0), np.zeros(7)], ids=["negative", "sum", "empty"])
+def test_a_truth_that_is_no_density(made, tmp_path, density):
+    np.savez(tmp_path / "truth.npz", signal=np.arange(7.0), density=density)
+    with pytest.raises(CryorbitError, match="DATA050"):
+        run("mra", made / "observations.npy", "-o", tmp_path / "o", "--sigma", "1", "--truth", tmp_path / "truth.npz")
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("factor", [1e30, 1e-30])
+def test_numbers_that_single_precision_does_not_hold(made, tmp_path, factor):
+    np.save(tmp_path / "o.npy", factor * np.array(read_observations(made / "observations.npy")[:200], dtype=np.float64))
+    with pytest.raises(CryorbitError, match="DATA405"):
+        run("mra", tmp_path / "o.npy", "-o", tmp_path / "o", "--sigma", str(factor))
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_set_that_cannot_be_leaves_no_folder(tmp_path):
+    with pytest.raises(CryorbitError, match="CONF343"):
+        run("simulate-mra", "-o", tmp_path / "o", "--sigma", "-1")
+    assert not (tmp_path / "o").exists()

@@ -31,6 +31,10 @@ def test_a_map_that_explains_the_images_keeps_its_chance(left):
     assert probability(replace(GOOD, unexplained=left)) == probability(GOOD)
 
 
+def test_a_share_that_its_error_explains_is_no_mixture():
+    assert probability(replace(GOOD, unexplained=0.15, unexplained_error=0.04)) == probability(GOOD)
+
+
 def test_halves_that_agree_on_part_of_the_signal_are_not_trusted():
     mixed = replace(GOOD, unexplained=0.15)
     assert probability(mixed) < DOUBTED

@@ -116,6 +116,8 @@ def simulate_mra(
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an earlier set in the folder.")] = False,
 ) -> None:
     """Simulate noisy circularly shifted copies of a random signal, and keep the truth beside them."""
+    from itertools import chain
+
     import numpy as np
     import torch
     from rich.console import Console
@@ -127,12 +129,13 @@ def simulate_mra(
     generator = torch.Generator().manual_seed(seed)
     signals, densities = family.draw(1, generator)
     blocks = observations(signals[0], densities[0], count, sigma, generator)
+    first = next(blocks)  # settings no set can have are refused before there is a folder
     _check(output, SET, overwrite)
     output.mkdir(parents=True, exist_ok=True)
     with atomic_path(output / SET[0]) as temporary:
         table = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(count, length))
         done = 0
-        for block in blocks:
+        for block in chain([first], blocks):
             table[done : done + len(block)] = block.numpy()
             done += len(block)
         table.flush()

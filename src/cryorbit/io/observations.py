@@ -86,4 +86,12 @@ def read_pair(path: Path | str) -> tuple[NDArray[np.float64], NDArray[np.float64
     good = len(shapes) == 2 and len(set(shapes.values())) == 1 and all(array.ndim == 1 for array in arrays.values())
     if not good or any(a.dtype.kind not in "fiu" or not np.isfinite(a).all() for a in arrays.values()):
         raise DataError("DATA050", f"{path} holds {shapes}, expected finite signal and density of one length")
+    density = arrays["density"]
+    if not arrays["signal"].any() or density.min() < -0.1 * density.max() or not abs(float(density.sum()) - 1) < 1e-3:
+        raise DataError(
+            "DATA050",
+            f"{path}: the density goes from {density.min():.3g} to {density.max():.3g} and sums to {density.sum():.4g}, expected a signal "
+            "that is not zero and a density that sums to 1, negative by no more than an estimate's errors",
+            "cryorbit simulate-mra writes such a file as truth.npz",
+        )
     return arrays["signal"].astype(np.float64), arrays["density"].astype(np.float64)

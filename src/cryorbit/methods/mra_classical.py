@@ -243,7 +243,9 @@ def bispectrum(third: Complex[Tensor, "n n"], moments: Moments, sweeps: int = _S
     """
     amplitude, n = _amplitude(moments), len(third)
     lags, weight = differences(n).mT, amplitude.outer(amplitude)
-    phases = _marched(third.conj())
+    start = third.clone()
+    start[1, 0] = 1.0  # the mean was taken out: its angle is that of noise, and a first step of any angle is a shift
+    phases = _marched(start)
     for _ in range(sweeps):
         new = _real(_leading(third * (amplitude * phases)[lags].conj() * weight))
         new = new * torch.sign((new * phases.conj()).real.sum())

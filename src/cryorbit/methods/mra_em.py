@@ -18,7 +18,7 @@ from cryorbit.groups.cyclic import Cyclic
 from cryorbit.physics.mra import MRA
 
 _BLOCK = 16384
-_PARTS = (64, 8, 1)  # first a 64th of the observations, then an 8th, then all
+_PARTS = (64, 8, 1)  # first every 64th of the observations, then every 8th, then all
 _FEWEST = 2048  # observations that a part must have
 
 
@@ -102,7 +102,7 @@ def em(
         if part > 1 and rows < _FEWEST:
             continue
         for _ in range(rounds):
-            new, mass, likelihood = em_round(observations[:rows], signal, density, sigma)
+            new, mass, likelihood = em_round(observations[::part], signal, density, sigma)
             density = density if hold_density else mass
             change = float((new - signal).norm() / new.norm().clamp(min=1e-30))
             signal = new

@@ -19,6 +19,7 @@ from cryorbit.physics.mra import shift_signal
 METHODS = ("spectral", "em", "bispectrum", "lbfgs")
 AUTO = "auto"  # em, which has measured best; spectral where there is no noise and hence no likelihood
 _BLOCK = 65536  # observations read at once
+_LEAST = 1e-16  # mean square that numbers may have, and one over the most
 _PER_SAMPLE = 10  # fewer observations than this per sample deserve a word
 _EVIDENCE = 20.0  # squared ratio of a density's strongest frequency to its error below which it may be flat
 _NEEDS_SHAPE = ("spectral", "em", "lbfgs")  # methods that need shifts that are not uniform
@@ -71,7 +72,7 @@ def recover(table: NDArray[np.floating], sigma: float | None, method: str = AUTO
     ConfigError
         CONF405 unknown method; CONF406 a sigma that is negative, not finite, or larger than the observations themselves.
     DataError
-        DATA403 nothing but noise.
+        DATA403 nothing but noise; DATA405 numbers too small or too large.
     """
     if method not in (AUTO, *METHODS):
         raise ConfigError("CONF405", f"unknown method {method}", f"known methods: {', '.join((AUTO, *METHODS))}")
@@ -80,6 +81,12 @@ def recover(table: NDArray[np.floating], sigma: float | None, method: str = AUTO
     started = time.process_time()
     sums = sums_of(table)
     total = float(sums.second.diagonal().mean()) / sums.count
+    if not _LEAST < total < 1 / _LEAST:
+        raise DataError(
+            "DATA405",
+            f"the observations have a root mean square of {total**0.5:.3g}, expected {_LEAST**0.5:g} to {_LEAST**-0.5:g}",
+            "scale them: single precision does not hold products of such numbers",
+        )
     variance = max(0.0, sums.noise_variance()) if sigma is None else sigma**2
     if variance > total * (1 + 6 / (sums.count * len(sums.first)) ** 0.5):
         raise ConfigError(

@@ -108,17 +108,18 @@ def _finished(run: Path) -> tuple[RunConfig, dict[str, object]]:
             if started
             else "give the --output folder of a reconstruction",
         )
-    config = from_toml((run / "config.toml").read_text(encoding="utf-8"))
     try:
+        config = from_toml((run / "config.toml").read_text(encoding="utf-8"))
         metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
         symmetry, diameter, contrast = (metrics[k] for k in ("symmetry", "mask_diameter_A", "contrast"))
-        shape = int(metrics["box"]), int(metrics["particles"]), float(metrics["pixel_size_A"])
+        shape = {"box": int(metrics["box"]), "particles": int(metrics["particles"])}
+        size = {"pixel_size_A": float(metrics["pixel_size_A"])}
+        config = replace(config, symmetry=str(symmetry), mask_diameter=float(diameter), contrast=str(contrast))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
-            "RUN041", f"{run / 'metrics.json'} is not of a finished run ({error!r})", "run it again"
+            "RUN041", f"config.toml or metrics.json in {run} is not of a finished run ({error!r})", "run it again"
         ) from error
-    config = replace(config, symmetry=str(symmetry), mask_diameter=float(diameter), contrast=str(contrast))
-    return config, {"box": shape[0], "particles": shape[1], "pixel_size_A": shape[2]} | metrics
+    return config, metrics | shape | size
 
 
 def _inputs(run: Path, config: RunConfig, metrics: dict[str, object]) -> Inputs:
@@ -126,7 +127,7 @@ def _inputs(run: Path, config: RunConfig, metrics: dict[str, object]) -> Inputs:
     inputs = prepare(config)
     now = {"box": inputs.particles.box, "particles": len(inputs.particles), "pixel_size_A": inputs.particles.pixel_size}
     for name, value in now.items():
-        if abs(float(str(metrics[name])) - value) > 1e-4 * value:
+        if not abs(float(str(metrics[name])) - value) <= 1e-4 * value:
             raise RunError(
                 "RUN043",
                 f"{config.particles} has {name} {value:g}, {run} was made from {metrics[name]}",

@@ -12,7 +12,7 @@ from cryorbit.groups import so3
 from cryorbit.groups.point import point_group
 from cryorbit.methods.marginal import Marginal
 from cryorbit.methods.refinement import Refinement
-from cryorbit.metrics.explained import unexplained
+from cryorbit.metrics.explained import Unexplained, unexplained
 from cryorbit.metrics.fsc import MaskedFSC, masked_fsc, resolution
 from cryorbit.metrics.local_resolution import local_resolution
 from cryorbit.metrics.masks import mask_from_map, soft_sphere
@@ -189,11 +189,11 @@ def _summarise(
     local = local_resolution(half_1, half_2, apix)
     quantiles = np.quantile(local[mask > 0.5].numpy(), [0.05, 0.5, 0.95])
     agreement = agree(len(rotations), masked, unmasked, 2 * apix)
-    spectra, left = _spectra(refinement)
+    spectra, left = _spectra(start, refinement)
     told = _verdict(start, agreement, masked, left)
     status = str(told["status"])
-    if left is not None and left > NOTED and OTHERS not in status:
-        warnings.append(f"the map leaves {100 * left:.0f} % of the images' signal unexplained. {OTHERS}")
+    if left is not None and left.share - 2 * left.error > NOTED and OTHERS not in status:
+        warnings.append(f"the map leaves {100 * left.share:.0f} % of the images' signal unexplained. {OTHERS}")
     if config.start == ABINITIO:
         warnings.append(
             "the hand is a coin's toss: images cannot tell a molecule from its mirror image. Look at the map; --flip-hand writes the other"
@@ -222,7 +222,8 @@ def _summarise(
         "pose_change_deg": float(torch.rad2deg(t["pose_change"])),
         "seconds": sum(seconds.values()),
         "stage_seconds": seconds,
-        "signal_unexplained": left,
+        "signal_unexplained": left and left.share,
+        "signal_unexplained_error": left and left.error,
         **spectra,
         "warnings": warnings,
     }
@@ -243,19 +244,24 @@ def _summarise(
     return result, curves
 
 
-def _spectra(refinement: Refinement) -> tuple[dict[str, list[float] | None], float | None]:
-    """Power per shell of what the map leaves of the images, of the images and of their background; and the share of signal left."""
+def _spectra(start: Start, refinement: Refinement) -> tuple[dict[str, list[float] | None], Unexplained | None]:
+    """Power per shell of what the map leaves of the images, of the images and of their background; and the share of signal left.
+
+    Of a user's mask it is not asked: what that cuts off is left on purpose.
+    """
     stack = refinement.stack
     image, background = stack.power, stack.background_power
     residual = refinement.tensors["noise"][: len(image)]
     disk = stack.disk.to("cpu")
     pixels = torch.zeros(len(image)).index_add(0, disk.shell, disk.weight)
-    left = None if background is None else unexplained(image, background, residual, pixels)
+    left = None
+    if background is not None and start.inputs.mask is None:
+        left = unexplained(image, background, residual, pixels, stack.background_images)
     named = {"noise_variance": residual, "image_power": image, "background_power": background}
     return {name: None if x is None else (x / stack.scale**2).tolist() for name, x in named.items()}, left
 
 
-def _verdict(start: Start, agreement: str, masked: float, left: float | None) -> dict[str, object]:
+def _verdict(start: Start, agreement: str, masked: float, left: Unexplained | None) -> dict[str, object]:
     """What the run says of itself: of an ab initio run, the chance that it is right; of a refinement, how far its halves agree."""
     evidence = start.evidence
     if evidence is None and start.doubt:
@@ -266,7 +272,8 @@ def _verdict(start: Start, agreement: str, masked: float, left: float | None) ->
             "refinement share its mistakes"
         )
         return {"status": status}
-    evidence = replace(evidence, unexplained=left)
+    if left is not None:
+        evidence = replace(evidence, unexplained=left.share, unexplained_error=left.error)
     verdict = judge(evidence)
     return {
         "status": sentence(verdict, agreement, masked),

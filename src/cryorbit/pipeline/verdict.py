@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 TRUSTED, DOUBTED = 0.95, 0.5
 
-# Share of the signal that the map leaves: what one molecule never did is worth a note; where half of the images show another one, whatever the
-# halves agree on, little chance is left.
-NOTED, MIXED, MIXED_CHANCE = 0.03, 0.09, 0.05
+# Share of the signal that the map leaves, less two standard errors: some is worth a note; where half of the images show another
+# molecule, whatever the halves agree on, little chance is left.
+NOTED, MIXED, MIXED_CHANCE = 0.03, 0.075, 0.05
 
 OTHERS = (
     "The images show more than this map: other molecules or states, broken particles, junk, or wrong CTFs. Sort the particles by 2-D or 3-D "
@@ -20,7 +20,7 @@ OTHERS = (
 )
 
 # Weights of a logistic function of `features`, fitted to simulated runs by benchmarks/success_rate.py --fit.
-WEIGHTS = {"constant": -18.91, "periods": 2.33, "posed": 3.7, "sharpness": 2.95}
+WEIGHTS = {"constant": -20.0, "periods": 2.31, "posed": 3.86, "sharpness": 2.09}
 RUNS = 202
 
 
@@ -42,8 +42,9 @@ class Evidence:
         Median effective number of poses per particle that ab initio left, over the asymmetric unit.
     intensity_sd
         Standard deviation over particles of how much stronger than the map each is.
-    unexplained
-        Share of the images' signal that the refined map leaves in the residual (``metrics/explained.py``); None where none was measured.
+    unexplained, unexplained_error
+        Share of the images' signal that the refined map leaves in the residual (``metrics/explained.py``) and its standard error; None where
+        none was measured.
     """
 
     joined: bool
@@ -53,11 +54,12 @@ class Evidence:
     effective: float
     intensity_sd: float
     unexplained: float | None = None
+    unexplained_error: float = 0.0
 
     @property
     def mixed(self) -> bool:
         """Whether the images show much that the map does not."""
-        return self.unexplained is not None and self.unexplained > MIXED
+        return self.unexplained is not None and self.unexplained - 2 * self.unexplained_error > MIXED
 
     def features(self) -> dict[str, float]:
         """Numbers the chance of being right is a logistic function of."""

@@ -211,6 +211,11 @@ class FourierStack:
         return None if is_emptied(total, self.power) else total
 
     @property
+    def background_images(self) -> float:
+        """How many whole images the background amounts to that :attr:`background_power` was measured on."""
+        return len(self._sample) * float(self._window.square().mean())
+
+    @property
     def _sample(self) -> Int[Tensor, " m"]:
         return torch.arange(0, len(self), max(1, len(self) // _SAMPLE))[:_SAMPLE]
 
