@@ -1,7 +1,6 @@
 """Ab initio to final map on simulated sets, several seeds, beside the known-pose reconstruction of the same images (the ceiling).
 
-    python benchmarks/reconstruct.py N --seeds 3
-    python benchmarks/reconstruct.py R --seeds 3
+    python benchmarks/reconstruct.py N R0 R5 R R15 --json benchmarks/results/reconstruct.json
     python benchmarks/reconstruct.py A B C D E F G --json benchmarks/results/paper001.json     # Table 1 of Nashed et al. 2021
 
 All are adenylate kinase 4AKE. N: 5,000 images of 64 px at 1.6 A, 0 dB, no CTF, no shifts. R0, R5, R, R15: the same at 0, -5, -10 and
@@ -9,7 +8,7 @@ All are adenylate kinase 4AKE. N: 5,000 images of 64 px at 1.6 A, 0 dB, no CTF, 
 without noise and at 10, 5, 0, -5, -10 dB; G: 0 dB with defocus 0.4-1.2 um; H: G at -15 dB with shifts of sigma 2 px.
 R128: R with 10,000 images of 128 px at 0.8 A. Every seed draws new images, poses, noise and a new random start. A seed fails when the
 pipeline raises or ends above 30 degrees median error; failures stay in the means. "Covered": share of the true poses inside the 90 %
-credible region of ``poses.npz``.
+credible region of ``poses.npz``. ``--json`` keeps what the file already has of other sets and of other seeds; every row names its commit and device.
 """
 
 import argparse
@@ -118,6 +117,7 @@ def one(name: str, seed: int, settings: list[str]) -> dict[str, Any]:
         "seed": seed,
         "seconds": wall,
         "cpu_seconds": cpu,
+        "peak_rss_MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,  # of the process so far
         **asdict(found.summary(pixel_size)),
         "covered": covered(levels_of_truth(posterior, true, found)),
         "pose_spread_deg": result.metrics["pose_spread_deg"],
@@ -160,7 +160,8 @@ def main() -> None:
     """Run the seeds of every set, print them, write JSON after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", choices=SETS, nargs="+")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="How many.")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--set-value", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--draw", type=Path, help="Do not run: draw the coverage of the sets in --json here.")
@@ -169,12 +170,19 @@ def main() -> None:
         stored = json.loads(arguments.json.read_text())["sets"]
         draw({name: stored[name]["rows"] for name in arguments.sets}, arguments.draw)
         return
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.sets}
-    for seed in range(arguments.seeds):
+    about = {
+        "commit": subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip(),
+        "device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
+        "torch": torch.__version__,
+    }
+    stored = json.loads(arguments.json.read_text())["sets"] if arguments.json and arguments.json.exists() else {}
+    rows: dict[str, list[dict[str, Any]]] = {name: stored[name]["rows"] for name in stored}
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for name in arguments.sets:
-            row = one(name, seed, arguments.set_value)
-            rows[name].append(row)
+            row = {**about, **one(name, seed, arguments.set_value)}
+            rows[name] = [r for r in rows.get(name, []) if r["seed"] != seed] + [row]
             known = row["known_poses"]
             print(
                 f"{name} seed {seed}: {row['seconds']:.0f} s ({row['cpu_seconds']:.0f} CPU-s)  poses {row['median_deg']:.2f} deg median, "
@@ -184,15 +192,9 @@ def main() -> None:
                 flush=True,
             )
             if arguments.json:
-                about = {
-                    "commit": commit,
-                    "device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
-                    "torch": torch.__version__,
-                    "peak_rss_MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-                }
-                sets = {n: {"summary": summary(r), "rows": r} for n, r in rows.items() if r}
+                sets = {n: {"summary": summary(rows[n]), "rows": rows[n]} for n in SETS if n in rows}
                 arguments.json.parent.mkdir(parents=True, exist_ok=True)
-                arguments.json.write_text(json.dumps({"about": about, "sets": sets}, indent=2) + "\n")
+                arguments.json.write_text(json.dumps({"sets": sets}, indent=2) + "\n")
     print(json.dumps({name: summary(r) for name, r in rows.items()}, indent=2))
 
 
