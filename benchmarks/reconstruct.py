@@ -8,7 +8,7 @@ All are adenylate kinase 4AKE. N: 5,000 images of 64 px at 1.6 A, 0 dB, no CTF, 
 without noise and at 10, 5, 0, -5, -10 dB; G: 0 dB with defocus 0.4-1.2 um; H: G at -15 dB with shifts of sigma 2 px.
 R128: R with 10,000 images of 128 px at 0.8 A. Every seed draws new images, poses, noise and a new random start. A seed fails when the
 pipeline raises or ends above 30 degrees median error; failures stay in the means. "Covered": share of the true poses inside the 90 %
-credible region of ``poses.npz``. ``--json`` keeps what the file already has of other sets and of other seeds; every row names its commit and device.
+credible region of ``poses.npz``. ``--json`` keeps what the file already has of other sets and of other seeds; every row names its commit.
 """
 
 import argparse

@@ -7,15 +7,15 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
-from cryorbit.errors import DataError
 from cryorbit.groups import so3
 from cryorbit.groups.point import keep_axes
 from cryorbit.methods.halves import HALVES, members_of
 from cryorbit.metrics.align import improve_alignment
 from cryorbit.metrics.fsc import last_shell, masked_fsc
-from cryorbit.metrics.masks import mask_from_map, soft_sphere
+from cryorbit.metrics.masks import mask_within, soft_sphere
+from cryorbit.physics.fourier import FourierDisk
 from cryorbit.physics.shift import phase_ramp
-from cryorbit.physics.slicing import Accumulator, insert_slices, volume_from_accumulator
+from cryorbit.physics.slicing import Accumulator, insert_symmetric, volume_from_accumulator
 from cryorbit.physics.spectrum import mean_weight
 from cryorbit.poses.local import PoseSamples
 from cryorbit.training.dataset import FourierStack
@@ -25,15 +25,37 @@ _PIXELS = 2**22
 _ALIGNED_PX = 0.05  # Fourier or real pixels by which the halves may lie off each other
 
 
-def posed_images(
-    stack: FourierStack, intensity: Float[Tensor, " n"], samples: PoseSamples
-) -> Iterator[tuple[Int[Tensor, " m"], Complex[Tensor, "m p"], Float[Tensor, "m p"]]]:
-    """Rows of ``samples`` a bounded number at a time, with the image of each and its CTF times ``intensity``."""
+@dataclass(frozen=True)
+class PosedImages:
+    """Images at one weighted pose each: (M, P) ``images`` and ``ctf`` times intensity, (M, 3, 3), (M, 2) pixels, (M,)."""
+
+    images: Complex[Tensor, "m p"]
+    ctf: Float[Tensor, "m p"]
+    rotations: Float[Tensor, "m 3 3"]
+    shifts: Float[Tensor, "m 2"]
+    weight: Float[Tensor, " m"]
+
+    def inserted(
+        self,
+        images: Complex[Tensor, "m p"],
+        symmetry: Float[Tensor, "s 3 3"],
+        disk: FourierDisk,
+        out: Accumulator | None,
+    ) -> Accumulator:
+        """``images`` back-projected at these poses into ``out``: the M-step's numerator and CTF^2 weight."""
+        weight = self.weight[:, None]
+        values = images * (self.ctf * weight) * phase_ramp(self.shifts, disk).conj()
+        return insert_symmetric(values, self.ctf.square() * weight, self.rotations, symmetry, disk, out=out)
+
+
+def posed_images(stack: FourierStack, intensity: Float[Tensor, " n"], samples: PoseSamples) -> Iterator[PosedImages]:
+    """The images of ``samples`` (``samples.particle`` counts in the stack), a bounded number at a time."""
     for part in torch.arange(len(samples.particle)).split(max(1, _PIXELS // len(stack.disk))):
         particle, repeat = samples.particle[part].unique_consecutive(return_inverse=True)
         repeat = repeat.to(stack.device)
         ctf = stack.ctf(particle) * intensity[particle, None].to(stack.device)
-        yield part, stack.images(particle)[repeat], ctf[repeat]
+        poses = (x[part].to(stack.device) for x in (samples.rotations, samples.shifts, samples.weight))
+        yield PosedImages(stack.images(particle)[repeat], ctf[repeat], *poses)
 
 
 def insert_posed(
@@ -42,15 +64,11 @@ def insert_posed(
     samples: PoseSamples,
     symmetry: Float[Tensor, "s 3 3"],
 ) -> Accumulator:
-    """Every image at its weighted poses (``samples.particle`` counts in the stack): the M-step's numerator and CTF^2 weight."""
+    """Every image at its weighted poses, back-projected."""
     disk = stack.disk.to(stack.device)
     out: Accumulator | None = None
-    for part, images, ctf in posed_images(stack, intensity, samples):
-        rotations, shifts = samples.rotations[part].to(images.device), samples.shifts[part].to(images.device)
-        weight = samples.weight[part, None].to(ctf)
-        values, weights = images * (ctf * weight) * phase_ramp(shifts, disk).conj(), ctf.square() * weight
-        for element in symmetry:
-            out = insert_slices(values, weights, rotations @ element, disk, out=out)
+    for posed in posed_images(stack, intensity, samples):
+        out = posed.inserted(posed.images, symmetry, disk, out)
     assert out is not None
     return out
 
@@ -105,10 +123,8 @@ def solvent_mask(
     first: Float[Tensor, "d d d"], second: Float[Tensor, "d d d"], sphere: Float[Tensor, "d d d"], pixel_size: float
 ) -> Float[Tensor, "d d d"]:
     """The molecule's own soft mask inside the sphere: what lies outside it in a reference is noise."""
-    try:
-        return sphere * mask_from_map(0.5 * (first + second) * sphere, pixel_size).to(sphere)
-    except DataError:  # nothing bright enough to draw a mask around
-        return sphere
+    found = mask_within(sphere, 0.5 * (first + second), pixel_size)
+    return sphere if found is None else sphere * found
 
 
 def wiener_prior(

@@ -30,8 +30,7 @@ from cryorbit.physics.linear_gaussian import (
     posterior_mean,
     posterior_variance,
 )
-from cryorbit.physics.shift import phase_ramp
-from cryorbit.physics.slicing import Accumulator, insert_slices, slice_grid, slicing_grid
+from cryorbit.physics.slicing import Accumulator, slice_grid, slicing_grid
 from cryorbit.physics.spectrum import shell_mean
 from cryorbit.poses.local import PoseSamples
 from cryorbit.training.dataset import FourierStack
@@ -101,7 +100,7 @@ def map_posterior(
     seen = information(acc)
     alone = least_squares(acc) if prior is None else None
     chosen = torch.linspace(0, len(stack) - 1, min(_JUDGED, len(stack))).round().to(torch.int64)
-    some = _of(samples, torch.isin(samples.particle, chosen))
+    some = samples.rows(torch.isin(samples.particle, chosen))
     noise = _read_power(stack, some)
 
     def spectrum() -> Float[Tensor, " shells"]:
@@ -163,10 +162,6 @@ def pose_variance(
     return (shell_sum(spread * kept, index, stack.box) / number)[:shells], voxels
 
 
-def _of(samples: PoseSamples, keep: Tensor) -> PoseSamples:
-    return PoseSamples(samples.particle[keep], samples.rotations[keep], samples.shifts[keep], samples.weight[keep])
-
-
 def _shells(stack: FourierStack) -> int:
     return stack.box // 2 + 1
 
@@ -194,15 +189,12 @@ def _residual(
     disk = stack.disk.to(stack.device)
     grid, power, mass = slicing_grid(mean, disk.radius), torch.zeros(len(disk), device=stack.device), 0.0
     out: Accumulator | None = None
-    for part, images, ctf in posed_images(stack, intensity, samples):
-        rotations, shifts = samples.rotations[part].to(images.device), samples.shifts[part].to(images.device)
-        weight = samples.weight[part, None].to(ctf)
-        left = images - form_images(slice_grid(grid, rotations, disk), shifts, disk, ctf)
-        power += (weight * left.abs().square()).sum(dim=0)
-        mass += float(weight.sum())
-        values, weights = left * (ctf * weight) * phase_ramp(shifts, disk).conj(), ctf.square() * weight
-        for element in () if symmetry is None else symmetry:
-            out = insert_slices(values, weights, rotations @ element, disk, out=out)
+    for posed in posed_images(stack, intensity, samples):
+        left = posed.images - form_images(slice_grid(grid, posed.rotations, disk), posed.shifts, disk, posed.ctf)
+        power += (posed.weight[:, None] * left.abs().square()).sum(dim=0)
+        mass += float(posed.weight.sum())
+        if symmetry is not None:
+            out = posed.inserted(left, symmetry, disk, out)
     return shell_mean(power / mass, disk, _shells(stack)), out
 
 
@@ -217,7 +209,6 @@ def _noise(
     index = shell_index(stack.box, seen.device)
     learnt = seen / (seen + ratio[index.clamp(max=len(ratio) - 1)])
     parameters = shell_sum(learnt, index, stack.box)
-    disk = stack.disk.to(power.device)
-    pixels = torch.zeros_like(power).index_add(0, disk.shell, disk.weight)
+    pixels = stack.disk.shell_sums(torch.ones(len(stack.disk)).to(power), len(power))
     share = (parameters / (images * pixels).clamp_min(1)).clamp(max=0.9)
     return _filled(power / (1 - share)).clamp_min(1e-12 * float(power.max()))

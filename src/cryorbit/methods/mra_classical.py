@@ -15,6 +15,7 @@ bispectrum
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import scipy.optimize
@@ -163,14 +164,24 @@ def _leading(matrix: Complex[Tensor, "n n"]) -> Complex[Tensor, " n"]:
 def _alternate(amplitude: Float[Tensor, " n"], phases: Complex[Tensor, " n"], moments: Moments, sweeps: int) -> Pair:
     """``rho^`` from the phases, the phases from ``M2`` with ``rho^`` divided out, until they stand still."""
     lags, weight = differences(len(amplitude)), _weights(moments)[1] * amplitude.outer(amplitude)
+
+    def divided(phases: Complex[Tensor, " n"]) -> Complex[Tensor, "n n"]:
+        return moments.second * density_of(amplitude * phases, moments)[0][lags].conj() * weight
+
+    return _signed(amplitude * _synchronised(divided, phases, sweeps), moments)
+
+
+def _synchronised(
+    matrix: Callable[[Complex[Tensor, " n"]], Complex[Tensor, "n n"]], phases: Complex[Tensor, " n"], sweeps: int
+) -> Complex[Tensor, " n"]:
+    """Phases that are the first eigenvector of the matrix they make, by repeating that until they stand still."""
     for _ in range(sweeps):
-        rho, _ = density_of(amplitude * phases, moments)
-        new = _real(_leading(moments.second * rho[lags].conj() * weight))
+        new = _real(_leading(matrix(phases)))
         new = new * torch.sign((new * phases.conj()).real.sum())
         moved, phases = float((new - phases).abs().max()), new
         if moved < _STILL:
             break
-    return _signed(amplitude * phases, moments)
+    return phases
 
 
 def _signed(signal_hat: Complex[Tensor, " n"], moments: Moments) -> Pair:
@@ -245,14 +256,9 @@ def bispectrum(third: Complex[Tensor, "n n"], moments: Moments, sweeps: int = _S
     lags, weight = differences(n).mT, amplitude.outer(amplitude)
     start = third.clone()
     start[1, 0] = 1.0  # the mean was taken out: its angle is that of noise, and a first step of any angle is a shift
-    phases = _marched(start)
-    for _ in range(sweeps):
-        new = _real(_leading(third * (amplitude * phases)[lags].conj() * weight))
-        new = new * torch.sign((new * phases.conj()).real.sum())
-        moved, phases = float((new - phases).abs().max()), new
-        if moved < _STILL:
-            break
-    signal_hat = amplitude * phases
+    signal_hat = amplitude * _synchronised(
+        lambda phases: third * (amplitude * phases)[lags].conj() * weight, _marched(start), sweeps
+    )
     signal_hat[0] = moments.first[0]  # the mean: known, sign and all
     rho, precision = density_of(signal_hat, moments)
     return fourier_to_signal(signal_hat), nearest_density(rho, precision)

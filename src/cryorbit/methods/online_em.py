@@ -14,7 +14,7 @@ from torch import Tensor
 from cryorbit.groups import so3
 from cryorbit.groups.point import asymmetric_unit
 from cryorbit.physics.fourier import FourierDisk
-from cryorbit.physics.slicing import Accumulator, insert_slices, slice_grid, slicing_grid, volume_from_accumulator
+from cryorbit.physics.slicing import Accumulator, insert_symmetric, slice_grid, slicing_grid, volume_from_accumulator
 from cryorbit.physics.spectrum import mean_weight, power_spectrum, resized, shell_mean
 from cryorbit.poses.grid import Expectation, ShiftGrid, expectation, with_half_turns
 from cryorbit.training.checkpoint import State
@@ -201,9 +201,7 @@ class OnlineEM:
 
     def _insert(self, values: Tensor, weights: Tensor, rotations: Tensor, disk: FourierDisk) -> None:
         out = None if self.statistics is None else resized(self.statistics, disk.radius)
-        for element in self.symmetry:
-            out = insert_slices(values, weights, rotations @ element, disk, out=out)
-        self.statistics = out
+        self.statistics = insert_symmetric(values, weights, rotations, self.symmetry, disk, out=out)
 
     def _maximise(self, radius: int) -> None:
         """Map = numerator / (weight + noise / signal power), masked (Wiener; Scheres 2012 eq. 9)."""

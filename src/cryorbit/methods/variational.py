@@ -24,7 +24,7 @@ from cryorbit.physics.cryoem import form_images
 from cryorbit.physics.fourier import fourier_to_volume, shell_index, volume_to_fourier
 from cryorbit.physics.linear_gaussian import ball, information
 from cryorbit.physics.noise import log_likelihood
-from cryorbit.physics.slicing import insert_slices, slice_grid, slicing_grid
+from cryorbit.physics.slicing import insert_symmetric, slice_grid, slicing_grid
 from cryorbit.physics.spectrum import shell_mean
 from cryorbit.poses.local import PoseSamples
 from cryorbit.training.checkpoint import State
@@ -172,10 +172,8 @@ class Variational:
         self, rotations: Float[Tensor, "b 3 3"], ctf: Float[Tensor, "b p"], scale: float
     ) -> Float[Tensor, "d d h"]:
         """What the batch, taken for all images, says of the precision's diagonal: inserted CTF^2 over noise, and the prior."""
-        acc, weights = None, ctf.square()
-        for element in self.symmetry:
-            acc = insert_slices(weights.to(torch.complex64), weights, rotations @ element, self.disk, out=acc)
-        assert acc is not None
+        weights = ctf.square()
+        acc = insert_symmetric(weights.to(torch.complex64), weights, rotations, self.symmetry, self.disk)
         shell = self.index.clamp(max=self.shells - 1)
         return scale * information(acc) / self.tensors["noise"][shell] + 1 / self.tensors["prior"][shell]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cryorbit.groups.so3 import healpix_grid, in_plane_count
 from cryorbit.metrics.fsc import shell_sum
-from cryorbit.physics.fourier import shell_index, volume_to_fourier
+from cryorbit.physics.fourier import frequencies, shell_index, volume_to_fourier
 
 _HALF_ANGLE = math.radians(20.0)
 _ORDER = 2
@@ -52,11 +52,10 @@ def spectrum_by_direction(
     box, device = mean.shape[-1], mean.device
     every = healpix_grid(_ORDER).view(-1, in_plane_count(_ORDER), 3, 3)[:, 0, 2].to(device)
     directions = every[(every[:, 2] > 1e-6) | ((every[:, 2].abs() <= 1e-6) & (every[:, 1] * math.pi + every[:, 0] > 0))]
-    axis = torch.arange(box, device=device)
-    full = torch.where(2 * axis < box, axis, axis - box).float()
+    full = frequencies(box, device).float()
     index = shell_index(box, device)
     used = (variance > 0) & (index > 0) & (index <= box // 2)
-    z, y, x = torch.meshgrid(full, full, axis[: box // 2 + 1].float(), indexing="ij")
+    z, y, x = torch.meshgrid(full, full, full[: box // 2 + 1].abs(), indexing="ij")
     points = torch.stack([x[used], y[used], z[used]], dim=1)
     points = points / points.norm(dim=1, keepdim=True)
     shell = index[used]

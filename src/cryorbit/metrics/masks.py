@@ -47,6 +47,16 @@ def otsu(values: NDArray[np.float32], bins: int = 256) -> float:
     return float(middle[int(np.argmax(between))])
 
 
+def mask_within(
+    sphere: Float[Tensor, "d d d"], volume: Float[Tensor, "d d d"], pixel_size: float
+) -> Float[Tensor, "d d d"] | None:
+    """:func:`mask_from_map` of what a map has inside ``sphere``; None where nothing there is bright enough to draw a mask around."""
+    try:
+        return mask_from_map(volume * sphere, pixel_size).to(sphere)
+    except DataError:
+        return None
+
+
 def mask_from_map(
     volume: Float[Tensor, "d d d"],
     pixel_size: float,

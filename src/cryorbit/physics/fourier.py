@@ -55,6 +55,11 @@ class FourierDisk:
         """(P,) index of the spectral shell, ``|k|`` rounded to the nearest integer."""
         return self.k_norm.round().to(torch.int64)
 
+    def shell_sums(self, values: Float[Tensor, "*b p"], shells: int) -> Float[Tensor, "*b shells"]:
+        """Sums over each shell 0 .. shells - 1 of the whole plane; on the device and in the precision of ``values``."""
+        zero = values.new_zeros(*values.shape[:-1], shells)
+        return zero.index_add(-1, self.shell.to(values.device), values * self.weight.to(values))
+
     def to(self, device: torch.device | str) -> "FourierDisk":
         """The same disk on another device."""
         return FourierDisk(self.box, self.radius, self.kx.to(device), self.ky.to(device), self.weight.to(device))
@@ -156,9 +161,15 @@ def full_transform(values: Float[Tensor, "d d h"]) -> Float[Tensor, "d d d"]:
     return values[(sign * kz) % box, (sign * ky) % box, kx.abs()]
 
 
+def frequencies(box: int, device: torch.device | str = "cpu") -> Int[Tensor, " d"]:
+    """Integer frequencies along an axis of a transform in FFT order: 0, 1, ..., -1; of an even box Nyquist counts as -D / 2."""
+    axis = torch.arange(box, device=device)
+    return torch.where(2 * axis < box, axis, axis - box)
+
+
 def shell_index(box: int, device: torch.device | str = "cpu") -> Int[Tensor, "d d h"]:
     """Spectral shell (``|k|`` rounded) of every voxel of a 3-D rfft of side ``box``."""
-    full = torch.fft.fftfreq(box, d=1.0 / box, device=device)
+    full = frequencies(box, device).float()
     half = torch.arange(box // 2 + 1, device=device, dtype=full.dtype)
     norm2 = full[:, None, None] ** 2 + full[None, :, None] ** 2 + half[None, None, :] ** 2
     return norm2.sqrt().round().to(torch.int64)

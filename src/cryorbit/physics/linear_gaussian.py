@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cryorbit.physics.fourier import fourier_to_volume, friedel_weight, shell_index, volume_to_fourier
+from cryorbit.physics.fourier import fourier_to_volume, frequencies, friedel_weight, shell_index, volume_to_fourier
 from cryorbit.physics.slicing import (
     Accumulator,
     completed,
@@ -39,9 +39,8 @@ _SEEN = 0.5  # of a coefficient, below which what is left of it is of its neighb
 
 def ball(box: int, radius: float, device: torch.device | str = "cpu") -> Float[Tensor, "d d h"]:
     """1 at the coefficients of a map's rfft that images reach, ``|k| <= radius`` and below Nyquist, 0 elsewhere."""
-    axis = torch.arange(box, device=device)
-    full = torch.where(2 * axis < box, axis, axis - box).float()
-    norm2 = full[:, None, None] ** 2 + full[:, None] ** 2 + axis[: box // 2 + 1].float() ** 2
+    full = frequencies(box, device).float()
+    norm2 = full[:, None, None] ** 2 + full[:, None] ** 2 + full[: box // 2 + 1] ** 2
     return ((norm2 <= radius**2) & (4 * norm2 < box**2)).float()
 
 
@@ -54,8 +53,7 @@ def _box_mean(values: Float[Tensor, "z y x"], acc: Accumulator) -> Float[Tensor,
     triangle = (1 - axis.abs() / box).clamp_min(0)
     density = density * triangle[:, None, None] * triangle[:, None] * triangle
     wide = volume_to_fourier(density).real
-    low = torch.arange(box, device=values.device)
-    rows = (torch.where(2 * low < box, low, low - box) * o) % side
+    rows = (frequencies(box, values.device) * o) % side
     return wide[rows[:, None], rows[None, :]][..., : o * (box // 2) + 1 : o]
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cryorbit.groups.cyclic import Cyclic
-from cryorbit.physics.fourier import fourier_to_signal, signal_to_fourier
+from cryorbit.physics.fourier import fourier_to_signal, frequencies, signal_to_fourier
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,6 @@ def shift_signal(signal: Float[Tensor, "*b n"], shift: Float[Tensor, "*b"]) -> F
     The Nyquist coefficient of an even length cannot be moved by a fraction; it is scaled by the cosine of its phase.
     """
     n = signal.shape[-1]
-    k = torch.arange(n, device=signal.device)
-    k = torch.where(2 * k > n, k - n, k).to(signal.dtype)
+    k = frequencies(n, signal.device).to(signal.dtype)
     phase = (-2 * math.pi / n) * shift[..., None] * k
     return fourier_to_signal(signal_to_fourier(signal) * torch.polar(torch.ones_like(phase), phase))

@@ -12,15 +12,13 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
-from cryorbit.physics.fourier import FourierDisk, fourier_to_image, image_to_fourier
+from cryorbit.physics.fourier import FourierDisk, fourier_to_image, frequencies, friedel_weight, image_to_fourier
 
 
 def shell_of_pixel(box: int) -> Int[Tensor, "d h"]:
     """Spectral shell of every pixel of a 2-D rfft of side ``box``, corners included."""
-    k = torch.arange(box)
-    ky = torch.where(2 * k < box, k, k - box)
-    kx = torch.arange(box // 2 + 1)
-    return torch.hypot(ky[:, None].to(torch.float64), kx[None].to(torch.float64)).round().to(torch.int64)
+    ky, kx = frequencies(box).double(), torch.arange(box // 2 + 1, dtype=torch.float64)
+    return torch.hypot(ky[:, None], kx[None]).round().to(torch.int64)
 
 
 def _pick(spectrum: Float[Tensor, " s"], shell: Int[Tensor, "*b"]) -> Float[Tensor, "*b"]:
@@ -34,12 +32,7 @@ def spectrum_on_disk(spectrum: Float[Tensor, " s"], disk: FourierDisk) -> Float[
 
 def pixel_variance(spectrum: Float[Tensor, " s"], box: int) -> Float[Tensor, ""]:
     """Variance of a pixel of noise with ``spectrum``: its mean over all D x D frequencies (Parseval)."""
-    shell = shell_of_pixel(box)
-    columns = torch.full((box // 2 + 1,), 2.0, dtype=spectrum.dtype, device=spectrum.device)
-    columns[0] = 1.0
-    if box % 2 == 0:
-        columns[-1] = 1.0
-    return (_pick(spectrum, shell) * columns).sum() / box**2
+    return (_pick(spectrum, shell_of_pixel(box)) * friedel_weight(box, spectrum)).sum() / box**2
 
 
 def coloured_spectrum(box: int, pixel_size: float, corner: float = 20.0, floor: float = 0.5) -> Float[Tensor, " s"]:
@@ -83,11 +76,8 @@ def estimate_spectrum(residuals: Complex[Tensor, "b p"], disk: FourierDisk) -> F
     disk
         The Fourier pixels; its last shell is the last entry of the result.
     """
-    shell = disk.shell.to(residuals.device)
-    power = (residuals.real**2 + residuals.imag**2).mean(0) * disk.weight.to(residuals.real) / disk.box**2
-    shells = int(shell.max()) + 1
-    total = power.new_zeros(shells).index_add(0, shell, power)
-    count = power.new_zeros(shells).index_add(0, shell, disk.weight.to(power))
+    power = (residuals.real**2 + residuals.imag**2).mean(0) / disk.box**2
+    total, count = (disk.shell_sums(x, int(disk.shell.max()) + 1) for x in (power, torch.ones_like(power)))
     return total / count.clamp(min=1)
 
 

@@ -117,15 +117,16 @@ def slicing_grid(volume: Float[Tensor, "d d d"], radius: float, oversampling: in
     """
     box = volume.shape[-1]
     radius = _checked(box, radius, oversampling)
+    data = _half_grid(_over_window(volume, oversampling), oversampling, half_width(radius, oversampling))
+    return SlicingGrid(data, box, oversampling, radius)
+
+
+def _half_grid(volume: Tensor, oversampling: int, c: int) -> Tensor:
+    """Oversampled transform at half-width c, with its column at ``x = -1``; beyond Nyquist it wraps."""
+    box = volume.shape[-1]
     side = oversampling * box
     before = side // 2 - box // 2
-    after = side - box - before
-    transform = volume_to_fourier(torch.nn.functional.pad(_over_window(volume, oversampling), [before, after] * 3))
-    return SlicingGrid(_crop(transform, side, half_width(radius, oversampling)), box, oversampling, radius)
-
-
-def _crop(transform: Tensor, side: int, c: int) -> Tensor:
-    """Centred half grid of half-width c, with its column at ``x = -1``, from a 3-D rfft; beyond Nyquist it wraps."""
+    transform = volume_to_fourier(torch.nn.functional.pad(volume, [before, side - box - before] * 3))
     axis = torch.arange(-c, c + 1, device=transform.device)
     stored = min(c, side // 2)
     near = transform[..., : stored + 1].index_select(0, axis % side).index_select(1, axis % side)
@@ -265,6 +266,22 @@ def insert_slices(
     return new if out is None else out + new
 
 
+def insert_symmetric(
+    values: Complex[Tensor, "b p"],
+    weights: Float[Tensor, "b p"],
+    rotations: Float[Tensor, "b 3 3"],
+    symmetry: Float[Tensor, "s 3 3"],
+    disk: FourierDisk,
+    out: Accumulator | None = None,
+) -> Accumulator:
+    """:func:`insert_slices` at every mate ``R g`` of the rotations under the point group of the map."""
+    for element in symmetry:
+        out = insert_slices(values, weights, rotations @ element, disk, out=out)
+    if out is None:
+        raise ConfigError("CONF109", "a point group without elements, expected at least the identity")
+    return out
+
+
 def completed(sums: Shaped[Tensor, "z y x"]) -> Shaped[Tensor, "z y x-1"]:
     """Sums of an accumulator at ``x = 0 .. c``, with what the mates of its slices put there.
 
@@ -292,12 +309,15 @@ def volume_from_accumulator(
     -------
     (D, D, D) real map, band-limited to the accumulator's radius.
     """
-    numerator, weight = completed(acc.numerator), completed(acc.weight)
-    weight = weight + on_grid(regularisation, acc)
-    keep = inside_ball(acc) & (weight > 0)
-    ratio = torch.where(keep, numerator / torch.where(keep, weight, 1.0), 0.0)
-    transform = uncropped(ratio, acc.oversampling * acc.box)
+    transform = uncropped(_quotient(acc, regularisation)[0], acc.oversampling * acc.box)
     return _over_window(_central(fourier_to_volume(transform, acc.oversampling * acc.box), acc.box), acc.oversampling)
+
+
+def _quotient(acc: Accumulator, regularisation: Tensor | float) -> tuple[Tensor, Tensor]:
+    """``numerator / weight`` at the points of :func:`completed`, and the regularised weight; both 0 where images do not reach."""
+    weight = torch.where(inside_ball(acc), completed(acc.weight) + on_grid(regularisation, acc), 0.0)
+    ratio = completed(acc.numerator) / torch.where(weight > 0, weight, 1.0)
+    return torch.where(weight > 0, ratio, 0.0), weight
 
 
 def misfit(
@@ -310,15 +330,10 @@ def misfit(
     ``sum_k weight |U - numerator / weight|^2`` less a constant; this is its share of ``J(0) - min J``. Its minimum over U is
     :func:`volume_from_accumulator` before that is cut to the box.
     """
-    numerator, weight = completed(acc.numerator), completed(acc.weight)
-    weight = weight + on_grid(regularisation, acc)
-    weight = torch.where(inside_ball(acc), weight, 0.0)
-    best = torch.where(weight > 0, numerator / torch.where(weight > 0, weight, 1.0), 0.0)
-    side, c = acc.oversampling * acc.box, weight.shape[-1] - 1
+    best, weight = _quotient(acc, regularisation)
+    c = weight.shape[-1] - 1
     w = _interpolation_window(acc.box, acc.oversampling, volume)
-    before = side // 2 - acc.box // 2
-    padded = torch.nn.functional.pad(volume * w[:, None, None] * w[:, None] * w, [before, side - acc.box - before] * 3)
-    transform = _crop(volume_to_fourier(padded), side, c)[..., 1:]
+    transform = _half_grid(volume * w[:, None, None] * w[:, None] * w, acc.oversampling, c)[..., 1:]
     twice = torch.full((c + 1,), 2.0, device=weight.device)  # a point at x > 0 stands for its mate too
     twice[0] = 1.0
     size, off = ((twice * weight * torch.view_as_real(u).square().sum(-1)).sum() for u in (best, transform - best))

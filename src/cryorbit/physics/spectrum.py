@@ -10,8 +10,7 @@ from cryorbit.physics.slicing import Accumulator, SlicingGrid, completed, half_w
 
 def shell_mean(values: Float[Tensor, " p"], disk: FourierDisk, shells: int) -> Float[Tensor, " shells"]:
     """Mean of ``values`` on ``disk`` over each shell 0 .. shells - 1 of the whole plane; 0 where the disk has no pixel."""
-    total = torch.zeros(shells, device=values.device).index_add_(0, disk.shell, values * disk.weight)
-    count = torch.zeros(shells, device=values.device).index_add_(0, disk.shell, disk.weight)
+    total, count = (disk.shell_sums(x, shells) for x in (values, torch.ones_like(values)))
     return total / count.clamp_min(1)
 
 

@@ -11,13 +11,13 @@ from jaxtyping import Float
 from scipy import ndimage
 from torch import Tensor
 
-from cryorbit.errors import DataError, RunError
+from cryorbit.errors import RunError
 from cryorbit.groups.point import point_group
 from cryorbit.io.mrc import read_volume, write_volume
 from cryorbit.io.particles import open_particles
 from cryorbit.methods.map_posterior import MapPosterior, map_posterior, pose_variance
 from cryorbit.metrics.directions import missing_views, spectrum_by_direction, unseen_share
-from cryorbit.metrics.masks import mask_from_map, soft_sphere
+from cryorbit.metrics.masks import mask_within, soft_sphere
 from cryorbit.metrics.resample import inverted
 from cryorbit.metrics.spectrum import (
     full_set_fsc,
@@ -32,6 +32,7 @@ from cryorbit.pipeline import outputs
 from cryorbit.pipeline.config import RunConfig, from_toml
 from cryorbit.pipeline.inputs import Inputs, choose_device, prepare
 from cryorbit.pipeline.rundir import locked
+from cryorbit.pipeline.start import full_stack
 from cryorbit.poses.local import PoseSamples
 from cryorbit.poses.posterior import PosePosterior
 from cryorbit.training.dataset import FourierStack
@@ -77,13 +78,7 @@ def posterior(
     begun = time.monotonic()
     with locked(run):
         inputs = _inputs(run, config, metrics)
-        stack = FourierStack(
-            inputs.particles,
-            0.5 * inputs.particles.box,
-            mask_diameter=inputs.mask_diameter,
-            memory_gib=config.memory_gib,
-            device=inputs.device,
-        )
+        stack = full_stack(config, inputs)
         poses = _poses(run, len(stack)).in_pixels(stack.pixel_size)
         samples = _drawn(poses, draws, seed)
         group, equal = point_group(inputs.symmetry).float(), torch.ones(len(stack))
@@ -170,10 +165,8 @@ def _mask(run: Path, config: RunConfig, inputs: Inputs, box: int, pixel_size: fl
     if inputs.mask is not None:
         return inverted(inputs.mask) if config.flip_hand else inputs.mask
     sphere = soft_sphere(box, 0.5 * inputs.mask_diameter / pixel_size)
-    try:
-        return mask_from_map(torch.from_numpy(read_volume(run / "map.mrc")[0]).float() * sphere, pixel_size)
-    except DataError:
-        return sphere
+    found = mask_within(sphere, torch.from_numpy(read_volume(run / "map.mrc")[0]).float(), pixel_size)
+    return sphere if found is None else found
 
 
 def _write(

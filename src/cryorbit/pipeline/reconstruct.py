@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cryorbit.errors import DataError
 from cryorbit.groups import so3
 from cryorbit.groups.point import point_group
 from cryorbit.methods.marginal import Marginal
@@ -15,7 +14,7 @@ from cryorbit.methods.refinement import Refinement
 from cryorbit.metrics.explained import Unexplained, unexplained
 from cryorbit.metrics.fsc import MaskedFSC, masked_fsc, resolution
 from cryorbit.metrics.local_resolution import local_resolution
-from cryorbit.metrics.masks import mask_from_map, soft_sphere
+from cryorbit.metrics.masks import mask_within, soft_sphere
 from cryorbit.metrics.resample import inverted
 from cryorbit.metrics.sharpen import sharpen
 from cryorbit.physics.cryoem import forward
@@ -177,10 +176,9 @@ def _summarise(
     if inputs.mask is not None:
         mask = inverted(inputs.mask) if config.flip_hand else inputs.mask
     else:
-        try:
-            mask = mask_from_map(full * sphere, apix)
-        except DataError:
-            mask = sphere
+        found = mask_within(sphere, full, apix)
+        mask = sphere if found is None else found
+        if found is None:
             warnings.append("no mask could be drawn around the map: the sphere is used instead")
     curves = masked_fsc(half_1, half_2, mask, torch.Generator().manual_seed(config.seed))
     unmasked = resolution(curves.unmasked, 0.143, box, apix)
@@ -252,8 +250,7 @@ def _spectra(start: Start, refinement: Refinement) -> tuple[dict[str, list[float
     stack = refinement.stack
     image, background = stack.power, stack.background_power
     residual = refinement.tensors["noise"][: len(image)]
-    disk = stack.disk.to("cpu")
-    pixels = torch.zeros(len(image)).index_add(0, disk.shell, disk.weight)
+    pixels = stack.disk.shell_sums(torch.ones(len(stack.disk)), len(image))
     left = None
     if background is not None and start.inputs.mask is None:
         left = unexplained(image, background, residual, pixels, stack.background_images)

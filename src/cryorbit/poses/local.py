@@ -5,7 +5,7 @@ reach the mode itself stands for it (Laplace). All sums are over the modes of on
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Complex, Float, Int
@@ -58,6 +58,10 @@ class PoseSamples:
             torch.cat([p.weight for p in parts]),
         )
 
+    def rows(self, keep: Bool[Tensor, " s"]) -> "PoseSamples":
+        """Those of the list that ``keep`` says."""
+        return PoseSamples(self.particle[keep], self.rotations[keep], self.shifts[keep], self.weight[keep])
+
     def moved(self, rotation: Float[Tensor, "3 3"], shift: Float[Tensor, "3"]) -> "PoseSamples":
         """The same poses of a map that was turned by ``rotation`` and then shifted by ``shift`` pixels."""
         return PoseSamples(self.particle, *framed(self.rotations, self.shifts, rotation, shift), self.weight)
@@ -75,12 +79,7 @@ class PoseSamples:
         offset = (self.particle.double() * _GOLDEN) % 1
         lower, upper = ((most * (x - begin[own]) / (end - begin)[own] - offset).ceil() for x in (before, upto))
         drawn = upper - lower
-        return PoseSamples(
-            self.particle[drawn > 0],
-            self.rotations[drawn > 0],
-            self.shifts[drawn > 0],
-            (drawn[drawn > 0] / most).to(self.weight),
-        )
+        return replace(self, weight=(drawn / most).to(self.weight)).rows(drawn > 0)
 
 
 def sample_points(particles: int, count: int, seed: int) -> Float[Tensor, "b k 5"]:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -178,18 +179,19 @@ class PosePosterior:
         chosen = torch.multinomial(self.mass.double(), count, replacement=True, generator=generator)
         row = torch.arange(n)[:, None]
         normal = torch.randn(n, count, free, dtype=torch.float64, generator=generator)
-        step = torch.einsum("nkij,nkj->nki", self._factor()[row, chosen], normal)
+        step = torch.einsum("nkij,nkj->nki", self._factor[row, chosen], normal)
         rotations = so3.exp(step[..., :3]) @ self.rotations.double()[row, chosen]
         shifts = self.shifts.double()[row, chosen]
         return rotations, shifts + step[..., 3:] if free == 5 else shifts
 
+    @cached_property
     def _factor(self) -> Float[Tensor, "n m f f"]:
         return torch.linalg.cholesky(self.covariance[..., : self.free, : self.free].double())
 
     def _levels(
         self, rotations: Float[Tensor, "n k 3 3"], shifts: Float[Tensor, "n k 2"], generator: torch.Generator
     ) -> Float[Tensor, " n"]:
-        factor = self._factor()
+        factor = self._factor
         inside = self._log_density(*self.drawn(_DRAWS, generator), factor)
         true = self._log_density(rotations.double(), shifts.double(), factor).amax(dim=1)
         return (inside > true[:, None]).double().mean(dim=1)

@@ -76,7 +76,7 @@ def is_emptied(background: Float[Tensor, "*g s"], whole: Float[Tensor, "*g s"]) 
 
 def _smoothed(log_ratio: Float[Tensor, "g s"], disk: FourierDisk) -> Float[Tensor, "g s"]:
     """A straight line through each shell and its two neighbours on either side, weighted by their pixels; shell 0 has no say."""
-    count = torch.zeros(log_ratio.shape[1]).index_add(0, disk.shell.cpu(), disk.weight.cpu())
+    count = disk.shell_sums(torch.ones(len(disk)), log_ratio.shape[1])
     count[0] = 0.0
     shell = torch.arange(log_ratio.shape[1], dtype=torch.float32)
     offset = shell[None] - shell[:, None]
