@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +50,7 @@ def test_a_set_is_what_it_says(made):
     first = torch.from_numpy(np.array(table)).mean(0).double()
     expected = analytic_moments(torch.from_numpy(signal), torch.from_numpy(density))
     assert float((signal_to_fourier(first) - expected.first).norm() / expected.first.norm()) < 0.05
-    with pytest.raises(CryorbitError, match="RUN040"):
+    with pytest.raises(CryorbitError, match="RUN301"):
         run("simulate-mra", "--output", made)
 
 
@@ -69,7 +70,7 @@ def test_recovers_and_writes_every_file(made, tmp_path):
     rows = np.loadtxt(out / "mra.csv", delimiter=",", skiprows=1)
     np.testing.assert_allclose(rows[:, 1:], np.stack([signal, density], 1), rtol=1e-6, atol=1e-8)
     assert (out / "mra.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(CryorbitError, match="RUN040"):
+    with pytest.raises(CryorbitError, match="RUN301"):
         run("mra", made / "observations.npy", "-o", out, "--sigma", "1")
     run("mra", made / "observations.npy", "-o", out, "--sigma", "auto", "--method", "spectral", "--overwrite")
     estimated = json.loads((out / "metrics.json").read_text())
@@ -93,7 +94,10 @@ def test_formats_hold_the_same_table(made, tmp_path):
     np.savetxt(tmp_path / "a.csv", table, delimiter=",")
     np.savez(tmp_path / "a.npz", table)
     np.savez(tmp_path / "b.npz", other=np.zeros(3), observations=table)
-    for name in ("a.csv", "a.npz", "b.npz"):
+    named = ",".join(f"x{i}" for i in range(table.shape[1])) + "\n" + (tmp_path / "a.csv").read_text()
+    (tmp_path / "named.csv").write_text(named, encoding="utf-8-sig")
+    shutil.copy(tmp_path / "a.npz", tmp_path / "zip.npy")
+    for name in ("a.csv", "a.npz", "b.npz", "named.csv", "zip.npy"):
         np.testing.assert_allclose(read_observations(tmp_path / name), table, rtol=1e-6)
     np.save(tmp_path / "whole.npy", np.arange(40).reshape(8, 5))
     assert read_observations(tmp_path / "whole.npy").dtype == np.float32
@@ -112,7 +116,7 @@ BAD = {
     "text.txt": ("1 2 3", "FILE003"),
     "broken.npy": ("no array", "FILE013"),
     "ragged.csv": ("1,2,3,4\n1,2,3\n", "FILE013"),
-    "words.csv": ("a,b,c,d\n1,2,3,4\n", "FILE013"),
+    "words.csv": ("a,b,c,d\n1,2,3,4\n1,two,3,4\n", "FILE013"),
     "flat.npy": (np.zeros(9), "DATA050"),
     "complex.npy": (np.zeros((9, 9), dtype=complex), "DATA050"),
     "row.npy": (np.zeros((1, 9)), "DATA051"),

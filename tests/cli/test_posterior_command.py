@@ -13,7 +13,7 @@ import torch
 from cryorbit.cli.posterior import posterior as command
 from cryorbit.errors import CryorbitError
 from cryorbit.groups.so3 import exp
-from cryorbit.io.mrc import read_volume
+from cryorbit.io.mrc import read_volume, write_volume
 from cryorbit.io.particles import open_particles, write_particles
 from cryorbit.metrics.fsc import fsc
 from cryorbit.pipeline.config import RunConfig, override
@@ -127,6 +127,8 @@ def test_command_draws_the_picture(even, capsys):
         ("other poses", "RUN025"),
         ("other particles", "RUN043"),
         ("config", "CONF015"),
+        ("map", "RUN043"),
+        ("blocked", "RUN045"),
         ("draws", "RUN042"),
         ("device", "CONF020"),
     ],
@@ -149,13 +151,17 @@ def test_refusals_leave_nothing(even, tmp_path, harm, message):
     elif harm == "other particles":
         text = (run / "config.toml").read_text()
         (run / "config.toml").write_text(text.replace("pixel_size = 0.0", "pixel_size = 3.0"))
+    elif harm == "map":
+        write_volume(run / "map.mrc", np.ones((8, 8, 8), dtype=np.float32), 3.0)
+    elif harm == "blocked":
+        (run / "map_std.mrc").mkdir()
     elif harm == "draws":
         draws = 1
     elif harm == "device":
         device = "abacus"
     with pytest.raises(CryorbitError, match=message):
         posterior(run, draws=draws, device=device)
-    assert not run.exists() or not any((run / name).exists() for name in WRITTEN)
+    assert not run.exists() or not any((run / name).is_file() for name in WRITTEN)
 
 
 def test_symmetric_run_is_less_certain_on_its_axis(even, tmp_path):

@@ -127,6 +127,15 @@ def test_exchanged_images_are_noticed(star, tmp_path):
     stack.write_bytes(original)
 
 
+def test_a_run_goes_on_with_other_memory(star, tmp_path):
+    first = reconstruct(config(star), tmp_path / "run")
+    again = reconstruct(config(star, "memory_gib=0"), tmp_path / "run")
+    assert torch.equal(first.map.data, again.map.data)
+    assert "memory_gib = 0" in (tmp_path / "run" / "config.toml").read_text()
+    rows = (tmp_path / "run" / "history.jsonl").read_text().splitlines()
+    assert len(rows) == len(set(rows))  # nothing was done twice
+
+
 def test_streamed_stack_gives_the_same_map(star, tmp_path):
     cached = reconstruct(config(star), tmp_path / "cached")
     streamed = reconstruct(config(star, "memory_gib=0"), tmp_path / "streamed")

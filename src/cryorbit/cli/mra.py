@@ -1,11 +1,13 @@
 """``cryorbit mra`` and ``cryorbit simulate-mra``: one-dimensional orbit recovery, cryo-EM in the small."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from cryorbit.cli.options import LARGEST_SEED
 from cryorbit.errors import ConfigError, RunError
 
 Option = typer.Option
@@ -16,10 +18,10 @@ SET = ("observations.npy", "truth.npz", "simulation.json")
 def _check(output: Path, names: tuple[str, ...], overwrite: bool) -> None:
     """Refuse a folder that holds an earlier run, unless it may be replaced; nothing is made yet."""
     if output.exists() and not output.is_dir():
-        raise RunError("RUN041", f"{output} is a file, expected a folder", "give another --output")
+        raise RunError("RUN302", f"{output} is a file, expected a folder", "give another --output")
     there = [name for name in names if (output / name).exists()]
     if there and not overwrite:
-        raise RunError("RUN040", f"{output / there[0]} exists already", "give another --output, or --overwrite")
+        raise RunError("RUN301", f"{output / there[0]} exists already", "give another --output, or --overwrite")
 
 
 def _sigma(text: str) -> float | None:
@@ -55,7 +57,7 @@ def mra(
     truth: Annotated[
         Path | None, Option("--truth", help="File with signal and density (.npz) to compare with.")
     ] = None,
-    seed: Annotated[int, Option("--seed", help="Random starts of lbfgs.")] = 0,
+    seed: Annotated[int, Option("--seed", help="Random starts of lbfgs.", min=0, max=LARGEST_SEED)] = 0,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace earlier results in the folder.")] = False,
 ) -> None:
     """Recover a signal, and the density of its circular shifts, from noisy shifted copies (multi-reference alignment)."""
@@ -108,11 +110,13 @@ def mra(
 def simulate_mra(
     output: Annotated[Path, Option("--output", "-o", help="Folder for observations.npy, truth.npz, simulation.json.")],
     count: Annotated[int, Option("--count", "-n", help="Number of observations.", min=2)] = 100_000,
-    length: Annotated[int, Option("--length", help="Samples in each.")] = 41,
-    components: Annotated[int, Option("--components", help="Gaussians in the signal and in the density.")] = 2,
+    length: Annotated[int, Option("--length", help="Samples in each.", min=4, max=4096)] = 41,
+    components: Annotated[
+        int, Option("--components", help="Gaussians in the signal and in the density.", min=1, max=1000)
+    ] = 2,
     width: Annotated[tuple[float, float], Option("--width", help="Their widths, in periods.")] = (0.04, 0.10),
     sigma: Annotated[float, Option("--sigma", help="Noise per sample; the signal has root mean square 1.")] = 1.0,
-    seed: Annotated[int, Option("--seed", help="Fixes every random draw.")] = 0,
+    seed: Annotated[int, Option("--seed", help="Fixes every random draw.", min=0, max=LARGEST_SEED)] = 0,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an earlier set in the folder.")] = False,
 ) -> None:
     """Simulate noisy circularly shifted copies of a random signal, and keep the truth beside them."""
@@ -132,6 +136,13 @@ def simulate_mra(
     first = next(blocks)  # settings no set can have are refused before there is a folder
     _check(output, SET, overwrite)
     output.mkdir(parents=True, exist_ok=True)
+    needed, free = 4 * count * length, shutil.disk_usage(output).free
+    if needed > free:
+        raise RunError(
+            "RUN303",
+            f"{count:,} observations of {length} samples take {needed / 1e9:,.1f} GB, {output} has {free / 1e9:,.1f} GB left",
+            "use another disk, or fewer observations",
+        )
     with atomic_path(output / SET[0]) as temporary:
         table = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(count, length))
         done = 0

@@ -35,4 +35,5 @@ Set = Annotated[
     list[str],
     typer.Option("--set", help="Any other setting, as section.key=value (see config.toml).", metavar="KEY=VALUE"),
 ]
+LARGEST_SEED = 2**31 - 1
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete a previous run in the output folder first.")]

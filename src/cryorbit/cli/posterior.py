@@ -5,11 +5,13 @@ from typing import Annotated, Any
 
 import typer
 
+from cryorbit.cli.options import LARGEST_SEED
+
 
 def posterior(
     run: Annotated[Path, typer.Argument(help="Run folder of cryorbit reconstruct or refine.")],
     draws: Annotated[int, typer.Option("--draws", help="How many times all poses are drawn from poses.npz.")] = 8,
-    seed: Annotated[int, typer.Option("--seed", help="Of these draws.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of these draws.", min=0, max=LARGEST_SEED)] = 0,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N (default: the run's).")] = "",
     memory: Annotated[
         float, typer.Option("--memory", help="GiB of Fourier pixels kept in memory (negative: as in the run).")

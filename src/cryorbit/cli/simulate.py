@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from cryorbit.cli.options import LARGEST_SEED
+
 Option = typer.Option
 
 
@@ -36,7 +38,7 @@ def simulate(
     bfactor: Annotated[float, Option("--bfactor", help="B-factor of all atoms, A^2; negative: the file's own.")] = 30.0,
     chains: Annotated[str | None, Option("--chains", help="Chains to keep, comma-separated [all].")] = None,
     fast: Annotated[bool, Option("--fast", help="Project by slicing the map, not atom by atom.")] = False,
-    seed: Annotated[int, Option("--seed", help="Fixes every random draw.")] = 0,
+    seed: Annotated[int, Option("--seed", help="Fixes every random draw.", min=0, max=LARGEST_SEED)] = 0,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an earlier simulation in the folder.")] = False,
 ) -> None:
     """Simulate particle images of a molecule: a stack, a STAR file without poses, and the truth beside them."""

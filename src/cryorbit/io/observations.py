@@ -18,11 +18,12 @@ def _load(path: Path, names: tuple[str, ...]) -> dict[str, NDArray[np.generic]]:
         raise FileError("FILE001", f"{path} does not exist or is no file", "check the path")
     try:
         if path.suffix == ".csv":
-            return {names[0]: np.loadtxt(path, delimiter=",", ndmin=2, dtype=np.float64)}
-        if path.suffix == ".npy":
-            return {names[0]: np.load(path, mmap_mode="r", allow_pickle=False)}
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
+            return {names[0]: _table(path)}
+        if path.suffix in (".npy", ".npz"):
+            loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+            if isinstance(loaded, np.ndarray):  # whatever its name: the content says what it is
+                return {names[0]: loaded}
+            with loaded as archive:
                 if len(archive.files) == 1:
                     return {names[0]: archive[archive.files[0]]}
                 return {name: archive[name] for name in names}
@@ -33,6 +34,22 @@ def _load(path: Path, names: tuple[str, ...]) -> dict[str, NDArray[np.generic]]:
             "see `cryorbit mra --help` for the layout",
         ) from error
     raise FileError("FILE003", f"{path}: {path.suffix or 'no suffix'} is not read", "give .npy, .npz or .csv")
+
+
+def _table(path: Path) -> NDArray[np.float64]:
+    """Numbers of a ``.csv``, without the line of column names it may begin with."""
+    with path.open(encoding="utf-8-sig") as stream:
+        first = stream.readline().strip().split(",")
+    named = not any(_is_number(word) for word in first)
+    return np.loadtxt(path, delimiter=",", ndmin=2, dtype=np.float64, skiprows=int(named), encoding="utf-8-sig")
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def read_observations(path: Path | str) -> NDArray[np.floating]:

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import math
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import tomli_w
@@ -184,6 +184,11 @@ def preset(config: RunConfig) -> RunConfig:
     if config.preset not in PRESETS:
         raise ConfigError("CONF014", f"unknown preset {config.preset}", _nearest(config.preset, list(PRESETS)))
     return override(config, PRESETS[config.preset])
+
+
+def decisive(config: RunConfig) -> RunConfig:
+    """The settings that results depend on: all but the memory, which may change where a run is continued."""
+    return replace(config, memory_gib=RunConfig.memory_gib)
 
 
 def to_toml(config: RunConfig) -> str:

@@ -38,6 +38,7 @@ from cryorbit.poses.posterior import PosePosterior
 from cryorbit.training.dataset import FourierStack
 
 NEEDED = ("config.toml", "metrics.json", "particles.star", "poses.npz", "map.mrc", "fsc.csv", "checkpoint")
+WRITTEN = ("map_mean.mrc", "map_std.mrc", "missing_views.mrc", "ss_snr.csv", "directions.csv", "posterior.json")
 _NO_MASS = 1e-2  # of a particle's posterior: modes with less are left out
 _SMOOTH_PX = 1.5  # standard deviation of the window over which voxel variances from few draws are averaged
 
@@ -65,11 +66,16 @@ def posterior(
     Raises
     ------
     RunError
-        The folder is no finished run, or its particles are not those it was made from.
+        The folder is no finished run, its particles or map are not those it was made from, or a folder has the name of a file to write.
     """
     if not 2 <= draws <= 1000:
         raise RunError("RUN042", f"{draws} draws of poses tell no variance", "give 2 to 1000, 8 is usual")
     config, metrics = _finished(run)
+    for name in WRITTEN:
+        if (run / name).is_dir():
+            raise RunError("RUN045", f"{run / name} is a folder, expected a file or nothing", "move it away")
+    if (run / "figures").is_file():
+        raise RunError("RUN045", f"{run / 'figures'} is a file, expected a folder or nothing", "move it away")
     if device:
         choose_device(device)
         config = replace(config, device=device)
@@ -79,12 +85,13 @@ def posterior(
     with locked(run):
         inputs = _inputs(run, config, metrics)
         stack = full_stack(config, inputs)
+        mask = _mask(run, config, inputs, stack.box, stack.pixel_size)
         poses = _poses(run, len(stack)).in_pixels(stack.pixel_size)
         samples = _drawn(poses, draws, seed)
         group, equal = point_group(inputs.symmetry).float(), torch.ones(len(stack))
         found = map_posterior(stack, equal, _modes(poses), group)
         by_shell, by_voxel = pose_variance(stack, equal, samples, group, found)
-        values = _write(run, config, inputs, stack, found, by_shell.cpu(), by_voxel.cpu())
+        values = _write(run, inputs, stack, mask, found, by_shell.cpu(), by_voxel.cpu())
         values |= {"draws": draws, "seed": seed, "particles": len(stack), "seconds": time.monotonic() - begun}
         outputs.write_json(run / "posterior.json", values)
     return values
@@ -165,15 +172,22 @@ def _mask(run: Path, config: RunConfig, inputs: Inputs, box: int, pixel_size: fl
     if inputs.mask is not None:
         return inverted(inputs.mask) if config.flip_hand else inputs.mask
     sphere = soft_sphere(box, 0.5 * inputs.mask_diameter / pixel_size)
-    found = mask_within(sphere, torch.from_numpy(read_volume(run / "map.mrc")[0]).float(), pixel_size)
+    data, _ = read_volume(run / "map.mrc")
+    if data.shape != sphere.shape:
+        raise RunError(
+            "RUN043",
+            f"{run / 'map.mrc'} has {data.shape[0]} pixels on a side, the run's images have {box}",
+            "put the run's own map back, or run it again",
+        )
+    found = mask_within(sphere, torch.from_numpy(data).float(), pixel_size)
     return sphere if found is None else found
 
 
 def _write(
     run: Path,
-    config: RunConfig,
     inputs: Inputs,
     stack: FourierStack,
+    mask: Float[Tensor, "d d d"],
     found: MapPosterior,
     by_shell: Float[Tensor, " shells"],
     by_voxel: Float[Tensor, "d d d"],
@@ -183,7 +197,6 @@ def _write(
     mean, noise_part, seen = found.mean.cpu(), found.variance.cpu(), found.information.cpu()
     variance = _with_shells(noise_part, by_shell)
     alpha = ss_snr(mean, variance)
-    mask = _mask(run, config, inputs, box, apix)
     masked = in_mask(alpha, mask)
     resolution, inside = (predicted_resolution(a, box, apix) for a in (alpha, masked))
     pose_part = torch.from_numpy(ndimage.gaussian_filter(by_voxel.numpy(), _SMOOTH_PX))

@@ -21,7 +21,7 @@ from cryorbit.physics.cryoem import forward
 from cryorbit.physics.fourier import disk_to_images
 from cryorbit.physics.slicing import slicing_grid
 from cryorbit.pipeline import outputs
-from cryorbit.pipeline.config import ABINITIO, POSES, RunConfig, to_toml
+from cryorbit.pipeline.config import ABINITIO, POSES, RunConfig, decisive, to_toml
 from cryorbit.pipeline.handover import hand_over
 from cryorbit.pipeline.inputs import Inputs, prepare
 from cryorbit.pipeline.rundir import locked, open_run
@@ -67,7 +67,7 @@ def reconstruct(
 def _run(config: RunConfig, inputs: Inputs, output: Path, progress: Progress | None) -> Reconstruction:
     stacks = inputs.particles.images.stacks if inputs.particles.images else ()
     read = [Path(config.particles), *(s.path for s in stacks), *([Path(config.mask)] if config.mask else [])]
-    fingerprint = " ".join([to_toml(config), *(outputs.checksum(path) for path in read)])
+    fingerprint = " ".join([to_toml(decisive(config)), *(outputs.checksum(path) for path in read)])
     history = History(output / "history.jsonl")
     seconds: dict[str, float] = {}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cryorbit.errors import ConfigError, RunError
 from cryorbit.io.atomic import write_text
-from cryorbit.pipeline.config import RunConfig, flat, from_toml, to_toml
+from cryorbit.pipeline.config import RunConfig, decisive, flat, from_toml, to_toml
 
 OURS = (
     "map.mrc",
@@ -108,7 +108,7 @@ def open_run(folder: Path, config: RunConfig, *, overwrite: bool) -> None:
             _clear(folder, config)
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "config.toml").is_file():
-            if (before := _config_of(folder)) != config:
+            if decisive(before := _config_of(folder)) != decisive(config):
                 raise RunError(
                     "RUN002",
                     f"{folder} holds a run with other settings ({_differences(before, config)})",
@@ -116,8 +116,7 @@ def open_run(folder: Path, config: RunConfig, *, overwrite: bool) -> None:
                 )
         elif not cleared and any(folder.iterdir()):
             raise RunError("RUN001", f"{folder} is not empty and holds no cryorbit run", "choose a new --output folder")
-        else:
-            write_text(folder / "config.toml", to_toml(config))
+        write_text(folder / "config.toml", to_toml(config))
         (folder / "checkpoint").mkdir(exist_ok=True)
     except OSError as error:
         raise RunError(

@@ -40,7 +40,8 @@ class Mixtures:
     Raises
     ------
     ConfigError
-        CONF341 fewer than 4 samples or no component; CONF342 a range that is not 0 < lowest <= highest, or widths above half a period.
+        CONF341 fewer than 4 samples or no component; CONF342 a range that is not 0 < lowest <= highest, or widths above half a period or
+        below a tenth of a sample.
     """
 
     length: int = 41
@@ -55,9 +56,13 @@ class Mixtures:
                 f"{self.components} Gaussians on {self.length} samples, expected at least 1 on at least 4 samples",
             )
         for name, (low, high) in (("width", self.width), ("weight", self.weight)):
-            if not 0 < low <= high or (name == "width" and high > 0.5):
-                limit = " <= 0.5" if name == "width" else ""
-                raise ConfigError("CONF342", f"{name} from {low:g} to {high:g}, expected 0 < lowest <= highest{limit}")
+            least, most = (
+                (0.1 / self.length, 0.5) if name == "width" else (0.0, math.inf)
+            )  # narrower falls between samples
+            if not (least < low <= high <= most and math.isfinite(high)):
+                raise ConfigError(
+                    "CONF342", f"{name} from {low:g} to {high:g}, expected {least:.3g} < lowest <= highest <= {most:g}"
+                )
 
     def _mixtures(self, count: int, generator: torch.Generator) -> Float[Tensor, "count n"]:
         shape = (count, self.components, 1)
