@@ -28,6 +28,7 @@ LAYERS = [
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 METHODS_SHARED = {
     "half_maps",
+    "defocus",
     "map_models",
     "registry",
     "checks",

@@ -33,10 +33,14 @@ PARTICLE_COLUMNS = {
     "entropy": "cryorbitPoseEntropy",
     "scale": "cryorbitScale",
     "scale_error": "cryorbitScaleError",
+    "defocus_u": "rlnDefocusU",
+    "defocus_v": "rlnDefocusV",
+    "defocus_sd": "cryorbitDefocusErrorAngst",
 }
 """Columns for what we say of each particle beside its pose: log-likelihood at the pose; effective poses after ab initio; share of the
 posterior in its heaviest mode; root mean square angle (degrees) and distance (angstrom) from it that the posterior expects; entropy
-(nats, radian^3 angstrom^2); strength relative to the map and its standard deviation. RELION knows the first three and keeps the others."""
+(nats, radian^3 angstrom^2); strength relative to the map and its standard deviation; where it was refined, defocus and its standard
+deviation (angstrom). RELION keeps those it does not know."""
 
 
 def centre(side: int) -> int:

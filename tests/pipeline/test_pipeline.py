@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from cryorbit.errors import DataError
+from cryorbit.errors import ConfigError, DataError
 from cryorbit.groups.point import point_group
 from cryorbit.groups.so3 import half_turn
 from cryorbit.io.mrc import StackWriter, read_volume
-from cryorbit.io.particles import open_particles
+from cryorbit.io.particles import open_particles, write_particles
 from cryorbit.io.star import StarFile, read_star, write_star
 from cryorbit.metrics.align import align_volumes
 from cryorbit.metrics.evaluation import compare_poses
@@ -103,6 +103,31 @@ def test_flip_hand_writes_the_mirror_image_with_poses_that_fit_it(tmp_path):
     assert float((views[0] - views[1]).abs().max()) < 0.03 * float(
         views[0].abs().max()
     )  # but for the planes without a partner
+
+
+def test_wrong_defocus_is_found_and_written(tmp_path):
+    simulate(tmp_path / "in", 32, count=300, snr_db=10.0, ctf=CTFSettings((1e4, 2e4)))
+    truth = open_particles(tmp_path / "in" / "truth.star")
+    off = np.random.default_rng(0).normal(0, 500, len(truth))
+    columns = {f"rlnDefocus{x}": [f"{d:.2f}" for d in truth.ctf[f"defocus_{x.lower()}"] + off] for x in "UV"}
+    write_particles(tmp_path / "in" / "off.star", truth, extra=columns)
+    config = RunConfig(particles=str(tmp_path / "in" / "off.star"), start=POSES)
+    result = reconstruct(override(config, [*QUICK, "refine.defocus_range=1500"]), tmp_path / "run")
+    assert result.metrics["defocus_sigma_A"] == pytest.approx(float(off.std()), rel=0.15)
+    written = open_particles(tmp_path / "run" / "particles.star")
+    error = written.ctf["defocus_u"] - truth.ctf["defocus_u"]
+    stated = np.array([float(x) for x in written.table.columns["cryorbitDefocusErrorAngst"]])
+    assert error.std() < 0.3 * off.std()
+    assert 0.7 < np.sqrt(np.mean((error / stated) ** 2)) < 1.6
+    again = reconstruct(override(config, [*QUICK, "refine.defocus_range=1500"]), tmp_path / "run")
+    assert torch.equal(again.map.data, result.map.data)  # a continued run has its defocus from the checkpoint
+
+
+def test_defocus_needs_a_ctf(tmp_path):
+    simulate(tmp_path / "in", 24, count=100)
+    config = override(RunConfig(particles=str(tmp_path / "in" / "particles.star")), ["refine.defocus_range=500"])
+    with pytest.raises(ConfigError, match="CONF026"):
+        prepare(config)
 
 
 def test_auto_symmetry_finds_a_fourfold_axis_and_leaves_c1_alone(tmp_path):

@@ -25,6 +25,13 @@ VolumeModel = Annotated[
     str,
     typer.Option("--volume", help="What refined maps are made of: voxel, or neural (a coordinate network; slower)."),
 ]
+DefocusRange = Annotated[
+    float,
+    typer.Option(
+        "--defocus-range",
+        help="Angstrom within which each particle's defocus is refined around that of the file (0: kept).",
+    ),
+]
 NoCTF = Annotated[bool, typer.Option("--no-ctf", help="Take the images as unmodulated, whatever the file says.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Memory = Annotated[

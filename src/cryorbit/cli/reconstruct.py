@@ -22,6 +22,7 @@ def reconstruct(
     contrast: options.Contrast = "auto",
     flip_hand: options.FlipHand = False,
     no_ctf: options.NoCTF = False,
+    defocus_range: options.DefocusRange = 0.0,
     volume: options.VolumeModel = "voxel",
     device: options.Device = "auto",
     memory: options.Memory = 4.0,
@@ -45,6 +46,7 @@ def reconstruct(
         flip_hand=flip_hand,
         no_ctf=no_ctf,
         volume=volume,
+        refine={"defocus_range": defocus_range},
     )
     run_and_report(config, output, overwrite)
 

@@ -31,6 +31,7 @@ def refine(
     contrast: options.Contrast = "auto",
     flip_hand: options.FlipHand = False,
     no_ctf: options.NoCTF = False,
+    defocus_range: options.DefocusRange = 0.0,
     volume: options.VolumeModel = "voxel",
     device: options.Device = "auto",
     memory: options.Memory = 4.0,
@@ -59,5 +60,6 @@ def refine(
         flip_hand=flip_hand,
         no_ctf=no_ctf,
         volume=volume,
+        refine={"defocus_range": defocus_range},
     )
     run_and_report(config, output, overwrite)

@@ -10,10 +10,11 @@ Fourier radius follows the halves' agreement outwards.
 """
 
 import torch
-from jaxtyping import Bool, Complex, Float, Int
+from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from cryorbit.groups import so3
+from cryorbit.methods.defocus import DefocusSearch
 from cryorbit.methods.half_maps import compared, insert_posed, motion_onto, solvent_mask, unfiltered
 from cryorbit.methods.halves import HALVES, members_of
 from cryorbit.methods.map_models import map_model
@@ -27,9 +28,10 @@ from cryorbit.physics.fourier import FourierDisk, resize_volume
 from cryorbit.physics.posing import pose_normal_equations
 from cryorbit.physics.slicing import Accumulator, SlicingGrid, slice_grid, slicing_grid
 from cryorbit.physics.spectrum import shell_mean
-from cryorbit.poses.grid import distinct_modes, expectation, shift_grid, with_half_turns
+from cryorbit.poses.grid import shift_grid
 from cryorbit.poses.local import PoseSamples, local_posterior, sample_points
 from cryorbit.poses.posterior import PosedParticles, PosePosterior, map_error
+from cryorbit.poses.search import GridSearch, Starts
 from cryorbit.poses.table import refine_poses
 from cryorbit.training.checkpoint import State
 from cryorbit.training.dataset import FourierStack
@@ -105,6 +107,7 @@ class Refinement:
         shells = self.limit + 2
         self.intensity = torch.ones(len(stack)) if intensity is None else intensity.cpu()
         first, second = (resize_volume(one.to(device), stack.box) * self.mask for one in start)
+        self.defocus = DefocusSearch(stack, config.defocus_range) if config.defocus_range else None
         self.maps = map_model(volume, (first, second), config)
         modes = config.modes
         rotations, shifts = candidates[0][:, :1], candidates[1][:, :1]
@@ -132,7 +135,7 @@ class Refinement:
 
     def state(self) -> State:
         """Everything a resumed run needs."""
-        return self.tensors | self.maps.state()
+        return self.tensors | self.maps.state() | ({} if self.defocus is None else self.defocus.state())
 
     def load_state(self, state: State) -> None:
         """Inverse of :meth:`state`."""
@@ -140,6 +143,8 @@ class Refinement:
         own = {name: state[name] for name in self.tensors}
         self.tensors = {k: v.to(self.stack.device) if k.startswith(on_device) else v for k, v in own.items()}
         self.maps.load_state(state)
+        if self.defocus is not None:
+            self.defocus.load_state(state)
 
     def total_steps(self) -> int:
         """Most sweeps."""
@@ -172,6 +177,9 @@ class Refinement:
                 points = sample_points(len(chosen), self.config.samples, index * len(self.stack) + int(chosen[0]))
                 images, ctf = self._read(chosen)
                 parts.append(self._expect(grid, chosen, images, ctf, radius, points, everywhere, first=index == 0))
+                if self.defocus is not None:
+                    self.defocus.update(grid, chosen, self.poses, images, self.intensity, self._precision(radius))
+                    ctf = self._read_ctf(chosen)
                 power += self._residual(grid, chosen, images, ctf)
             samples = PoseSamples.joined(parts)
             if (mates := len(self.symmetry)) > 1:  # each sample is inserted at all of them: fewer say as much
@@ -193,6 +201,7 @@ class Refinement:
             "pose_change_deg": float(torch.rad2deg(change.median())),
             "modes": float((t["mass"] > _NO_MASS).sum(dim=1).float().mean()),
             "log_likelihood": float(t["log_likelihood"].mean()),
+            **({} if self.defocus is None else self.defocus.learn()),
             **self.maps.history(),
         }
 
@@ -272,15 +281,14 @@ class Refinement:
 
     def _read(self, chosen: Int[Tensor, " b"]) -> tuple[Complex[Tensor, "b p"], Float[Tensor, "b p"]]:
         """Images, and CTF times intensity."""
-        images = self.stack.images(chosen)
-        return images, self.stack.ctf(chosen) * self.intensity[chosen, None].to(images.device)
+        return self.stack.images(chosen), self._read_ctf(chosen)
+
+    def _read_ctf(self, chosen: Int[Tensor, " b"]) -> Float[Tensor, "b p"]:
+        return self.stack.ctf(chosen) * self.intensity[chosen, None].to(self.stack.device)
 
     def _precision(self, radius: int) -> tuple[FourierDisk, Int[Tensor, " q"], Float[Tensor, " q"]]:
         disk, keep = self.stack.at_radius(radius)
         return disk, keep, disk.weight / self.tensors["noise"].to(disk.weight.device)[disk.shell]
-
-    def _shell_mean(self, values: Float[Tensor, " p"]) -> Float[Tensor, " k"]:
-        return shell_mean(values, self.stack.disk.to(values.device), self.limit + 2).cpu()
 
     def _expect(
         self,
@@ -290,7 +298,7 @@ class Refinement:
         ctf: Float[Tensor, "b p"],
         radius: int,
         points: Float[Tensor, "b k 5"],
-        everywhere: tuple[Float[Tensor, "h 3 3"], Complex[Tensor, "h q"]] | None,
+        everywhere: GridSearch | None,
         *,
         first: bool,
     ) -> PoseSamples:
@@ -325,39 +333,31 @@ class Refinement:
             chosen[samples.particle.cpu()], samples.rotations.cpu(), samples.shifts.cpu(), samples.weight.cpu()
         )
 
-    def _everywhere(self, grid: SlicingGrid) -> tuple[Float[Tensor, "h 3 3"], Complex[Tensor, "h q"]]:
+    def _everywhere(self, grid: SlicingGrid) -> GridSearch:
         """A whole grid of rotations and the slices of a map there."""
-        rotations = rotation_grid(self.config.search_order, self.symmetry)
-        return rotations, slice_grid(grid, rotations, self._precision(self.search_radius)[0])
+        low, order = self.search_radius, self.config.search_order
+        rotations, spread = rotation_grid(order, self.symmetry), float(self.poses[1].std())
+        disk, keep, precision = self._precision(low)
+        lattice = shift_grid(3 * spread, min(0.38 * self.stack.box / low, max(3 * spread, 1e-3)), spread)
+        slices, spacing = slice_grid(grid, rotations, disk), so3.grid_spacing(order)
+        return GridSearch(rotations, slices, spacing, disk, keep, precision, lattice, self.symmetry)
 
     def _starts(
         self,
         chosen: Int[Tensor, " b"],
         images: Complex[Tensor, "b p"],
         ctf: Float[Tensor, "b p"],
-        everywhere: tuple[Float[Tensor, "h 3 3"], Complex[Tensor, "h q"]] | None,
+        everywhere: GridSearch | None,
         count: int,
         spacings: float,
-    ) -> tuple[Float[Tensor, "b c 3 3"], Float[Tensor, "b c 2"], Bool[Tensor, "b c"]]:
+    ) -> Starts:
         """The modes the particles had, and the best ``count`` of the rotations ``everywhere`` that are not so near to one of them."""
-        t, low = self.tensors, self.search_radius
-        had = (x[chosen].to(images.device) for x in (t["rotations"], t["shifts"], t["mass"] > _NO_MASS))
-        rotations, shifts, used = had
-        if everywhere is None:
-            return rotations, shifts, used
-        grid, slices = everywhere
-        disk, keep, precision = self._precision(low)
-        spread = float(self.poses[1].std())
-        lattice = shift_grid(3 * spread, min(0.38 * self.stack.box / low, max(3 * spread, 1e-3)), spread)
-        modes = min(8 * count, 2 * len(grid)) if count > 1 else 1
-        found = expectation(images[:, keep], ctf[:, keep], slices, precision, lattice, disk, sums=False, modes=modes)
-        every, near = with_half_turns(grid), spacings * so3.grid_spacing(self.config.search_order)
-        best, best_shift = distinct_modes(found, every, count, near)
-        turns, offsets = every[best].to(images.device), lattice.points[best_shift.cpu()].to(images.device)
-        mates = (turns[:, :, None] @ self.symmetry)[:, :, None]  # (b, found, 1, s, 3, 3)
-        apart = so3.distance(*torch.broadcast_tensors(mates, rotations[:, None, :, None])).amin(dim=3)
-        elsewhere = torch.where(used[:, None], apart, torch.inf).amin(dim=2) > near
-        return torch.cat([rotations, turns], 1), torch.cat([shifts, offsets], 1), torch.cat([used, elsewhere], 1)
+        t = self.tensors
+        rotations, shifts, used = (
+            x[chosen].to(images.device) for x in (t["rotations"], t["shifts"], t["mass"] > _NO_MASS)
+        )
+        had = rotations, shifts, used
+        return had if everywhere is None else everywhere.added_to(had, images, ctf, count, spacings)
 
     def _residual(
         self, grid: SlicingGrid, chosen: Int[Tensor, " b"], images: Complex[Tensor, "b p"], ctf: Float[Tensor, "b p"]
@@ -366,7 +366,7 @@ class Refinement:
         disk = self.stack.disk.to(self.stack.device)
         rotations, shifts = (x[chosen].to(images.device) for x in self.poses)
         residual = images - forward(grid, rotations, shifts, disk, ctf)
-        return self._shell_mean(residual.abs().square().sum(dim=0))
+        return shell_mean(residual.abs().square().sum(dim=0), disk, self.limit + 2).cpu()
 
     def _inserted(self, half: int, samples: PoseSamples) -> Accumulator:
         accumulator = insert_posed(self.stack, self.intensity, samples, self.symmetry)

@@ -40,6 +40,8 @@ class RefinementConfig:
     search_order, search_every
         Every so many sweeps (0, or shifts fixed: never) each particle is scored against a whole grid of rotations of this HEALPix order,
         and its best pose there becomes another mode where it is not near one.
+    defocus_range
+        Angstrom within which each particle's defocus is searched around that of the file; 0 keeps it.
     field_width, field_steps
         Of a neural map: hidden units per layer, and gradient steps per sweep.
     """
@@ -54,5 +56,6 @@ class RefinementConfig:
     fit_shift: bool = True
     search_order: int = 2
     search_every: int = 2
+    defocus_range: float = 0.0
     field_width: int = 128
     field_steps: int = 60

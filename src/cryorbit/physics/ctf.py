@@ -24,7 +24,7 @@ def wavelength(voltage: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
 
 
 def ctf(params: CTFParams, frequencies: Float[Tensor, "p 2"]) -> Float[Tensor, "n p"]:
-    """CTF of N particles at P spatial frequencies.
+    """CTF of N particles at P spatial frequencies, ``-gain sin(gamma)`` of :func:`ctf_phase`.
 
     Parameters
     ----------
@@ -37,6 +37,14 @@ def ctf(params: CTFParams, frequencies: Float[Tensor, "p 2"]) -> Float[Tensor, "
     -------
     (N, P), differentiable in every parameter; finite gradients at zero astigmatism and for DefocusU < DefocusV.
     """
+    gamma, gain = ctf_phase(params, frequencies)
+    return -torch.sin(gamma) * gain
+
+
+def ctf_phase(
+    params: CTFParams, frequencies: Float[Tensor, "p 2"]
+) -> tuple[Float[Tensor, "n p"], Float[Tensor, "n p"]]:
+    """Phase ``gamma`` and amplitude (B-factor and scale) of the CTF, (N, P) each; arguments as for :func:`ctf`."""
     sx, sy = frequencies[:, 0], frequencies[:, 1]
     s2 = (sx**2 + sy**2)[None]
     column = {name: getattr(params, name)[:, None] for name in params.__dataclass_fields__}
@@ -52,10 +60,14 @@ def ctf(params: CTFParams, frequencies: Float[Tensor, "p 2"]) -> Float[Tensor, "
         - column["phase_shift"]
         - torch.asin(column["amplitude_contrast"])
     )
-    return -torch.sin(gamma) * torch.exp(-0.25 * column["bfactor"] * s2) * column["scale"]
+    return gamma, torch.exp(-0.25 * column["bfactor"] * s2) * column["scale"]
+
+
+def frequencies_of(disk: FourierDisk, pixel_size: float, like: Tensor) -> Float[Tensor, "p 2"]:
+    """Spatial frequencies (x, y) in 1 / angstrom of the Fourier pixels of ``disk`` for images of ``pixel_size`` angstrom."""
+    return disk.k.to(like) / (disk.box * pixel_size)
 
 
 def ctf_on_disk(params: CTFParams, disk: FourierDisk, pixel_size: float) -> Float[Tensor, "n p"]:
     """CTF at the Fourier pixels of ``disk`` for images of ``pixel_size`` angstrom."""
-    dtype = params.defocus_u.dtype
-    return ctf(params, disk.k.to(dtype=dtype, device=params.defocus_u.device) / (disk.box * pixel_size))
+    return ctf(params, frequencies_of(disk, pixel_size, params.defocus_u))

@@ -239,6 +239,7 @@ def check(config: RunConfig) -> None:
         "refine.samples": 2 <= config.refine.samples <= 1000,
         "refine.search_order": 1 <= config.refine.search_order <= 4,
         "refine.search_every": config.refine.search_every >= 0,
+        "refine.defocus_range": 0 <= config.refine.defocus_range <= 50_000,
         "refine.radius_growth": config.refine.radius_growth > 1,
         "refine.fsc_radius": 0 < config.refine.fsc_radius < 1,
         "refine.field_width": 0 < config.refine.field_width <= 4096,

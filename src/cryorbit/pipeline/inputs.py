@@ -129,6 +129,10 @@ def prepare(config: RunConfig) -> Inputs:
             f"the CTF of {path.name} is incomplete: {', '.join(particles.ctf_missing)} missing",
             "say it with --set (voltage=300, spherical_aberration=2.7, amplitude_contrast=0.1), or pass --no-ctf",
         )
+    if config.refine.defocus_range and particles.ctf is None:
+        raise ConfigError(
+            "CONF026", "the particles have no CTF whose defocus could be refined", "leave --defocus-range out"
+        )
     half_set = split_halves(particles, config.seed)
     smallest = min(int((half_set == half).sum()) for half in (1, 2))
     if smallest < FEWEST_PARTICLES // 2:

@@ -23,6 +23,7 @@ from cryorbit.groups.so3 import distance
 from cryorbit.io.atomic import atomic_path, write_text
 from cryorbit.io.mrc import write_volume
 from cryorbit.io.particles import ParticleSet, write_particles
+from cryorbit.methods.defocus import DefocusSearch
 from cryorbit.poses.posterior import PosedParticles, PosePosterior
 from cryorbit.types import Reconstruction
 
@@ -156,6 +157,13 @@ def particle_columns(
     count = 1 / posed.posterior.mass.square().sum(dim=1) if effective is None else effective
     columns["effective_poses"] = [f"{math.ceil(x - 1e-3)}" for x in count.tolist()]  # RELION reads an integer
     return columns
+
+
+def defocus_columns(particles: ParticleSet, search: DefocusSearch) -> dict[str, list[str]]:
+    """Refined defocus of each particle and its standard deviation, angstrom, by the names of ``conventions.PARTICLE_COLUMNS``."""
+    offset, sd = (search.tensors[name].double().numpy() for name in ("defocus", "defocus_sd"))
+    found = {name: particles.ctf[name] + offset for name in ("defocus_u", "defocus_v")} if particles.ctf else {}
+    return {name: [f"{x:.2f}" for x in values.tolist()] for name, values in (found | {"defocus_sd": sd}).items()}
 
 
 def write_report_data(

@@ -85,6 +85,7 @@ def posterior(
     with locked(run):
         inputs = _inputs(run, config, metrics)
         stack = full_stack(config, inputs)
+        stack.defocus_offset = _defocus_offset(run, inputs)
         mask = _mask(run, config, inputs, stack.box, stack.pixel_size)
         poses = _poses(run, len(stack)).in_pixels(stack.pixel_size)
         samples = _drawn(poses, draws, seed)
@@ -165,6 +166,14 @@ def _modes(poses: PosePosterior) -> PoseSamples:
     return PoseSamples(
         particle, poses.rotations[particle, mode], poses.shifts[particle, mode], weight / total[particle]
     )
+
+
+def _defocus_offset(run: Path, inputs: Inputs) -> Float[Tensor, " n"]:
+    """By how much the run moved each particle's defocus."""
+    before, after = inputs.particles.ctf, open_particles(run / "particles.star", require_images=False).ctf
+    if before is None or after is None:
+        return torch.zeros(len(inputs.particles))
+    return torch.from_numpy(after["defocus_u"] - before["defocus_u"]).float()
 
 
 def _mask(run: Path, config: RunConfig, inputs: Inputs, box: int, pixel_size: float) -> Float[Tensor, "d d d"]:

@@ -33,6 +33,7 @@ from cryorbit.training.history import History
 from cryorbit.training.loop import Progress, run
 from cryorbit.types import Poses, Reconstruction, Volume
 
+_WIDE = 0.4  # of the range: offsets spread as widely are cut off by it
 _EXAMPLES = 10
 
 
@@ -196,6 +197,11 @@ def _summarise(
         warnings.append(
             "the hand is a coin's toss: images cannot tell a molecule from its mirror image. Look at the map; --flip-hand writes the other"
         )
+    if refinement.defocus is not None and refinement.defocus.sigma > _WIDE * config.refine.defocus_range:
+        warnings.append(
+            f"the particles' defocus is off by {refinement.defocus.sigma:.0f} A (standard deviation), too much for the range of "
+            f"{config.refine.defocus_range:.0f} A: widen --defocus-range, and check voltage and pixel size"
+        )
     metrics: dict[str, object] = {
         **told,
         "resolution_A": unmasked,
@@ -217,6 +223,7 @@ def _summarise(
         "shift_spread_A": float(posed.posterior.spread[1].median()),
         "pose_widening": posed.widening,
         "scale_spread": posed.scale_spread,
+        "defocus_sigma_A": None if refinement.defocus is None else refinement.defocus.sigma,
         "pose_change_deg": float(torch.rad2deg(t["pose_change"])),
         "seconds": sum(seconds.values()),
         "stage_seconds": seconds,
@@ -294,6 +301,8 @@ def _write(
     outputs.write_maps(output, result)
     outputs.write_posterior(output / "poses.npz", posed)
     columns = outputs.particle_columns(posed, refinement.tensors["log_likelihood"], start.effective)
+    if refinement.defocus is not None:
+        columns |= outputs.defocus_columns(inputs.particles, refinement.defocus)
     outputs.write_poses(output, inputs.particles, result, columns)
     outputs.write_fsc(
         output / "fsc.csv",

@@ -6,7 +6,8 @@ Images are not masked: a masked map's projections are blind to what lies outside
 One image's way from disk to loss: ``io.particles`` reads it, :class:`FourierStack` transforms it, the method scores it.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol, runtime_checkable
 
@@ -16,7 +17,8 @@ from jaxtyping import Complex, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cryorbit.physics.ctf import ctf_on_disk
+from cryorbit.errors import ConfigError
+from cryorbit.physics.ctf import ctf_on_disk, ctf_phase, frequencies_of, wavelength
 from cryorbit.physics.fourier import FourierDisk, disk_subset, fourier_disk, image_to_fourier
 from cryorbit.physics.spectrum import shell_mean
 from cryorbit.training.equalise import (
@@ -143,6 +145,8 @@ class FourierStack:
             self._ctf = CTFParams(**{k: torch.as_tensor(v, dtype=torch.float32) for k, v in particles.ctf.items()}).to(
                 self.device
             )
+        self.defocus_offset: Float[Tensor, " n"] = torch.zeros(len(particles))
+        """Angstrom added to each particle's DefocusU and DefocusV; methods that estimate it set it."""
         self._cached = len(particles) * len(self.disk) * 8 <= memory_gib * 2**30
 
     def __len__(self) -> int:
@@ -235,8 +239,30 @@ class FourierStack:
         """CTF of the particles ``indices`` on the disk, ones when the particles carry none, times their :meth:`equalisation`."""
         if self._ctf is None:
             return self.equalisation(indices)
-        values = ctf_on_disk(self._ctf[indices.to(self.device)], self.disk.to(self.device), self.pixel_size)
+        params = self._ctf[indices.to(self.device)]
+        offset = self.defocus_offset[indices.cpu()].to(self.device)
+        params = replace(params, defocus_u=params.defocus_u + offset, defocus_v=params.defocus_v + offset)
+        values = ctf_on_disk(params, self.disk.to(self.device), self.pixel_size)
         return values if self._group is None else values * self.equalisation(indices)
+
+    def ctf_phase(
+        self, indices: Int[Tensor, " b"]
+    ) -> tuple[Float[Tensor, "b p"], Float[Tensor, "b p"], Float[Tensor, " b"]]:
+        """The CTF of the particles ``indices`` without their offset as phase and amplitude, :meth:`equalisation` in the latter, and how
+        fast the phase falls with defocus: radian per angstrom and ``|k|^2`` in Fourier pixels.
+
+        Raises
+        ------
+        ConfigError
+            The particles carry no CTF.
+        """
+        if self._ctf is None:
+            raise ConfigError("CONF108", "the particles have no CTF whose defocus could be refined")
+        params = self._ctf[indices.to(self.device)]
+        disk = self.disk.to(self.device)
+        gamma, gain = ctf_phase(params, frequencies_of(disk, self.pixel_size, params.defocus_u))
+        rate = math.pi * wavelength(params.voltage) / (self.box * self.pixel_size) ** 2
+        return gamma, gain * self.equalisation(indices), rate
 
     def at_radius(self, radius: int) -> tuple[FourierDisk, Int[Tensor, " q"]]:
         """The disk of a smaller ``radius`` and the columns of :meth:`images` and :meth:`ctf` that belong to it."""
