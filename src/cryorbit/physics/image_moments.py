@@ -1,0 +1,153 @@
+"""First and second moments of particle images whose in-plane rotation is uniform (papers/003 section 3.2), in one pass.
+
+Averaged over in-plane rotations, ``M1(k) = E c_0(k)`` and the second moment has one block for each angular order,
+``M2_m(k, k') = E c_m(k) c_m(k')*`` (``physics/polar.py``): for 63 pixels a few thousand numbers, not 3969 x 3969.
+
+Changed from the paper, which leaves both to later work: images carry a CTF (its mean over directions on each ring; what its beats carry beyond
+the circle is lost), and the noise may be coloured and of different strength in each image. Each entry is the least-squares estimate over
+images, ``M2 = sum h_k h_k' (c c* - noise) / sum (h_k h_k')^2`` with h the CTF at the rings. Without CTF it is the paper's estimator
+(eq. 32). Images must be centred.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor
+
+from cryorbit.errors import DataError
+from cryorbit.physics.polar import PolarBasis
+
+
+@dataclass(frozen=True)
+class ImageMoments:
+    """Noise-free moments: ``first`` (K + 1,) and ``second`` (M + 1, K + 1, K + 1), Hermitian in its last axes; of ``basis``."""
+
+    first: Complex[Tensor, " k"]
+    second: Complex[Tensor, "m k k"]
+    basis: PolarBasis
+
+    @property
+    def power(self) -> Float[Tensor, " k"]:
+        """Mean ``|F|^2`` on each ring: all orders, m and -m."""
+        diagonal = self.second.diagonal(dim1=1, dim2=2).real
+        return diagonal[0] + 2 * diagonal[1:].sum(dim=0)
+
+    def within(self, rings: int) -> "ImageMoments":
+        """Rings 0 to ``rings``."""
+        inner = slice(0, rings + 1)
+        basis = replace(self.basis, rings=rings)
+        return ImageMoments(self.first[inner], self.second[: basis.orders + 1, inner, inner], basis)
+
+
+@dataclass(frozen=True)
+class ImageMomentSums:
+    """Running sums over images; ``a + b`` is the sums of both sets, so parts of a set may be summed in any process and added.
+
+    Attributes
+    ----------
+    basis
+        Rings and orders.
+    first, second
+        (K + 1,) sums of ``h c_0`` and (M + 1, K + 1, K + 1) of ``h h' c_m c_m'*``, double precision.
+    weight_first, weight_second
+        (K + 1,) sums of ``h^2`` and (K + 1, K + 1) of ``h^2 h'^2``.
+    noise
+        (K + 1, K + 1) sums of ``h h'`` times the noise's strength.
+    count
+        Images.
+    """
+
+    basis: PolarBasis
+    first: Complex[Tensor, " k"]
+    second: Complex[Tensor, "m k k"]
+    weight_first: Float[Tensor, " k"]
+    weight_second: Float[Tensor, "k k"]
+    noise: Float[Tensor, "k k"]
+    count: int
+
+    @staticmethod
+    def of(
+        basis: PolarBasis,
+        images: Float[Tensor, "b d d"],
+        noise: Float[Tensor, " b"] | float,
+        ctf: Float[Tensor, "b k"] | None = None,
+    ) -> "ImageMomentSums":
+        """Sums over one block of images.
+
+        Parameters
+        ----------
+        basis
+            Rings and orders.
+        images
+            (B, D, D), centred.
+        noise
+            Variance of each image's noise, in units of the spectrum given to :meth:`debiased`: one number, or (B,).
+        ctf
+            (B, K + 1) at the rings; None for none.
+        """
+        c = basis.coefficients(images)
+        h = torch.ones(len(images), basis.rings + 1, device=images.device) if ctf is None else ctf.to(images.device)
+        variance = torch.as_tensor(noise, dtype=h.dtype, device=h.device).expand(len(images))
+        by_order = (c * h[:, None]).permute(1, 2, 0)
+        square = h.square().double()
+        return ImageMomentSums(
+            basis,
+            (h * c[:, 0]).sum(dim=0).to(torch.complex128),
+            (by_order @ by_order.mH).to(torch.complex128),
+            square.sum(dim=0),
+            square.mT @ square,
+            (h * variance[:, None]).double().mT @ h.double(),
+            len(images),
+        )
+
+    def __add__(self, other: "ImageMomentSums") -> "ImageMomentSums":
+        if self.basis != other.basis:
+            raise DataError("DATA406", f"moments on {self.basis} and {other.basis} cannot be added")
+        return ImageMomentSums(
+            self.basis,
+            self.first + other.first,
+            self.second + other.second,
+            self.weight_first + other.weight_first,
+            self.weight_second + other.weight_second,
+            self.noise + other.noise,
+            self.count + other.count,
+        )
+
+    def debiased(self, spectrum: Float[Tensor, " s"]) -> ImageMoments:
+        """Unbiased estimates of the moments of noise-free images without CTF.
+
+        Parameters
+        ----------
+        spectrum
+            Of the noise, variance per pixel and shell (``physics/noise.py``); one entry for white noise.
+
+        Raises
+        ------
+        DataError
+            DATA407 no image says anything of some ring.
+        """
+        if not self.count or not bool((self.weight_second > 0).all()):
+            raise DataError("DATA407", f"{self.count} images leave a ring of the moments without information")
+        second = self.second - self.noise * self.basis.noise(spectrum).to(self.noise.device)
+        return ImageMoments(self.first / self.weight_first, second / self.weight_second, self.basis)
+
+
+def moments_of_slices(
+    coefficients: Complex[Tensor, "v m k"], density: Float[Tensor, " v"], basis: PolarBasis
+) -> ImageMoments:
+    """Moments of slices ``c_m(k)`` (V, M + 1, K + 1) seen from directions of probability ``density``; differentiable in both."""
+    weighed = coefficients * density[:, None, None]
+    by_order = coefficients.permute(1, 2, 0)
+    return ImageMoments(weighed[:, 0].sum(dim=0), weighed.permute(1, 2, 0) @ by_order.mH, basis)
+
+
+def relative_errors(found: ImageMoments, given: ImageMoments) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Relative Frobenius errors of first and second moment (papers/003 eq. 23); orders m > 0 count twice, for m and -m."""
+
+    def norm(x: Tensor) -> Tensor:
+        squares = x.abs().square().sum(dim=(1, 2))
+        return (squares[0] + 2 * squares[1:].sum()).sqrt()
+
+    first = (found.first - given.first).norm() / given.first.norm()
+    return first, norm(found.second - given.second) / norm(given.second)

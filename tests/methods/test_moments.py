@@ -1,0 +1,82 @@
+"""From images to a map without poses: moments measured, inverted, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+
+from cryorbit.errors import ConfigError
+from cryorbit.io.particles import open_particles
+from cryorbit.methods.moments import MomentFit, MomentsConfig, invert_moments, particle_moments, view_directions
+from cryorbit.metrics.map_search import align_volumes
+from cryorbit.physics.image_moments import ImageMoments, moments_of_slices, relative_errors
+from cryorbit.physics.polar import PolarBasis
+from cryorbit.physics.slicing import project
+from cryorbit.simulate.particles import make_projector
+from cryorbit.simulate.phantom import phantom
+from cryorbit.simulate.settings import CTFSettings, SimulationSettings
+from cryorbit.simulate.write import write_simulation
+from cryorbit.types import Volume
+
+POLAR = PolarBasis(24, 5, 10.0)
+QUICK = MomentsConfig(degree=6, starts=3, kept=1, iterations=60)
+
+
+@pytest.fixture(scope="module")
+def volume():
+    return Volume(make_projector(phantom(), 24, 4.0).volume(), 4.0)
+
+
+@pytest.fixture(scope="module")
+def exact(volume):
+    rotations = view_directions(2)
+    weight = torch.softmax(2 * rotations[:, 2, 0] + rotations[:, 2, 1], dim=0)
+    slices = POLAR.coefficients(project(volume.data, rotations.float(), 3))
+    found = moments_of_slices(slices, weight.float(), POLAR)
+    return ImageMoments(found.first.to(torch.complex128), found.second.to(torch.complex128), POLAR)
+
+
+def test_a_map_comes_back_from_its_moments(exact, volume):
+    found = invert_moments(exact, QUICK, torch.Generator().manual_seed(0))
+    assert max(found.errors) < 0.05
+    assert float(found.density.sum()) == pytest.approx(1.0, abs=1e-5)
+    aligned = align_volumes(Volume(found.volume.float(), 4.0), volume)
+    assert aligned.correlation > 0.7
+    again = invert_moments(exact, QUICK, torch.Generator().manual_seed(0))
+    assert torch.equal(found.volume, again.volume)
+
+
+def test_objective_is_about_one_for_an_empty_map_and_has_the_right_gradient(exact, generator):
+    fit = MomentFit(exact, QUICK, 4)
+    logits = torch.zeros(len(fit.rotations))
+    assert float(fit.objective(torch.zeros(len(fit.basis)), logits)) == pytest.approx(1.0, rel=1e-3)
+    a = torch.randn(len(fit.basis), generator=generator) * 0.1
+    a.requires_grad_()
+    (gradient,) = torch.autograd.grad(fit.objective(a, logits), a)
+    step = torch.randn(len(a), generator=generator)
+    step *= 1e-3 / step.norm()
+    up, down = (fit.objective((a + s * step).detach(), logits) for s in (1, -1))
+    assert float(gradient @ step) == pytest.approx(float(up - down) / 2, rel=0.05)
+
+
+def test_particles_with_ctf_and_noise_have_the_moments_of_the_molecule(tmp_path, volume):
+    settings = SimulationSettings(count=2000, seed=3, snr_db=0.0, ctf=CTFSettings((1e4, 3e4)))
+    write_simulation(tmp_path / "set", make_projector(phantom(), 24, 4.0), settings)
+    found = particle_moments(open_particles(tmp_path / "set" / "particles.star"), 5, mask_diameter=80.0)
+    rotations = torch.from_numpy(open_particles(tmp_path / "set" / "truth.star").rotations)
+    slices = POLAR.coefficients(project(volume.data, rotations.float(), 3))
+    clean = moments_of_slices(slices, torch.full((2000,), 1 / 2000), POLAR)
+
+    def in_one_unit(moments):
+        """Without the origin, which the background's mean moves, and whatever the images' grey scale."""
+        second = moments.second[:, 1:, 1:].to(torch.complex128)
+        return ImageMoments(moments.first[1:].to(torch.complex128), second / second.norm(), POLAR)
+
+    assert float(relative_errors(in_one_unit(found), in_one_unit(clean))[1]) < 0.15
+    assert np.isfinite(found.power.numpy()).all()
+
+
+@pytest.mark.parametrize("wrong", [{"rings": 6}, {"rings": 1}, {"kept": 4}, {"degree": 0}])
+def test_settings_that_cannot_work_are_refused(exact, wrong):
+    config = MomentsConfig(**({"starts": 3, "kept": 1} | wrong))
+    with pytest.raises(ConfigError, match="CONF111"):
+        invert_moments(exact, config, torch.Generator())
