@@ -6,8 +6,7 @@ gaussians: a mixture of four Gaussians not in one plane in 25^3 voxels of 1 A, a
 1.2 to 1.5 voxels, centres 3 to 5.5 voxels from the origin, weights 0.7 to 1.3). 4ake: adenylate kinase in 32^3 voxels of 3.2 A; the paper's
 molecules (16.86 and 21.52 A in 63^3) are not at hand. Views: a mixture of eight von Mises-Fisher distributions (kappa 3 to 12, 500 directions
 drawn from each once), in-plane rotations uniform, white noise at SNR 1 over the whole image, no CTF, no shifts. Images are made and summed
-in blocks, never held. "Known poses" is not a number moments could reach: it says what the images hold. Every seed draws map (gaussians), views, noise
-and starts anew.
+in blocks, never held. Every seed draws map (gaussians), views, noise and starts anew.
 """
 
 import argparse
