@@ -27,7 +27,7 @@ from cryorbit.physics.fourier import FourierDisk, resize_volume
 from cryorbit.physics.posing import pose_normal_equations
 from cryorbit.physics.slicing import Accumulator, SlicingGrid, slice_grid, slicing_grid
 from cryorbit.physics.spectrum import shell_mean
-from cryorbit.poses.grid import distinct_modes, expectation, shift_grid, with_half_turns
+from cryorbit.poses.grid import nominate
 from cryorbit.poses.local import PoseSamples, local_posterior, sample_points
 from cryorbit.poses.posterior import PosedParticles, PosePosterior, map_error
 from cryorbit.poses.table import refine_poses
@@ -347,13 +347,10 @@ class Refinement:
             return rotations, shifts, used
         grid, slices = everywhere
         disk, keep, precision = self._precision(low)
-        spread = float(self.poses[1].std())
-        lattice = shift_grid(3 * spread, min(0.38 * self.stack.box / low, max(3 * spread, 1e-3)), spread)
-        modes = min(8 * count, 2 * len(grid)) if count > 1 else 1
-        found = expectation(images[:, keep], ctf[:, keep], slices, precision, lattice, disk, sums=False, modes=modes)
-        every, near = with_half_turns(grid), spacings * so3.grid_spacing(self.config.search_order)
-        best, best_shift = distinct_modes(found, every, count, near)
-        turns, offsets = every[best].to(images.device), lattice.points[best_shift.cpu()].to(images.device)
+        near, spread = spacings * so3.grid_spacing(self.config.search_order), float(self.poses[1].std())
+        turns, offsets = nominate(
+            images[:, keep], ctf[:, keep], grid, slices, precision, spread, disk, count=count, apart=near
+        )
         mates = (turns[:, :, None] @ self.symmetry)[:, :, None]  # (b, found, 1, s, 3, 3)
         apart = so3.distance(*torch.broadcast_tensors(mates, rotations[:, None, :, None])).amin(dim=3)
         elsewhere = torch.where(used[:, None], apart, torch.inf).amin(dim=2) > near
