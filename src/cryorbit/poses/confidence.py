@@ -64,9 +64,11 @@ def fit_confidence(features: Float[Tensor, "n f"], right: Bool[Tensor, " n"]) ->
 def threshold(confidence: Float[Tensor, " n"], right: Bool[Tensor, " n"], wanted: float, least: float = 0.5) -> float:
     """The lowest confidence at and above which a share ``wanted`` of the poses are right; never below ``least``.
 
-    1 where no such confidence exists.
+    ``least`` where that holds of all, 1 where of none.
     """
     order = torch.argsort(confidence, descending=True)
     share = right[order].double().cumsum(0) / torch.arange(1, len(order) + 1)
     fine = torch.nonzero(share >= wanted)[:, 0]
-    return max(least, float(confidence[order[fine[-1]]])) if len(fine) else 1.0
+    if not len(fine):
+        return 1.0
+    return least if int(fine[-1]) == len(order) - 1 else max(least, float(confidence[order[fine[-1]]]))
