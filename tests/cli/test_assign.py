@@ -107,7 +107,7 @@ def refused(code: str, *arguments: object, **settings: object) -> None:
 def test_what_cannot_be_posed_is_refused_in_one_line(posed, finished, tmp_path):
     new, run = finished / "new" / "particles.star", finished / "run"
     refused("RUN040", new, finished, tmp_path / "out")
-    refused("RUN044", new, run, posed)
+    refused("RUN046", new, run, posed)
     refused("CONF511", new, run, tmp_path / "out", searched_below=2.0)
     refused("CONF511", new, run, tmp_path / "out", batch=0)
     refused("DATA046", simulated(tmp_path / "larger", 1, 30, 24, CTFSettings()), run, tmp_path / "out")

@@ -86,7 +86,7 @@ def assign(
         choose_device(device)
         config = replace(config, device=device)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RunError("RUN044", f"{output} is not an empty folder", "choose a new --output folder")
+        raise RunError("RUN046", f"{output} is not an empty folder", "choose a new --output folder")
     new, warnings = _opened(particles, datadir, config, metrics, run)
     begun = time.monotonic()
     weights, known = taught(run, config, metrics, teaching, progress)
