@@ -43,6 +43,8 @@ class Reporter:
             note += f"  {float(values['effective_poses']):9.1f} poses per particle"
         if "error_deg" in values:
             note += f"  poses of fresh images off by {float(values['error_deg']):6.2f} deg"
+        if "confidence" in values:
+            note += f"  median confidence {float(values['confidence']):5.3f}"
         if "pose_change_deg" in values:
             note += f"  poses moved {float(values['pose_change_deg']):6.2f} deg"
         name, _, number = stage.partition(" ")

@@ -17,6 +17,7 @@ from cryorbit.pipeline.config import RunConfig
 from cryorbit.pipeline.finished import open_finished
 from cryorbit.pipeline.inputs import choose_device, open_checked
 from cryorbit.pipeline.knowledge import Knowledge, assigner_of, taught
+from cryorbit.pipeline.verdict import TRUST
 from cryorbit.poses.assignment import Assigned, Assigner
 from cryorbit.training.dataset import FourierStack
 from cryorbit.training.loop import Progress
@@ -60,7 +61,7 @@ def assign(
     device
         In place of the run's own.
     progress
-        Called after each step of teaching.
+        Called after each step of teaching, and each batch of particles.
 
     Returns
     -------
@@ -88,6 +89,8 @@ def assign(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunError("RUN046", f"{output} is not an empty folder", "choose a new --output folder")
     new, warnings = _opened(particles, datadir, config, metrics, run)
+    if metrics.get("verdict", TRUST) != TRUST:
+        warnings.append(f"the run in {run} says of itself: {metrics['verdict']}. Poses can be no better than its map")
     begun = time.monotonic()
     weights, known = taught(run, config, metrics, teaching, progress)
     teaching_seconds = time.monotonic() - begun
@@ -95,7 +98,7 @@ def assign(
     assigner = assigner_of(run, config, known, weights, steps, at)
     line = known.threshold if searched_below is None else searched_below
     begun = time.monotonic()
-    found, confidence, searched = _all(assigner, known, new, config, line, batch, at)
+    found, confidence, searched = _all(assigner, known, new, config, line, batch, at, progress)
     seconds = time.monotonic() - begun
     output.mkdir(parents=True, exist_ok=True)
     _write(output, new, found, confidence, searched)
@@ -125,7 +128,7 @@ def _opened(
     particles: Path, datadir: Path | None, config: RunConfig, metrics: dict[str, object], run: Path
 ) -> tuple[ParticleSet, list[str]]:
     """New particles, if they are like those of the run."""
-    new, warnings = open_checked(replace(config, particles=str(particles), datadir=str(datadir or ""), pixel_size=0.0))
+    new, warnings = open_checked(replace(config, particles=str(particles), datadir=str(datadir or "")))
     box, size = int(str(metrics["box"])), float(str(metrics["pixel_size_A"]))
     if new.box != box or abs(new.pixel_size - size) > _SAME_SIZE * size:
         raise DataError(
@@ -154,6 +157,7 @@ def _all(
     line: float,
     batch: int,
     device: torch.device,
+    progress: Progress | None,
 ) -> tuple[Assigned, Float[Tensor, " n"], Bool[Tensor, " n"]]:
     """Every new particle once, a batch in memory at a time; those of low confidence once more, by search."""
     stack = FourierStack(new, 0.5 * new.box, mask_diameter=config.mask_diameter, memory_gib=0.0, device=device)
@@ -171,6 +175,12 @@ def _all(
         parts.append(found)
         confidences.append(confidence)
         looked.append(low)
+        if progress is not None:
+            values: dict[str, float | str] = {
+                "resolution_A": 2 * new.pixel_size,
+                "confidence": float(confidence.median()),
+            }
+            progress("assign", len(parts), -(-len(stack) // batch), values)
     return Assigned.joined(parts), torch.cat(confidences), torch.cat(looked)
 
 

@@ -1,5 +1,6 @@
 """What a finished run knows of its structure, made fit for new particles: an encoder, taught once, and how far to trust it."""
 
+import hashlib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -159,19 +160,21 @@ def _teach(
         mask_diameter=inputs.mask_diameter,
         seed=config.seed,
     )
-    folder = run / FOLDER
+    folder, fingerprint = run / FOLDER, f"{made_from} {teaching}"
     folder.mkdir(exist_ok=True)
+    checkpoint = folder / f"checkpoint_{hashlib.sha256(fingerprint.encode()).hexdigest()[:8]}.safetensors"
     run_method(
         method,
-        checkpoint=folder / "checkpoint.safetensors",
+        checkpoint=checkpoint,
         history=History(folder / "history.jsonl"),
         progress=progress,
-        fingerprint=f"{made_from} {teaching}",
+        fingerprint=fingerprint,
     )
     weights = {k: v.detach().clone() for k, v in method.encoder.state_dict().items()}
     known = _calibrated(run, config, known, weights, stack, posterior, order[:count].sort().values)
     save_checkpoint(folder / WEIGHTS, weights, {"made_from": made_from, "knowledge": asdict(known)})
-    (folder / "checkpoint.safetensors").unlink()
+    for path in folder.glob("checkpoint_*.safetensors"):  # others are of interrupted teaching with other settings
+        path.unlink()
     return weights, known
 
 
