@@ -34,6 +34,7 @@ METHODS_SHARED = {
     "checks",
     "online_em",
     "marginal_config",
+    "amortized_config",
     "refinement_config",
     "symmetric",
     "halves",

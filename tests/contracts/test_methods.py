@@ -44,6 +44,10 @@ def build(case: str, truth: SimulatedParticles, seed: int = 0) -> Method:
         poses = PoseSamples(torch.arange(60), truth.poses.rotations, truth.poses.shifts / APIX, torch.ones(60))
         settings = config(epochs=2, batch=25)
         return cls(stack, settings, poses=poses, symmetry=common["symmetry"], seed=seed)
+    if name in ("amortized", "ad", "tomo"):
+        given = {"poses": truth.poses} if name == "tomo" else {}
+        settings = config(steps=6, batch=25) if name != "amortized" else config(steps=6, batch=25, side=16, heads=2)
+        return cls(stack, settings, mask_diameter=DIAMETER, seed=seed, **given)
     raise AssertionError(f"tests/contracts/test_methods.py builds no {name}: add it")
 
 

@@ -69,6 +69,7 @@ def test_documented_settings_are_the_settings():
     from dataclasses import fields
     from pathlib import Path
 
+    from cryorbit.methods.distillation import DistillationConfig
     from cryorbit.methods.registry import METHODS, method
 
     table = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
@@ -85,6 +86,7 @@ def test_documented_settings_are_the_settings():
         for name, value in zip(full, values.split(","), strict=True):
             defaults[name] = {"true": "True"}.get(value.strip(), value.strip())
     actual = {f"{name}.{f.name}": f.default for name in METHODS for f in fields(method(name)[1])}
+    actual |= {f.name: f.default for f in fields(DistillationConfig)}
     assert set(actual) <= documented
     for name, value in actual.items():
         documented_value = defaults[name]

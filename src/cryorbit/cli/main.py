@@ -8,6 +8,7 @@ import sys
 import typer
 from rich.console import Console
 
+from cryorbit.cli.assign import assign
 from cryorbit.cli.demo import demo
 from cryorbit.cli.evaluate import evaluate
 from cryorbit.cli.inspect import inspect
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for verb in (demo, inspect, simulate, reconstruct, refine, evaluate, posterior, report, mra):
+for verb in (demo, inspect, simulate, reconstruct, refine, evaluate, posterior, assign, report, mra):
     app.command()(verb)
 app.command("simulate-mra")(simulate_mra)
 

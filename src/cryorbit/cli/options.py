@@ -12,7 +12,12 @@ Output = Annotated[
 MaskDiameter = Annotated[
     float, typer.Option("--mask-diameter", help="Particle diameter in angstrom (0: 85 % of the box).")
 ]
-Preset = Annotated[str, typer.Option("--preset", help="fast, default or thorough.")]
+Preset = Annotated[
+    str,
+    typer.Option(
+        "--preset", help="fast, default or thorough; paper001: the autoencoder of Nashed et al. 2021 as printed."
+    ),
+]
 Datadir = Annotated[Path | None, typer.Option("--datadir", help="Folder the image stacks are looked up in.")]
 PixelSize = Annotated[
     float, typer.Option("--pixel-size", help="Angstrom per pixel, when the file does not say (0: as in the file).")

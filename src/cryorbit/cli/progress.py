@@ -6,7 +6,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-_WORDS = {"abinitio": "ab initio", "refine": "refine"}
+_WORDS = {"abinitio": "ab initio", "refine": "refine", "amortized": "learn"}
 _QUIET_SECONDS = 5.0
 
 
@@ -41,6 +41,10 @@ class Reporter:
         note = f"{float(values['resolution_A']):5.1f} A"
         if "effective_poses" in values:
             note += f"  {float(values['effective_poses']):9.1f} poses per particle"
+        if "error_deg" in values:
+            note += f"  poses of fresh images off by {float(values['error_deg']):6.2f} deg"
+        if "confidence" in values:
+            note += f"  median confidence {float(values['confidence']):5.3f}"
         if "pose_change_deg" in values:
             note += f"  poses moved {float(values['pose_change_deg']):6.2f} deg"
         name, _, number = stage.partition(" ")

@@ -16,6 +16,10 @@ def reconstruct(
     symmetry: Annotated[
         str, typer.Option("--symmetry", help="Point group imposed on the map: C1, Cn, Dn, T, O, I; auto looks for one.")
     ] = "C1",
+    method: Annotated[
+        str,
+        typer.Option("--method", help="marginal: every pose weighed; amortized: a network learns poses with the map."),
+    ] = "marginal",
     preset: options.Preset = "default",
     datadir: options.Datadir = None,
     pixel_size: options.PixelSize = 0.0,
@@ -37,6 +41,7 @@ def reconstruct(
         set_,
         mask_diameter=mask_diameter,
         symmetry=symmetry,
+        method=method,
         preset=preset,
         seed=seed,
         device=device,

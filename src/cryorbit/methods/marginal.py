@@ -319,6 +319,18 @@ class Marginal:
             self.still = self.still + 1 if change < 0.01 else torch.zeros_like(self.still)
         self.correlation = fresh
 
+    def take_over(self, maps: tuple[Float[Tensor, "d d d"], Float[Tensor, "d d d"]]) -> None:
+        """Maps of the halves that another method learnt, in place of runs of its own; each with the noise that its half's images show."""
+        self._march_from(1.0)
+        for half, volume in zip(HALVES, maps, strict=True):
+            run = self._new_run()
+            run.take_noise(self.sample(half))
+            run = run.with_map(volume.to(self.mask) * self.mask)
+            self.runs[half] = {0: run.with_noise_of(self.sample(half), self.grids(run, self.radius()))}
+        self.agreement()
+        self._follow(self.radius())
+        self.done = torch.ones_like(self.done)
+
     # -- hand-over and resume ---------------------------------------------------------------------------------------------------
 
     def agreement(self) -> Agreement:

@@ -152,14 +152,18 @@ class OnlineEM:
 
     def start(self, chosen: Int[Tensor, " b"], grids: Grids, generator: torch.Generator) -> None:
         """Random poses for the first batch; noise variance = power of the images."""
-        images, ctf, disk = self.batch(chosen, int(self.stack.disk.radius))
-        self.initial_noise = shell_mean(images.abs().square().mean(dim=0), disk, len(self.noise))
-        self.noise = self.initial_noise.clone()
+        self.take_noise(chosen)
         images, ctf, disk = self.batch(chosen, grids.radius)
         every = with_half_turns(grids.rotations)
         poses = every[torch.randint(len(every), (len(chosen),), generator=generator)]
         self._insert(images * ctf, ctf.square(), poses, disk)
         self._maximise(grids.radius)
+
+    def take_noise(self, chosen: Int[Tensor, " b"]) -> None:
+        """Noise variance = power of the images ``chosen``: all that a map yet to come may explain."""
+        images, _, disk = self.batch(chosen, int(self.stack.disk.radius))
+        self.initial_noise = shell_mean(images.abs().square().mean(dim=0), disk, len(self.noise))
+        self.noise = self.initial_noise.clone()
 
     def start_from(self, other: "OnlineEM") -> None:
         """Take over another run's map and noise model, but none of its statistics: they hold images of the other half."""

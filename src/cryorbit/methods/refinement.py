@@ -28,7 +28,6 @@ from cryorbit.physics.fourier import FourierDisk, resize_volume
 from cryorbit.physics.posing import pose_normal_equations
 from cryorbit.physics.slicing import Accumulator, SlicingGrid, slice_grid, slicing_grid
 from cryorbit.physics.spectrum import shell_mean
-from cryorbit.poses.grid import shift_grid
 from cryorbit.poses.local import PoseSamples, local_posterior, sample_points
 from cryorbit.poses.posterior import PosedParticles, PosePosterior, map_error
 from cryorbit.poses.search import GridSearch, Starts
@@ -335,12 +334,10 @@ class Refinement:
 
     def _everywhere(self, grid: SlicingGrid) -> GridSearch:
         """A whole grid of rotations and the slices of a map there."""
-        low, order = self.search_radius, self.config.search_order
-        rotations, spread = rotation_grid(order, self.symmetry), float(self.poses[1].std())
-        disk, keep, precision = self._precision(low)
-        lattice = shift_grid(3 * spread, min(0.38 * self.stack.box / low, max(3 * spread, 1e-3)), spread)
-        slices, spacing = slice_grid(grid, rotations, disk), so3.grid_spacing(order)
-        return GridSearch(rotations, slices, spacing, disk, keep, precision, lattice, self.symmetry)
+        order = self.config.search_order
+        rotations, (disk, keep, precision) = rotation_grid(order, self.symmetry), self._precision(self.search_radius)
+        slices, spacing, spread = slice_grid(grid, rotations, disk), so3.grid_spacing(order), float(self.poses[1].std())
+        return GridSearch(rotations, slices, spacing, disk, keep, precision, spread, self.symmetry)
 
     def _starts(
         self,

@@ -8,6 +8,9 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "abinitio": ("cryorbit.methods.marginal", "Marginal", "MarginalConfig"),
     "refine": ("cryorbit.methods.refinement", "Refinement", "RefinementConfig"),
     "variational": ("cryorbit.methods.variational", "Variational", "VariationalConfig"),
+    "amortized": ("cryorbit.methods.amortized", "Amortized", "AmortizedConfig"),
+    "ad": ("cryorbit.methods.amortized", "TablePoses", "TableConfig"),
+    "tomo": ("cryorbit.methods.amortized", "Tomo", "DecoderConfig"),
 }
 
 

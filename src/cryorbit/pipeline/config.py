@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import tomli_w
 
 from cryorbit.errors import ConfigError
+from cryorbit.methods.amortized_config import AmortizedConfig, checked
 from cryorbit.methods.marginal_config import MarginalConfig
 from cryorbit.methods.refinement_config import RefinementConfig, checked_volume
 
@@ -17,6 +18,7 @@ T = TypeVar("T")
 
 AUTO = "auto"
 ABINITIO, POSES = "abinitio", "poses"
+MARGINAL, AMORTIZED = "marginal", "amortized"
 CONTRASTS = (AUTO, "light", "dark")
 
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -26,6 +28,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "abinitio.settle_steps=4",
         "refine.sweeps=5",
         "refine.iterations=4",
+        "amortized.steps=700",
     ),
     "default": (),
     "thorough": (
@@ -35,6 +38,24 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "abinitio.settle_steps=16",
         "refine.sweeps=14",
         "refine.iterations=8",
+        "amortized.steps=4000",
+        "amortized.heads=8",
+    ),
+    "paper001": (  # the autoencoder as it is printed; its rate is not: docs/methods/amortized.md
+        "method=amortized",
+        "amortized.steps=10000",
+        "amortized.batch=32",
+        "amortized.likelihood=l2",
+        "amortized.radius_start=0",
+        "amortized.radius_end=0",
+        "amortized.heads=1",
+        "amortized.symmetrised=false",
+        "amortized.normalised=false",
+        "amortized.he=false",
+        "amortized.matched=false",
+        "amortized.fit_shift=false",
+        "amortized.side=0",
+        "amortized.bfloat16=false",
     ),
 }
 
@@ -71,6 +92,8 @@ class RunConfig:
         kV, mm, fraction: used where the file has a defocus but not these; 0 leaves them to the file.
     start
         ``abinitio``, or ``poses``: refine those of the file.
+    method
+        How poses are found ab initio: ``marginal`` (a grid, every pose weighed) or ``amortized`` (a network that is learnt with the map).
     ini_high
         Angstrom up to which the maps of given poses are trusted at first; 0: to where their half maps' FSC falls below 0.5.
     mask
@@ -95,10 +118,12 @@ class RunConfig:
     spherical_aberration: float = 0.0
     amplitude_contrast: float = 0.0
     start: str = ABINITIO
+    method: str = MARGINAL
     ini_high: float = 0.0
     mask: str = ""
     volume: str = "voxel"
     abinitio: MarginalConfig = field(default_factory=MarginalConfig)
+    amortized: AmortizedConfig = field(default_factory=AmortizedConfig)
     refine: RefinementConfig = field(default_factory=RefinementConfig)
 
 
@@ -179,6 +204,19 @@ def override(config: RunConfig, assignments: list[str] | tuple[str, ...]) -> Run
     return from_dict(RunConfig, values)
 
 
+def override_section(config: T, assignments: list[str]) -> T:
+    """Apply ``key=value`` texts to the dataclass of one section."""
+    values = dataclasses.asdict(config)  # type: ignore[call-overload]
+    for text in assignments:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError("CONF013", f"--set {text!r} has no value", "write --set key=value")
+        if name.strip() not in values:
+            raise ConfigError("CONF010", f"unknown setting {name.strip()}", _nearest(name.strip(), list(values)))
+        values[name.strip()] = value.strip()
+    return from_dict(type(config), values)
+
+
 def preset(config: RunConfig) -> RunConfig:
     """The config with its preset's differences applied."""
     if config.preset not in PRESETS:
@@ -215,6 +253,7 @@ def check(config: RunConfig) -> None:
         "spherical_aberration": config.spherical_aberration >= 0,
         "amplitude_contrast": 0 <= config.amplitude_contrast < 1,
         "start": config.start in (ABINITIO, POSES),
+        "method": config.method in (MARGINAL, AMORTIZED) and (config.method == MARGINAL or config.start == ABINITIO),
         "ini_high": config.ini_high >= 0 and (not config.ini_high or config.start == POSES),
         "mask": not config.mask or config.start == POSES,
         "seed": 0 <= config.seed < 2**31,
@@ -246,6 +285,13 @@ def check(config: RunConfig) -> None:
         "refine.field_steps": config.refine.field_steps > 0,
     }
     checked_volume(config.volume)
+    checked(config.amortized)
+    if config.method == AMORTIZED and config.symmetry not in (AUTO, "C1"):
+        raise ConfigError(
+            "CONF503",
+            f"the autoencoder learns a map without symmetry, found --symmetry {config.symmetry}",
+            "pass --symmetry auto, which looks for one on its map, or --method marginal",
+        )
     values = flat(dataclasses.asdict(config))
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):

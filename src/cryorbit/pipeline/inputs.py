@@ -74,6 +74,39 @@ def split_halves(particles: ParticleSet, seed: int) -> Int[Tensor, " n"]:
     return half[image]
 
 
+def open_checked(config: RunConfig) -> tuple[ParticleSet, list[str]]:
+    """The particles of ``config`` with a CTF, or none wanted; and what is worth a warning.
+
+    Raises
+    ------
+    DataError
+        What no work can begin with.
+    """
+    path = Path(config.particles)
+    stated = {name: getattr(config, name) for name in ("voltage", "spherical_aberration", "amplitude_contrast")}
+    options: dict[str, Any] = {
+        "datadir": Path(config.datadir) if config.datadir else None,
+        "pixel_size": config.pixel_size or None,
+        "invert_contrast": config.contrast == "dark",
+        "ctf_given": {name: value for name, value in stated.items() if value},
+    }
+    examination = examine_particles(path, **options)
+    for finding in examination.findings:
+        if finding.level == "error":
+            raise DataError(finding.code or "DATA042", finding.message, finding.hint)
+    particles = open_particles(path, **options)
+    warnings = [f.message + (f" ({f.hint})" if f.hint else "") for f in examination.findings if f.level == "warning"]
+    if config.no_ctf:
+        particles = replace(particles, ctf=None)
+    elif particles.ctf is None and len(particles.ctf_missing) < 6:
+        raise DataError(
+            "DATA041",
+            f"the CTF of {path.name} is incomplete: {', '.join(particles.ctf_missing)} missing",
+            "say it with --set (voltage=300, spherical_aberration=2.7, amplitude_contrast=0.1), or pass --no-ctf",
+        )
+    return particles, warnings
+
+
 def prepare(config: RunConfig) -> Inputs:
     """Open and check the particles; everything that can be refused is refused here, before any work."""
     check(config)
@@ -95,19 +128,7 @@ def prepare(config: RunConfig) -> Inputs:
             f"{_FEWEST_ROTATIONS} are needed",
             f"pass --set abinitio.order={order + 1}, or impose a smaller group",
         )
-    path = Path(config.particles)
-    stated = {name: getattr(config, name) for name in ("voltage", "spherical_aberration", "amplitude_contrast")}
-    options: dict[str, Any] = {
-        "datadir": Path(config.datadir) if config.datadir else None,
-        "pixel_size": config.pixel_size or None,
-        "invert_contrast": config.contrast == "dark",
-        "ctf_given": {name: value for name, value in stated.items() if value},
-    }
-    examination = examine_particles(path, **options)
-    for finding in examination.findings:
-        if finding.level == "error":
-            raise DataError(finding.code or "DATA042", finding.message, finding.hint)
-    particles = open_particles(path, **options)
+    particles, warnings = open_checked(config)
     if len(particles) < FEWEST_PARTICLES:
         raise DataError(
             "DATA040", f"{config.particles} holds {len(particles)} particles, at least {FEWEST_PARTICLES} are needed"
@@ -119,15 +140,6 @@ def prepare(config: RunConfig) -> Inputs:
             "CONF022",
             f"mask diameter {diameter:g} A does not fit a box of {extent:.1f} A ({particles.box} px of {particles.pixel_size:.3f} A)",
             "give --mask-diameter in angstrom, a little more than the longest side of the particle",
-        )
-    warnings = [f.message + (f" ({f.hint})" if f.hint else "") for f in examination.findings if f.level == "warning"]
-    if config.no_ctf:
-        particles = replace(particles, ctf=None)
-    elif particles.ctf is None and len(particles.ctf_missing) < 6:
-        raise DataError(
-            "DATA041",
-            f"the CTF of {path.name} is incomplete: {', '.join(particles.ctf_missing)} missing",
-            "say it with --set (voltage=300, spherical_aberration=2.7, amplitude_contrast=0.1), or pass --no-ctf",
         )
     if config.refine.defocus_range and particles.ctf is None:
         raise ConfigError(

@@ -1,11 +1,9 @@
 """What a finished run knows of its own map: ``cryorbit posterior run/``. Orchestration only."""
 
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from scipy import ndimage
@@ -14,7 +12,6 @@ from torch import Tensor
 from cryorbit.errors import RunError
 from cryorbit.groups.point import point_group
 from cryorbit.io.mrc import read_volume, write_volume
-from cryorbit.io.particles import open_particles
 from cryorbit.methods.map_posterior import MapPosterior, map_posterior, pose_variance
 from cryorbit.metrics.directions import missing_views, spectrum_by_direction, unseen_share
 from cryorbit.metrics.masks import mask_within, soft_sphere
@@ -29,15 +26,15 @@ from cryorbit.metrics.spectrum import (
 )
 from cryorbit.physics.fourier import full_transform, shell_index
 from cryorbit.pipeline import outputs
-from cryorbit.pipeline.config import RunConfig, from_toml
-from cryorbit.pipeline.inputs import Inputs, choose_device, prepare
+from cryorbit.pipeline.config import RunConfig
+from cryorbit.pipeline.finished import inputs_of, open_finished, posterior_of_run
+from cryorbit.pipeline.inputs import Inputs, choose_device
 from cryorbit.pipeline.rundir import locked
 from cryorbit.pipeline.start import full_stack
 from cryorbit.poses.local import PoseSamples
 from cryorbit.poses.posterior import PosePosterior
 from cryorbit.training.dataset import FourierStack
 
-NEEDED = ("config.toml", "metrics.json", "particles.star", "poses.npz", "map.mrc", "fsc.csv", "checkpoint")
 WRITTEN = ("map_mean.mrc", "map_std.mrc", "missing_views.mrc", "ss_snr.csv", "directions.csv", "posterior.json")
 _NO_MASS = 1e-2  # of a particle's posterior: modes with less are left out
 _SMOOTH_PX = 1.5  # standard deviation of the window over which voxel variances from few draws are averaged
@@ -70,7 +67,7 @@ def posterior(
     """
     if not 2 <= draws <= 1000:
         raise RunError("RUN042", f"{draws} draws of poses tell no variance", "give 2 to 1000, 8 is usual")
-    config, metrics = _finished(run)
+    config, metrics = open_finished(run)
     for name in WRITTEN:
         if (run / name).is_dir():
             raise RunError("RUN045", f"{run / name} is a folder, expected a file or nothing", "move it away")
@@ -83,11 +80,10 @@ def posterior(
         config = replace(config, memory_gib=memory_gib)
     begun = time.monotonic()
     with locked(run):
-        inputs = _inputs(run, config, metrics)
+        inputs = inputs_of(run, config, metrics)
         stack = full_stack(config, inputs)
-        stack.defocus_offset = _defocus_offset(run, inputs)
         mask = _mask(run, config, inputs, stack.box, stack.pixel_size)
-        poses = _poses(run, len(stack)).in_pixels(stack.pixel_size)
+        poses = posterior_of_run(run, len(stack)).in_pixels(stack.pixel_size)
         samples = _drawn(poses, draws, seed)
         group, equal = point_group(inputs.symmetry).float(), torch.ones(len(stack))
         found = map_posterior(stack, equal, _modes(poses), group)
@@ -96,55 +92,6 @@ def posterior(
         values |= {"draws": draws, "seed": seed, "particles": len(stack), "seconds": time.monotonic() - begun}
         outputs.write_json(run / "posterior.json", values)
     return values
-
-
-def _finished(run: Path) -> tuple[RunConfig, dict[str, object]]:
-    if not run.is_dir():
-        raise RunError("RUN040", f"{run} is not a folder", "give the --output folder of a reconstruction")
-    missing = [name for name in NEEDED if not (run / name).exists()]
-    if missing:
-        started = (run / "config.toml").exists()
-        raise RunError(
-            "RUN040",
-            f"{run} is not a finished run: {', '.join(missing)} missing",
-            "run the command that made it again, it continues"
-            if started
-            else "give the --output folder of a reconstruction",
-        )
-    try:
-        config = from_toml((run / "config.toml").read_text(encoding="utf-8"))
-        metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
-        symmetry, diameter, contrast = (metrics[k] for k in ("symmetry", "mask_diameter_A", "contrast"))
-        shape = {"box": int(metrics["box"]), "particles": int(metrics["particles"])}
-        size = {"pixel_size_A": float(metrics["pixel_size_A"])}
-        config = replace(config, symmetry=str(symmetry), mask_diameter=float(diameter), contrast=str(contrast))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            "RUN041", f"config.toml or metrics.json in {run} is not of a finished run ({error!r})", "run it again"
-        ) from error
-    return config, metrics | shape | size
-
-
-def _inputs(run: Path, config: RunConfig, metrics: dict[str, object]) -> Inputs:
-    """The particles of the run, if they are still those it was made from."""
-    inputs = prepare(config)
-    now = {"box": inputs.particles.box, "particles": len(inputs.particles), "pixel_size_A": inputs.particles.pixel_size}
-    for name, value in now.items():
-        if not abs(float(str(metrics[name])) - value) <= 1e-4 * value:
-            raise RunError(
-                "RUN043",
-                f"{config.particles} has {name} {value:g}, {run} was made from {metrics[name]}",
-                "put the particles the run was made from back, or run it again",
-            )
-    return inputs
-
-
-def _poses(run: Path, count: int) -> PosePosterior:
-    ours = open_particles(run / "particles.star", require_images=False)
-    stored = outputs.posterior_of(run / "poses.npz", np.asarray(ours.rotations))
-    if len(stored.mass) != count:
-        raise RunError("RUN043", f"{run / 'poses.npz'} has poses of {len(stored.mass)} particles, there are {count}")
-    return stored
 
 
 def _drawn(poses: PosePosterior, draws: int, seed: int) -> list[PoseSamples]:
@@ -166,14 +113,6 @@ def _modes(poses: PosePosterior) -> PoseSamples:
     return PoseSamples(
         particle, poses.rotations[particle, mode], poses.shifts[particle, mode], weight / total[particle]
     )
-
-
-def _defocus_offset(run: Path, inputs: Inputs) -> Float[Tensor, " n"]:
-    """By how much the run moved each particle's defocus."""
-    before, after = inputs.particles.ctf, open_particles(run / "particles.star", require_images=False).ctf
-    if before is None or after is None:
-        return torch.zeros(len(inputs.particles))
-    return torch.from_numpy(after["defocus_u"] - before["defocus_u"]).float()
 
 
 def _mask(run: Path, config: RunConfig, inputs: Inputs, box: int, pixel_size: float) -> Float[Tensor, "d d d"]:

@@ -21,12 +21,13 @@ from cryorbit.physics.cryoem import forward
 from cryorbit.physics.fourier import disk_to_images
 from cryorbit.physics.slicing import slicing_grid
 from cryorbit.pipeline import outputs
-from cryorbit.pipeline.config import ABINITIO, POSES, RunConfig, decisive, to_toml
+from cryorbit.pipeline.config import ABINITIO, AMORTIZED, POSES, RunConfig, decisive, to_toml
 from cryorbit.pipeline.handover import hand_over
 from cryorbit.pipeline.inputs import Inputs, prepare
+from cryorbit.pipeline.joint import learnt_maps, least_radius
 from cryorbit.pipeline.rundir import locked, open_run
 from cryorbit.pipeline.start import Start, start_from_poses
-from cryorbit.pipeline.verdict import NOTED, OTHERS, agree, judge, sentence
+from cryorbit.pipeline.verdict import NOTED, OTHER_METHOD, OTHERS, TRUST, agree, judge, sentence
 from cryorbit.poses.posterior import PosedParticles
 from cryorbit.training.dataset import FourierStack
 from cryorbit.training.history import History
@@ -108,6 +109,8 @@ def _abinitio(
     settings = config.abinitio
     extent = inputs.particles.box * inputs.particles.pixel_size
     radius = min(settings.radius_end * extent / inputs.mask_diameter, 0.5 * inputs.particles.box - 1)
+    if config.method == AMORTIZED:
+        radius = max(radius, least_radius(config, inputs))
     stack = FourierStack(
         inputs.particles,
         float(round(radius)),
@@ -123,6 +126,9 @@ def _abinitio(
         half_set=inputs.half_set,
         seed=config.seed,
     )
+    if config.method == AMORTIZED:
+        engine.take_over(learnt_maps(config, inputs, stack, folder, history, progress, fingerprint))
+        return engine
     checkpoint = folder / f"{engine.name}.safetensors"
     run(engine, checkpoint=checkpoint, history=history, progress=progress, fingerprint=fingerprint)
     return engine
@@ -193,6 +199,8 @@ def _summarise(
     status = str(told["status"])
     if left is not None and left.share - 2 * left.error > NOTED and OTHERS not in status:
         warnings.append(f"the map leaves {100 * left.share:.0f} % of the images' signal unexplained. {OTHERS}")
+    if config.method == AMORTIZED and told["verdict"] != TRUST:
+        warnings.append(OTHER_METHOD)
     if config.start == ABINITIO:
         warnings.append(
             "the hand is a coin's toss: images cannot tell a molecule from its mirror image. Look at the map; --flip-hand writes the other"
@@ -216,6 +224,7 @@ def _summarise(
         "preset": config.preset,
         "seed": config.seed,
         "start": config.start,
+        "method": config.method,
         "volume": config.volume,
         "contrast": "dark" if inputs.particles.sign < 0 else "light",
         "hand_flipped": config.flip_hand,

@@ -35,6 +35,7 @@ OURS = (
     "directions.csv",
     "posterior.json",
     "checkpoint",
+    "encoder",
     "figures",
     "config.toml",
 )

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 TRUSTED, DOUBTED = 0.95, 0.5
+TRUST = "trust"
 
 # Share of the signal that the map leaves, less two standard errors: some is worth a note; where half of the images show another
 # molecule, whatever the halves agree on, little chance is left.
@@ -17,6 +18,11 @@ NOTED, MIXED, MIXED_CHANCE = 0.03, 0.075, 0.05
 OTHERS = (
     "The images show more than this map: other molecules or states, broken particles, junk, or wrong CTFs. Sort the particles by 2-D or 3-D "
     "classes and run again with those of one"
+)
+
+OTHER_METHOD = (
+    "the autoencoder may have stayed at chance, which it does from some starts: try another --seed, or --method marginal, which the chance of "
+    "being right was fitted to"
 )
 
 # Weights of a logistic function of `features`, fitted to simulated runs by benchmarks/success_rate.py --fit.
@@ -91,7 +97,7 @@ def probability(evidence: Evidence) -> float:
 def judge(evidence: Evidence) -> Verdict:
     """Chance, level (``trust``, ``doubt``, ``do not trust``), reasons in words, and what to try."""
     chance = probability(evidence)
-    level = "trust" if chance >= TRUSTED else "doubt" if chance >= DOUBTED else "do not trust"
+    level = TRUST if chance >= TRUSTED else "doubt" if chance >= DOUBTED else "do not trust"
     reasons = []
     if evidence.joined:
         reasons.append(
@@ -108,7 +114,7 @@ def judge(evidence: Evidence) -> Verdict:
     advice = ""
     if evidence.mixed:
         advice = f"{OTHERS}."
-    elif level != "trust":
+    elif level != TRUST:
         advice = (
             "Compare a run with another --seed, try --preset thorough, and check mask diameter, CTF and symmetry with "
             "`cryorbit inspect`; junk and mixed particles do this too."
@@ -132,7 +138,7 @@ def sentence(verdict: Verdict, agreement: str, masked: float) -> str:
         "can go wrong)"
     )
     because = "; ".join(verdict.reasons)
-    if verdict.level == "trust":
+    if verdict.level == TRUST:
         return f"Trust to {masked:.1f} A: {agreement}; {because}. {chance[0].upper()}{chance[1:]}."
     opening = "Do not trust this map yet" if verdict.level == "doubt" else "Do not trust this map"
     return f"{opening}: {chance}. {because[0].upper()}{because[1:]}; {agreement}. {verdict.advice}"

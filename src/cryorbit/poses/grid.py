@@ -167,3 +167,40 @@ def distinct_modes(
         kept[:, m] = ~near.any(dim=1)
     order = (~kept).to(torch.int8).argsort(dim=1, stable=True)[:, :count]
     return best.gather(1, order), shift.gather(1, order)
+
+
+def nominate(
+    images: Complex[Tensor, "b p"],
+    ctf: Float[Tensor, "b p"],
+    rotations: Float[Tensor, "h 3 3"],
+    slices: Complex[Tensor, "h p"],
+    precision: Float[Tensor, " p"],
+    spread_px: float,
+    disk: FourierDisk,
+    *,
+    count: int,
+    apart: float,
+) -> tuple[Float[Tensor, "b m 3 3"], Float[Tensor, "b m 2"]]:
+    """The ``count`` most probable poses of each image on a whole grid, ``apart`` radian from each other where there are so many.
+
+    Parameters
+    ----------
+    images, ctf, slices, precision, disk
+        As for :func:`expectation`.
+    rotations
+        (H, 3, 3) at which ``slices`` were read.
+    spread_px
+        Standard deviation of the shifts in pixels; searched to three times that.
+    count, apart
+        See above.
+
+    Returns
+    -------
+    Rotations and shifts in pixels, the most probable first.
+    """
+    step = 0.38 * disk.box / disk.radius
+    lattice = shift_grid(3 * spread_px, min(step, max(3 * spread_px, 1e-3)), spread_px)
+    modes = min(8 * count, 2 * len(rotations)) if count > 1 else 1
+    found = expectation(images, ctf, slices, precision, lattice, disk, sums=False, modes=modes)
+    best, best_shift = distinct_modes(found, with_half_turns(rotations), count, apart)
+    return with_half_turns(rotations)[best].to(images.device), lattice.points[best_shift.cpu()].to(images.device)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cryorbit.groups import so3
 from cryorbit.physics.fourier import FourierDisk
-from cryorbit.poses.grid import ShiftGrid, distinct_modes, expectation, with_half_turns
+from cryorbit.poses.grid import nominate
 
 Starts = tuple[Float[Tensor, "b c 3 3"], Float[Tensor, "b c 2"], Bool[Tensor, "b c"]]
 More = tuple[Float[Tensor, "b k 3 3"], Float[Tensor, "b k 2"], Bool[Tensor, "b k"]]
@@ -28,8 +28,8 @@ class GridSearch:
         Radian between neighbours.
     disk, keep, precision
         The Fourier pixels (Q), their columns in the images, and their multiplicity over noise variance.
-    shifts
-        Lattice of shifts in pixels.
+    shift_sigma
+        Standard deviation of the shifts in pixels.
     symmetry
         (S, 3, 3) rotations under which poses are equivalent.
     """
@@ -40,7 +40,7 @@ class GridSearch:
     disk: FourierDisk
     keep: Int[Tensor, " q"]
     precision: Float[Tensor, " q"]
-    shifts: ShiftGrid
+    shift_sigma: float
     symmetry: Float[Tensor, "s 3 3"]
 
     def added_to(
@@ -51,12 +51,17 @@ class GridSearch:
         Rotations, shifts in pixels, and which of them to use.
         """
         rotations, shifts, used = had
-        modes = min(8 * count, 2 * len(self.rotations)) if count > 1 else 1
-        images, ctf = images[:, self.keep], ctf[:, self.keep]
-        found = expectation(images, ctf, self.slices, self.precision, self.shifts, self.disk, sums=False, modes=modes)
-        every = with_half_turns(self.rotations)
-        best, best_shift = distinct_modes(found, every, count, apart * self.spacing)
-        turns, offsets = every[best].to(images.device), self.shifts.points[best_shift.cpu()].to(images.device)
+        turns, offsets = nominate(
+            images[:, self.keep],
+            ctf[:, self.keep],
+            self.rotations,
+            self.slices,
+            self.precision,
+            self.shift_sigma,
+            self.disk,
+            count=count,
+            apart=apart * self.spacing,
+        )
         mates = (turns[:, :, None] @ self.symmetry)[:, :, None]  # (b, found, 1, s, 3, 3)
         distance = so3.distance(*torch.broadcast_tensors(mates, rotations[:, None, :, None])).amin(dim=3)
         elsewhere = torch.where(used[:, None], distance, torch.inf).amin(dim=2) > apart * self.spacing

@@ -1,0 +1,110 @@
+"""Joint training from a random start: what each addition to the paper's model is worth, and the curves of its Fig. 2.
+
+    python benchmarks/reproduce/paper001/joint.py --work /tmp/paper001 --what ablation
+    python benchmarks/reproduce/paper001/joint.py --work /tmp/paper001 --what figure2
+
+Particles the network has not seen are posed by it; errors are after the best common rotation and hand. ``figure2`` trains the paper's model
+(Euler angles, quaternions, S2 x S2) and its yardsticks on what 64 px images hold up to 15 Fourier pixels (6.8 A), for far fewer steps.
+"""
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+
+import torch
+from common import DIAMETER, Data, simulated, summary, write
+
+from cryorbit.methods.amortized import Amortized, TablePoses, Tomo
+from cryorbit.methods.amortized_config import AmortizedConfig, DecoderConfig, TableConfig
+from cryorbit.pipeline.config import RunConfig, preset
+from cryorbit.training.loop import Method, run
+
+RADIUS, TRAINED, HELD_OUT = 15.0, 2000, 500
+WITHOUT: dict[str, dict[str, object]] = {
+    "all": {},
+    "without the symmetrised loss": {"symmetrised": False},
+    "one head": {"heads": 1},
+    "plain L2": {"likelihood": "l2"},
+    "no batch normalisation, PyTorch's start": {"normalised": False, "he": False},
+    "no march": {"radius_start": 8.0},
+    "no shifts": {"fit_shift": False},
+}
+
+
+def trained(method: Method, data: Data, looks: int) -> list[dict[str, float]]:
+    """Train ``method``, looking at its poses now and then; CPU seconds are of training alone."""
+    rows: list[dict[str, float]] = []
+    chosen = torch.arange(TRAINED, TRAINED + HELD_OUT) if isinstance(method, Amortized) else torch.arange(HELD_OUT)
+    every, seconds, losses = max(1, method.total_steps() // looks), 0.0, []
+
+    def look(stage: str, step: int, total: int, values: dict[str, float | str]) -> None:
+        nonlocal seconds
+        losses.append(float(values["unexplained"]))
+        if step % every == 0:
+            seconds += time.process_time() - begun[0]
+            row = {"step": step, "unexplained": round(sum(losses[-every:]) / every, 4), "cpu_s": round(seconds, 1)}
+            if isinstance(method, Amortized | TablePoses):
+                row |= summary(data.errors(method.poses(chosen), chosen))
+            rows.append(row)
+            begun[0] = time.process_time()
+
+    begun = [time.process_time()]
+    run(method, progress=look)
+    return rows
+
+
+def ablation(data: Data, steps: int, seeds: int) -> dict[str, object]:
+    """The default and the default less one addition at a time."""
+    members, out = torch.arange(TRAINED), {}
+    for name, change in WITHOUT.items():
+        config = dataclasses.replace(AmortizedConfig(steps=steps), **change)
+        ends = [
+            trained(Amortized(data.stack, config, mask_diameter=DIAMETER, members=members, seed=s), data, 1)[-1]
+            for s in range(seeds)
+        ]
+        out[name] = ends
+        print(name, ends, flush=True)
+    return out
+
+
+def figure2(data: Data, steps: int, seeds: int) -> dict[str, object]:
+    """The paper's three parametrisations, a table of poses, and known poses: loss and error against steps."""
+    printed = preset(RunConfig(particles="-", preset="paper001")).amortized
+    printed = dataclasses.replace(printed, steps=steps, bfloat16=True)
+    plain = {name: getattr(printed, name) for name in ("batch", "likelihood", "radius_start", "radius_end")}
+    common = {"mask_diameter": DIAMETER, "members": torch.arange(TRAINED)}
+    out: dict[str, object] = {}
+    for name in ("euler", "quaternion", "s2s2"):
+        config = dataclasses.replace(printed, parametrisation=name)
+        out[name] = [trained(Amortized(data.stack, config, seed=s, **common), data, 10) for s in range(seeds)]
+        print(name, [x[-1] for x in out[name]], flush=True)
+    table = TableConfig(steps=steps, **plain)
+    out["ad"] = [trained(TablePoses(data.stack, table, seed=s, **common), data, 10) for s in range(seeds)]
+    known = DecoderConfig(steps=steps, **plain)
+    out["tomo"] = [trained(Tomo(data.stack, known, poses=data.poses, seed=s, **common), data, 10) for s in range(seeds)]
+    print("ad", [x[-1] for x in out["ad"]], "tomo", [x[-1] for x in out["tomo"]], flush=True)
+    return out
+
+
+def main() -> None:
+    """One of the two."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="Folder for data; what is there is used.")
+    parser.add_argument("--what", choices=("ablation", "figure2"), required=True)
+    parser.add_argument("--level", default="clean", choices=("clean", "0 dB"))
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    star = simulated(arguments.work / arguments.level.replace(" ", "").lower() / "sim", 3000, arguments.level, 1)
+    data = Data.of(star, RADIUS)
+    made = {"ablation": ablation, "figure2": figure2}[arguments.what](data, arguments.steps, arguments.seeds)
+    output = arguments.output or Path(f"benchmarks/results/paper001_{arguments.what}.json")
+    sizes = {"level": arguments.level, "trained": TRAINED, "held_out": HELD_OUT, "radius_px": RADIUS}
+    write(output, sizes | {"steps": arguments.steps, "seeds": arguments.seeds, "rows": made})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Settings of the orientation autoencoder and its two yardsticks."""
+
+from dataclasses import dataclass
+
+from cryorbit.errors import ConfigError
+from cryorbit.poses.encoder import PARAMETRISATIONS
+
+LIKELIHOODS = ("noise", "l2")
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """What known poses, a table of poses and an encoder have in common: the map, and the steps it is learnt in.
+
+    Attributes
+    ----------
+    steps, batch
+        Adam steps, and images in each.
+    likelihood
+        ``noise``: squared residuals over the noise variance of their shell, which follows the residuals; ``l2``: all alike (papers/001
+        eq. 11).
+    radius_start, radius_end
+        Fourier radius at the first step and after ``march`` of the steps, in periods per particle diameter; 0 takes all there is.
+    march
+        Share of the steps in which the radius grows.
+    volume_rate
+        Adam's step for a voxel, in units of a voxel's own spread.
+    """
+
+    steps: int = 1400
+    batch: int = 40
+    likelihood: str = "noise"
+    radius_start: float = 2.0
+    radius_end: float = 8.0
+    march: float = 0.9
+    volume_rate: float = 0.15
+
+
+@dataclass(frozen=True)
+class TableConfig(DecoderConfig):
+    """A pose of its own for every image, by gradient (papers/001 section 4, "AD").
+
+    Attributes
+    ----------
+    parametrisation
+        ``euler``, ``quaternion`` or ``s2s2``.
+    pose_rate
+        Adam's step for the numbers of a pose.
+    """
+
+    parametrisation: str = "s2s2"
+    pose_rate: float = 0.03
+
+
+@dataclass(frozen=True)
+class AmortizedConfig(DecoderConfig):
+    """The orientation autoencoder (papers/001), with what makes it work.
+
+    Attributes
+    ----------
+    parametrisation
+        ``euler``, ``quaternion`` or ``s2s2``.
+    heads
+        Poses proposed per image; the best of them is followed (winner takes all), and the network learns which it will be.
+    symmetrised
+        Show the network each image and the image turned by 180 degrees in plane, and follow the better.
+    normalised, he
+        Batch normalisation, and He's starting weights.
+    matched
+        Show the network images multiplied by their CTF.
+    fit_shift
+        Whether the network says where the particle is.
+    side
+        Pixels across what the network sees, 1.25 particle diameters; 0 shows whole images as they are.
+    encoder_rate
+        Adam's step for the network's weights.
+    bfloat16
+        Convolve in bfloat16.
+    """
+
+    parametrisation: str = "s2s2"
+    heads: int = 4
+    symmetrised: bool = True
+    normalised: bool = True
+    he: bool = True
+    matched: bool = True
+    fit_shift: bool = True
+    side: int = 16
+    encoder_rate: float = 1e-3
+    bfloat16: bool = True
+
+
+def checked(config: DecoderConfig) -> None:
+    """Refuse settings no run can use."""
+    fine = {
+        "steps": config.steps > 0,
+        "batch": config.batch > 0,
+        "likelihood": config.likelihood in LIKELIHOODS,
+        "radius_start": config.radius_start >= 0,
+        "radius_end": config.radius_end == 0 or config.radius_end >= max(config.radius_start, 1),
+        "march": 0 <= config.march <= 1,
+        "volume_rate": config.volume_rate > 0,
+    }
+    if isinstance(config, TableConfig | AmortizedConfig):
+        fine["parametrisation"] = config.parametrisation in PARAMETRISATIONS
+    if isinstance(config, TableConfig):
+        fine["pose_rate"] = config.pose_rate > 0
+    if isinstance(config, AmortizedConfig):
+        fine |= {
+            "batch": config.batch > 1 or not config.normalised,
+            "heads": 1 <= config.heads <= 64,
+            "side": config.side == 0 or config.side >= 8,
+            "encoder_rate": config.encoder_rate > 0,
+        }
+    for name, good in fine.items():
+        if not good:
+            raise ConfigError(
+                "CONF502",
+                f"{name} = {getattr(config, name)!r} is out of range",
+                f"likelihood: {', '.join(LIKELIHOODS)}; parametrisation: {', '.join(PARAMETRISATIONS)}; radii not negative and the last at "
+                "least the first; march 0 to 1; heads 1 to 64; side 0 or at least 8; counts and rates positive, batches of 2 or more where "
+                "they are normalised",
+            )

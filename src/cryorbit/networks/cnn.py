@@ -1,0 +1,100 @@
+"""Convolutions, then a perceptron: from small square images to a vector each."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cryorbit.errors import ConfigError
+
+_BLOCKS = 3
+SMALLEST_SIDE = 2**_BLOCKS
+
+
+class ConvEncoder(nn.Module):
+    """Three blocks of two 3 x 3 convolutions and a max-pool, then two fully connected layers (papers/001 section 3, "Encoder").
+
+    As printed, it learns little from where PyTorch's default weights start it (measured in docs/methods/amortized.md); He's start and batch
+    normalisation are the two switches that change that.
+
+    Parameters
+    ----------
+    side
+        Of the images in pixels, at least 8.
+    outputs
+        Numbers per image.
+    filters, hidden
+        Of each block, and units of each fully connected layer.
+    normalised
+        Whether convolutions and fully connected layers are followed by batch normalisation.
+    he
+        Start from He et al. 2015 (weights of variance 2 / inputs, biases zero) in place of PyTorch's default.
+    bfloat16
+        Multiply in bfloat16; what comes out is float32.
+    seed
+        Of the start.
+
+    Raises
+    ------
+    ConfigError
+        CONF500 images too small for three blocks.
+    """
+
+    def __init__(
+        self,
+        side: int,
+        outputs: int,
+        *,
+        filters: tuple[int, int, int] = (32, 64, 128),
+        hidden: int = 512,
+        normalised: bool = True,
+        he: bool = True,
+        bfloat16: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if side < SMALLEST_SIDE:
+            raise ConfigError(
+                "CONF500", f"images of {side} px are too small to encode, expected {SMALLEST_SIDE} px or more"
+            )
+        self.reduced = bfloat16
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            layers: list[nn.Module] = []
+            before = 1
+            for count in filters:
+                for _ in range(2):
+                    layers += [nn.Conv2d(before, count, 3, padding=1)]
+                    layers += [nn.BatchNorm2d(count)] if normalised else []
+                    layers += [nn.ReLU()]
+                    before = count
+                layers += [nn.MaxPool2d(2)]
+            layers += [nn.Flatten()]
+            before *= (side // SMALLEST_SIDE) ** 2
+            for _ in range(2):
+                layers += [nn.Linear(before, hidden)]
+                layers += [nn.BatchNorm1d(hidden)] if normalised else []
+                layers += [nn.ReLU()]
+                before = hidden
+            self.last = nn.Linear(hidden, outputs)
+            self.body = nn.Sequential(*layers)
+            if he:
+                self._start_he()
+
+    def _start_he(self) -> None:
+        for layer in self.body:
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        for name, parameter in self.body.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+        nn.init.normal_(self.last.weight, 0.0, 1.0 / math.sqrt(self.last.in_features))
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, images: Float[Tensor, "b side side"]) -> Float[Tensor, "b outputs"]:
+        """One vector per image; images of variance about 1."""
+        x = images[:, None].contiguous(memory_format=torch.channels_last)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.reduced):
+            x = self.body(x)
+        return self.last(x.to(images.dtype))

@@ -1,0 +1,67 @@
+"""Ab initio by the orientation autoencoder: one for each half of the particles, each from a random start of its own."""
+
+import math
+from pathlib import Path
+
+from jaxtyping import Float
+from torch import Tensor
+
+from cryorbit.methods.amortized import Amortized
+from cryorbit.methods.halves import HALVES, members_of
+from cryorbit.pipeline.config import RunConfig
+from cryorbit.pipeline.inputs import Inputs
+from cryorbit.training.dataset import FourierStack
+from cryorbit.training.history import History
+from cryorbit.training.loop import Progress, run
+
+
+def least_radius(config: RunConfig, inputs: Inputs) -> float:
+    """Fourier radius in pixels that the images of the autoencoder must reach."""
+    nyquist = 0.5 * inputs.particles.box
+    if not config.amortized.radius_end:
+        return nyquist
+    extent = inputs.particles.box * inputs.particles.pixel_size
+    return min(math.ceil(config.amortized.radius_end * extent / inputs.mask_diameter), nyquist - 1)
+
+
+def learnt_maps(
+    config: RunConfig,
+    inputs: Inputs,
+    stack: FourierStack,
+    folder: Path,
+    history: History,
+    progress: Progress | None,
+    fingerprint: str,
+) -> tuple[Float[Tensor, "d d d"], Float[Tensor, "d d d"]]:
+    """The maps of the two halves, neither of which has seen an image or a weight of the other.
+
+    Parameters
+    ----------
+    config, inputs, stack
+        Of the run; the map is learnt in the box of the stack.
+    folder, history, progress, fingerprint
+        As for :func:`~cryorbit.training.loop.run`; each half has a checkpoint of its own.
+
+    Returns
+    -------
+    Two (D, D, D) maps, each in a frame and hand of its own.
+    """
+    maps = []
+    for half in HALVES:
+        method = Amortized(
+            stack,
+            config.amortized,
+            mask_diameter=inputs.mask_diameter,
+            members=members_of(inputs.half_set, half),
+            seed=2 * config.seed + half,
+        )
+        method.name = f"{Amortized.name} {half}"
+        run(
+            method,
+            checkpoint=folder / f"{Amortized.name}_{half}.safetensors",
+            history=history,
+            progress=progress,
+            fingerprint=fingerprint,
+        )
+        maps.append(method.map())
+    return maps[0], maps[1]

@@ -1,0 +1,46 @@
+"""Densities on rotations that networks are fitted to: concentrated about one rotation, equally about every axis, and mixtures of these."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cryorbit.poses.encoder import EncodedPoses
+
+
+def log_concentrated(cosine: Float[Tensor, "*b"], concentration: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    """Log density at an angle from the centre, relative to the uniform distribution (isotropic matrix Fisher).
+
+    ``p = exp(x (cos angle - 1)) / (I0e(x) - I1e(x))``: x is 1 / variance about each axis (radian) where it is large, and 0 is uniform.
+
+    Parameters
+    ----------
+    cosine
+        Of the angle between the rotations.
+    concentration
+        x, 1 / radian^2, not negative.
+    """
+    x = concentration.to(torch.float64)
+    norm = torch.special.i0e(x) - torch.special.i1e(x)
+    return x * (cosine.to(torch.float64) - 1) - norm.log()
+
+
+def cosines(
+    found: Float[Tensor, "b h 3 3"], label: Float[Tensor, "b 3 3"], symmetry: Float[Tensor, "s 3 3"]
+) -> Float[Tensor, "b h"]:
+    """Cosine of the angle from each of the rotations ``found`` to the nearest equivalent of the label."""
+    mates = label[:, None] @ symmetry.to(label)
+    trace = torch.einsum("bhij,bsij->bhs", found, mates)
+    return 0.5 * (trace.amax(dim=2) - 1)
+
+
+def log_mixture(
+    found: EncodedPoses,
+    rotations: Float[Tensor, "b 3 3"],
+    shifts: Float[Tensor, "b 2"],
+    symmetry: Float[Tensor, "s 3 3"],
+    shift_sd: float,
+) -> Float[Tensor, " b"]:
+    """Log density of one pose per image under the mixture of its candidates; shifts normal with ``shift_sd`` pixels about each."""
+    of_rotation = log_concentrated(cosines(found.rotations, rotations, symmetry), found.concentration)
+    of_shift = -0.5 * ((found.shifts - shifts[:, None]) / shift_sd).square().sum(dim=2)
+    return (found.log_weight + of_rotation + of_shift).logsumexp(dim=1)

@@ -1,0 +1,165 @@
+"""The autoencoder and its yardsticks: maps at known poses, what the symmetrised loss follows, teaching of a known structure, and refusals."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from cryorbit.errors import ConfigError
+from cryorbit.groups import so3
+from cryorbit.methods.amortized import Amortized, TablePoses, Tomo
+from cryorbit.methods.amortized_config import AmortizedConfig, DecoderConfig, TableConfig, checked
+from cryorbit.methods.distillation import Distillation, DistillationConfig, Structure
+from cryorbit.metrics.align import align_poses
+from cryorbit.metrics.fsc import fsc
+from cryorbit.pipeline.config import RunConfig, check, preset
+from cryorbit.poses.density import log_mixture
+from cryorbit.poses.posterior import PosePosterior
+from cryorbit.simulate.particles import SimulatedParticles, simulate_particles
+from cryorbit.simulate.phantom import phantom
+from cryorbit.training.dataset import ArrayParticles, FourierStack
+from cryorbit.training.loop import run
+from cryorbit.types import Poses
+
+APIX, DIAMETER = 5.0, 70.0
+EYE = torch.eye(3)[None]
+
+
+@pytest.fixture(scope="module")
+def truth() -> SimulatedParticles:
+    return simulate_particles(phantom(), count=300, box=16, pixel_size=APIX, snr_db=6.0, seed=3)
+
+
+@pytest.fixture(scope="module")
+def stack(truth: SimulatedParticles) -> FourierStack:
+    return FourierStack(ArrayParticles(truth.images.numpy(), APIX), 8.0, mask_diameter=DIAMETER)
+
+
+def test_known_poses_give_the_map(truth, stack):
+    method = Tomo(stack, DecoderConfig(steps=80, batch=40), poses=truth.poses, mask_diameter=DIAMETER)
+    run(method)
+    assert method.radius(0) == 2
+    assert method.radius(79) == 8
+    assert float(fsc(method.map(), truth.volume.data)[1:6].min()) > 0.95
+
+
+def test_a_table_of_almost_true_poses_moves_towards_them(truth, stack):
+    method = TablePoses(stack, TableConfig(steps=120, batch=60), mask_diameter=DIAMETER)
+    turn = so3.exp(0.25 * torch.randn(300, 3, generator=torch.Generator().manual_seed(1)))
+    with torch.no_grad():
+        method.table.weight.copy_((turn @ truth.poses.rotations)[:, :2].flatten(1))
+
+    def error() -> float:
+        found = method.poses(torch.arange(300))
+        return float(align_poses(Poses(found.rotations.double(), found.shifts.double()), truth.poses).error.median())
+
+    before = error()
+    run(method)
+    assert error() < 0.4 * before
+
+
+def test_half_a_turn_of_the_image_changes_nothing(stack):
+    """The loss that is followed is that of the better of an image and the image turned: the same for both."""
+    method = Amortized(stack, AmortizedConfig(steps=2, batch=20, side=16, bfloat16=False), mask_diameter=DIAMETER)
+    chosen = torch.arange(20)
+    images, ctf = stack.images(chosen), stack.ctf(chosen)
+    method.encoder.eval()
+    one, other = (method._proposed(chosen, x, ctf) for x in (images, images.conj().resolve_conj()))
+    heads = method.config.heads
+    torch.testing.assert_close(other[0], so3.half_turn(one[0].roll(heads, dims=1)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(other[1], -one[1].roll(heads, dims=1), atol=1e-5, rtol=0)
+
+
+def test_only_the_best_head_is_followed_and_its_weight_grows(stack):
+    method = Amortized(stack, AmortizedConfig(heads=3, symmetrised=False), mask_diameter=DIAMETER)
+    losses = torch.tensor([[3.0, 1.0, 2.0], [0.5, 1.0, 2.0]], requires_grad=True)
+    log_weight = torch.zeros(2, 3).log_softmax(dim=1).requires_grad_()
+    loss, best = method._objective(losses, log_weight)
+    loss.backward()
+    assert best.tolist() == [1, 0]
+    assert torch.equal(losses.grad != 0, torch.tensor([[False, True, False], [True, False, False]]))
+    assert (log_weight.grad[[0, 1], best] < 0).all()
+
+
+def test_every_image_is_shown_once_in_a_pass(stack):
+    members = torch.arange(10, 80)
+    method = Tomo(
+        stack, DecoderConfig(batch=14), poses=Poses(EYE, torch.zeros(1, 2)), mask_diameter=DIAMETER, members=members
+    )
+    assert torch.equal(torch.cat([method._batch(i) for i in range(5)]).sort().values, members)
+    method = Tomo(
+        stack, DecoderConfig(batch=15), poses=Poses(EYE, torch.zeros(1, 2)), mask_diameter=DIAMETER, members=members
+    )
+    shown = torch.cat([method._batch(i) for i in range(14)])
+    assert (torch.bincount(shown, minlength=80)[10:] == 3).all()
+
+
+def structure(truth: SimulatedParticles, stack: FourierStack) -> Structure:
+    noise = torch.full((9,), (16 * stack.scale) ** 2 * truth.noise_variance)
+    return Structure(truth.volume.data * stack.scale, noise, EYE, shift_sd=0.0, strength_sd=0.0)
+
+
+def known_posterior(truth: SimulatedParticles) -> PosePosterior:
+    covariance = 1e-4 * torch.eye(5).expand(300, 1, 5, 5)
+    return PosePosterior(truth.poses.rotations[:, None], torch.zeros(300, 1, 2), torch.ones(300, 1), covariance)
+
+
+def test_drawn_images_have_the_power_and_the_noise_of_real_ones(truth, stack):
+    method = Distillation(
+        stack,
+        DistillationConfig(side=16),
+        structure=structure(truth, stack),
+        posterior=known_posterior(truth),
+        members=torch.arange(300),
+        mask_diameter=DIAMETER,
+    )
+    drawn = method.draw(300, torch.Generator().manual_seed(0))[0]
+    real = method._real(300, torch.Generator().manual_seed(0))[0]
+    powers = [x[:, method.disk.shell > 0].abs().square().mean(dim=0) for x in (drawn, real)]
+    shell = method.disk.shell[method.disk.shell > 0]
+    for k in range(1, 7):
+        first, second = (float(p[shell == k].mean()) for p in powers)
+        assert first == pytest.approx(second, rel=0.2), k
+
+
+def test_an_encoder_knows_more_of_images_it_never_saw_than_chance(truth, stack):
+    config = DistillationConfig(steps=70, batch=40, side=16, heads=2, synthetic=0.5)
+    method = Distillation(
+        stack,
+        config,
+        structure=structure(truth, stack),
+        posterior=known_posterior(truth),
+        members=torch.arange(200),
+        mask_diameter=DIAMETER,
+    )
+    run(method)
+    chosen = torch.arange(200, 300)  # never shown
+    with torch.no_grad():
+        found = method.encoder.eval()((stack.images(chosen) * stack.ctf(chosen))[:, method.columns])
+    right, dealt = (truth.poses.rotations[rows] for rows in (chosen, chosen.roll(1)))
+    known, chance = (log_mixture(found, r, torch.zeros(100, 2), EYE, 1.0).mean() for r in (right, dealt))
+    assert float(known) > float(chance) + 0.3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"likelihood": "huber"}, {"heads": 0}, {"parametrisation": "axis"}, {"side": 5}, {"batch": 1}, {"march": 2.0}],
+)
+def test_settings_that_cannot_work_are_refused(change):
+    with pytest.raises(ConfigError, match="CONF502"):
+        checked(dataclasses.replace(AmortizedConfig(), **change))
+    with pytest.raises(ConfigError, match="CONF502"):
+        check(dataclasses.replace(RunConfig(particles="x"), amortized=dataclasses.replace(AmortizedConfig(), **change)))
+
+
+def test_the_printed_model_goes_by_name_and_an_imposed_symmetry_is_refused():
+    made = preset(RunConfig(particles="x", preset="paper001"))
+    assert made.method == "amortized"
+    c = made.amortized
+    assert (c.steps, c.batch, c.likelihood, c.heads, c.normalised, c.he) == (10_000, 32, "l2", 1, False, False)
+    with pytest.raises(ConfigError, match="CONF503"):
+        check(dataclasses.replace(made, symmetry="C4"))
+    with pytest.raises(ConfigError, match="CONF016"):
+        check(dataclasses.replace(made, method="search"))
+    with pytest.raises(ConfigError, match="CONF510"):
+        DistillationConfig(synthetic=1.5)
