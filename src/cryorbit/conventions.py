@@ -33,10 +33,13 @@ PARTICLE_COLUMNS = {
     "entropy": "cryorbitPoseEntropy",
     "scale": "cryorbitScale",
     "scale_error": "cryorbitScaleError",
+    "class_number": "rlnClassNumber",
+    "junk": "cryorbitJunkScore",
 }
 """Columns for what we say of each particle beside its pose: log-likelihood at the pose; effective poses after ab initio; share of the
 posterior in its heaviest mode; root mean square angle (degrees) and distance (angstrom) from it that the posterior expects; entropy
-(nats, radian^3 angstrom^2); strength relative to the map and its standard deviation. RELION knows the first three and keeps the others."""
+(nats, radian^3 angstrom^2); strength relative to the map and its standard deviation; 2-D class from 1 on, and nats by which the image is
+likelier to be something else than a particle. RELION knows the first three and the class, and keeps the others."""
 
 
 def centre(side: int) -> int:

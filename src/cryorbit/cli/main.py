@@ -8,6 +8,7 @@ import sys
 import typer
 from rich.console import Console
 
+from cryorbit.cli.align2d import align2d
 from cryorbit.cli.demo import demo
 from cryorbit.cli.evaluate import evaluate
 from cryorbit.cli.inspect import inspect
@@ -16,6 +17,7 @@ from cryorbit.cli.posterior import posterior
 from cryorbit.cli.reconstruct import reconstruct
 from cryorbit.cli.refine import refine
 from cryorbit.cli.report import report
+from cryorbit.cli.select import select
 from cryorbit.cli.simulate import simulate
 from cryorbit.errors import CryorbitError
 
@@ -27,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for verb in (demo, inspect, simulate, reconstruct, refine, evaluate, posterior, report, mra):
+for verb in (demo, inspect, simulate, reconstruct, refine, align2d, select, evaluate, posterior, report, mra):
     app.command()(verb)
 app.command("simulate-mra")(simulate_mra)
 

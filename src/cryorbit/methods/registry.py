@@ -7,6 +7,8 @@ from cryorbit.errors import ConfigError
 METHODS: dict[str, tuple[str, str, str]] = {
     "abinitio": ("cryorbit.methods.marginal", "Marginal", "MarginalConfig"),
     "refine": ("cryorbit.methods.refinement", "Refinement", "RefinementConfig"),
+    "align2d": ("cryorbit.methods.align2d", "Align2D", "Align2DConfig"),
+    "averages": ("cryorbit.methods.class_averages", "ClassAverages", "ClassAveragesConfig"),
     "variational": ("cryorbit.methods.variational", "Variational", "VariationalConfig"),
 }
 
