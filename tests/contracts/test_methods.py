@@ -12,6 +12,7 @@ from cryorbit.methods.registry import METHODS, method
 from cryorbit.poses.local import PoseSamples
 from cryorbit.simulate.particles import SimulatedParticles, simulate_particles
 from cryorbit.simulate.phantom import phantom
+from cryorbit.simulate.pictures import TurnedPictures
 from cryorbit.training.checkpoint import load_checkpoint, save_checkpoint
 from cryorbit.training.dataset import ArrayParticles, FourierStack
 from cryorbit.training.loop import Method, run
@@ -48,6 +49,11 @@ def build(case: str, truth: SimulatedParticles, seed: int = 0) -> Method:
         generator = torch.Generator().manual_seed(seed)
         posed = {"which": torch.arange(60) % 2, "angles": SO2().random(60, generator), "shifts_px": torch.zeros(60, 2)}
         return cls(stack, config(sweeps=2), classes=2, half_set=half, mask_diameter=DIAMETER, **posed)
+    if name == "invariant":
+        settings = config(epochs=2, batch=32, latent=4, critic=1.0)
+        return cls(TurnedPictures(truth.images, noise=0.1), settings, seed=seed)
+    if name == "spatial-vae":
+        return cls(TurnedPictures(truth.images, noise=0.1), config(epochs=2, batch=32, latent=4, units=8), seed=seed)
     if name == "variational":
         poses = PoseSamples(torch.arange(60), truth.poses.rotations, truth.poses.shifts / APIX, torch.ones(60))
         settings = config(epochs=2, batch=25)

@@ -21,6 +21,7 @@ from cryorbit.networks.moment_encoder import Equivariant, Paper003
 from cryorbit.physics.moments import Moments, analytic_moments, real_space, relative_errors
 from cryorbit.simulate.mra import Mixtures
 from cryorbit.training.checkpoint import State
+from cryorbit.training.optimiser import adam_state, load_adam
 
 Pair = tuple[Float[Tensor, " n"], Float[Tensor, " n"]]
 
@@ -109,14 +110,14 @@ class Supervised:
 
     def state(self) -> State:
         """Weights, and the optimiser's averages."""
-        return {f"network.{k}": v for k, v in self.network.state_dict().items()} | _adam_state(self.optimiser)
+        return {f"network.{k}": v for k, v in self.network.state_dict().items()} | adam_state(self.optimiser)
 
     def load_state(self, state: State) -> None:
         """Inverse of :meth:`state`."""
         self.network.load_state_dict(
             {k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")}
         )
-        _load_adam(self.optimiser, state)
+        load_adam(self.optimiser, state)
 
 
 class Refinement:
@@ -189,7 +190,7 @@ class Refinement:
     def state(self) -> State:
         """Weights of every problem, the optimiser's averages, and the frames."""
         weights = {f"network.{k}": v.detach() for k, v in self.weights.items()}
-        return weights | _adam_state(self.optimiser) | {"frame": self.frame}
+        return weights | adam_state(self.optimiser) | {"frame": self.frame}
 
     def load_state(self, state: State) -> None:
         """Inverse of :meth:`state`."""
@@ -197,18 +198,4 @@ class Refinement:
             for name, value in self.weights.items():
                 value.copy_(state[f"network.{name}"])
         self.frame = state["frame"]
-        _load_adam(self.optimiser, state)
-
-
-def _adam_state(optimiser: torch.optim.Optimizer) -> State:
-    entries = optimiser.state_dict()["state"]
-    return {f"adam.{i}.{k}": torch.as_tensor(v) for i, entry in entries.items() for k, v in entry.items()}
-
-
-def _load_adam(optimiser: torch.optim.Optimizer, state: State) -> None:
-    entries: dict[int, State] = {}
-    for name, value in state.items():
-        if name.startswith("adam."):
-            _, i, key = name.split(".")
-            entries.setdefault(int(i), {})[key] = value
-    optimiser.load_state_dict({**optimiser.state_dict(), "state": entries})
+        load_adam(self.optimiser, state)

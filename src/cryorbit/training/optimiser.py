@@ -1,0 +1,34 @@
+"""What methods with networks share: the state of Adam as tensors, and which items a step sees."""
+
+import math
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from cryorbit.training.checkpoint import State
+
+
+def adam_state(optimiser: torch.optim.Optimizer, prefix: str = "adam") -> State:
+    """The averages of an optimiser by name, ready for a checkpoint."""
+    entries = optimiser.state_dict()["state"]
+    return {f"{prefix}.{i}.{k}": torch.as_tensor(v).clone() for i, entry in entries.items() for k, v in entry.items()}
+
+
+def load_adam(optimiser: torch.optim.Optimizer, state: State, prefix: str = "adam") -> None:
+    """Inverse of :func:`adam_state`."""
+    entries: dict[int, State] = {}
+    for name, value in state.items():
+        first, _, rest = name.partition(".")
+        if first == prefix:
+            i, k = rest.split(".")
+            entries.setdefault(int(i), {})[k] = value
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": entries})
+
+
+def epoch_batch(count: int, batch: int, index: int, seed: int) -> tuple[int, Int[Tensor, " b"], torch.Generator]:
+    """Epoch, items and generator of step ``index``: every epoch passes over all ``count`` items in an order of its own."""
+    per_epoch = math.ceil(count / batch)
+    epoch, part = divmod(index, per_epoch)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    return epoch, order[part * batch : (part + 1) * batch], torch.Generator().manual_seed(seed * 7_919 + 13 * index + 1)
