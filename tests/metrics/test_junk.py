@@ -2,7 +2,7 @@
 
 import torch
 
-from cryorbit.metrics.junk import _STRENGTHS, incoherent_evidence
+from cryorbit.metrics.junk import _STRENGTHS, incoherent_evidence, separation
 from cryorbit.physics.fourier import fourier_disk
 from cryorbit.physics.noise import log_likelihood
 
@@ -34,3 +34,9 @@ def test_power_beyond_the_noise_is_evidence(generator):
     loud = incoherent_evidence(image * 1.5**0.5, ones, noise, signal, disk)
     assert float(quiet.max()) < 1.0
     assert float(loud.min()) > 1.0
+
+
+def test_separation_counts_pairs():
+    junk, good = torch.tensor([3.0, 1.0, 0.0]), torch.tensor([1.0, 2.0])
+    # 3 beats both, 1 ties with one, 0 beats none
+    assert separation(junk, good) == (2 + 0.5) / 6

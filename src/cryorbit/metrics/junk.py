@@ -39,3 +39,11 @@ def incoherent_evidence(
         ratio = 1 + strength * passed / noise
         terms.append(0.5 * (weight * (power / noise * (1 - 1 / ratio) - ratio.log())).sum(1))
     return torch.logsumexp(torch.stack(terms), dim=0) - math.log(len(terms))
+
+
+def separation(junk: Float[Tensor, " j"], good: Float[Tensor, " g"]) -> float:
+    """Chance that a piece of junk scores above a particle (the area under the ROC curve); ties count half."""
+    ordered = good.double().sort().values
+    below = torch.searchsorted(ordered, junk.double(), right=False)
+    above = torch.searchsorted(ordered, junk.double(), right=True)
+    return float((below + above).double().mean()) / (2 * len(good))
