@@ -38,12 +38,14 @@ PARTICLE_COLUMNS = {
     "defocus_sd": "cryorbitDefocusErrorAngst",
     "confidence": "cryorbitConfidence",
     "searched": "cryorbitSearched",
+    "class_number": "rlnClassNumber",
+    "junk": "cryorbitJunkScore",
 }
 """Columns for what we say of each particle beside its pose: log-likelihood at the pose; effective poses after ab initio; share of the
 posterior in its heaviest mode; root mean square angle (degrees) and distance (angstrom) from it that the posterior expects; entropy
 (nats, radian^3 angstrom^2); strength relative to the map and its standard deviation; where it was refined, defocus and its standard
-deviation (angstrom); of particles assigned to a known structure, the chance that the pose is right, and whether it was searched for. RELION
-keeps those it does not know."""
+deviation (angstrom); of particles assigned to a known structure, the chance that the pose is right, and whether it was searched for; 2-D
+class from 1 on, and nats by which the image is likelier to be something else than a particle. RELION keeps those it does not know."""
 
 
 def centre(side: int) -> int:

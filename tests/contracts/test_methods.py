@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from cryorbit.groups.so2 import SO2
 from cryorbit.groups.so3 import healpix_grid, random_rotations
 from cryorbit.methods.registry import METHODS, method
 from cryorbit.poses.local import PoseSamples
 from cryorbit.simulate.particles import SimulatedParticles, simulate_particles
 from cryorbit.simulate.phantom import phantom
+from cryorbit.simulate.pictures import TurnedPictures
 from cryorbit.training.checkpoint import load_checkpoint, save_checkpoint
 from cryorbit.training.dataset import ArrayParticles, FourierStack
 from cryorbit.training.loop import Method, run
@@ -40,6 +42,18 @@ def build(case: str, truth: SimulatedParticles, seed: int = 0) -> Method:
         settings = config(sweeps=3, iterations=2, field_width=16, field_steps=5)
         kind = {"volume": volume} if volume else {}
         return cls(stack, settings, start=start, radius=5, candidates=candidates, **common, **kind)
+    if name == "align2d":
+        settings = config(classes=2, batch=20, march_steps=4, settle_steps=2)
+        return cls(stack, settings, mask_diameter=DIAMETER, seed=seed)
+    if name == "averages":
+        generator = torch.Generator().manual_seed(seed)
+        posed = {"which": torch.arange(60) % 2, "angles": SO2().random(60, generator), "shifts_px": torch.zeros(60, 2)}
+        return cls(stack, config(sweeps=2), classes=2, half_set=half, mask_diameter=DIAMETER, **posed)
+    if name == "invariant":
+        settings = config(epochs=2, batch=32, latent=4, critic=1.0)
+        return cls(TurnedPictures(truth.images, noise=0.1), settings, seed=seed)
+    if name == "spatial-vae":
+        return cls(TurnedPictures(truth.images, noise=0.1), config(epochs=2, batch=32, latent=4, units=8), seed=seed)
     if name == "variational":
         poses = PoseSamples(torch.arange(60), truth.poses.rotations, truth.poses.shifts / APIX, torch.ones(60))
         settings = config(epochs=2, batch=25)

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from cryorbit.conventions import euler_to_matrix
 from cryorbit.errors import DataError
+from cryorbit.groups.point import point_group
 from cryorbit.groups.so3 import distance, exp, half_turn, random_rotations
 from cryorbit.metrics.align import align_poses, chance_level
+from cryorbit.metrics.poses import in_plane_pair_errors
 from cryorbit.types import Poses
 
 
@@ -99,3 +101,22 @@ def test_counts_must_agree(generator: torch.Generator) -> None:
     true, seen, _, _ = _scene(generator, 5, False, 0.0)
     with pytest.raises(DataError, match="DATA211"):
         align_poses(seen[torch.arange(3)], true)
+
+
+def test_in_plane_angles_of_classes_are_compared_in_pairs(generator: torch.Generator) -> None:
+    true = random_rotations(400, generator).double()
+    turn = torch.rand(400, generator=generator, dtype=torch.float64)
+    true = true[:4].repeat(100, 1, 1)  # four views
+    c, s, zero, one = turn.cos(), turn.sin(), torch.zeros_like(turn), torch.ones_like(turn)
+    plane = torch.stack([torch.stack(r, -1) for r in ([c, -s, zero], [s, c, zero], [zero, zero, one])], -2)
+    which = torch.arange(400) % 4
+    exact = in_plane_pair_errors(which, turn + which, plane @ true, 0.1)  # every class has a frame of its own
+    assert len(exact) == 4 * 100 * 99 // 2
+    assert float(exact.max()) < 1e-6
+    off = in_plane_pair_errors(which, turn + 0.05 * (torch.arange(400) // 4 % 2), plane @ true, 0.1)
+    assert abs(float(off.max()) - 0.05) < 1e-6
+    mixed = in_plane_pair_errors(torch.zeros_like(which), turn, plane @ true, 0.1)
+    assert len(mixed) == len(exact)  # other views do not count
+    symmetry = point_group("C4")
+    moved = plane @ true @ symmetry[torch.arange(400) // 4 % 4]
+    assert float(in_plane_pair_errors(which, turn, moved, 0.1, symmetry).max()) < 1e-6

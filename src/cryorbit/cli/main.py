@@ -8,6 +8,7 @@ import sys
 import typer
 from rich.console import Console
 
+from cryorbit.cli.align2d import align2d
 from cryorbit.cli.assign import assign
 from cryorbit.cli.demo import demo
 from cryorbit.cli.evaluate import evaluate
@@ -17,6 +18,7 @@ from cryorbit.cli.posterior import posterior
 from cryorbit.cli.reconstruct import reconstruct
 from cryorbit.cli.refine import refine
 from cryorbit.cli.report import report
+from cryorbit.cli.select import select
 from cryorbit.cli.simulate import simulate
 from cryorbit.errors import CryorbitError
 
@@ -28,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for verb in (demo, inspect, simulate, reconstruct, refine, evaluate, posterior, assign, report, mra):
+for verb in (demo, inspect, simulate, reconstruct, refine, align2d, select, evaluate, posterior, assign, report, mra):
     app.command()(verb)
 app.command("simulate-mra")(simulate_mra)
 

@@ -6,7 +6,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-_WORDS = {"abinitio": "ab initio", "refine": "refine", "amortized": "learn"}
+_WORDS = {"abinitio": "ab initio", "refine": "refine", "amortized": "learn", "align2d": "2-D classes"}
 _QUIET_SECONDS = 5.0
 
 

@@ -22,9 +22,9 @@ from cryorbit.physics.fourier import FourierDisk
 from cryorbit.physics.slicing import SlicingGrid, slicing_grid
 from cryorbit.physics.spectrum import shell_mean
 from cryorbit.poses.encoder import PARAMETRISATIONS, PoseEncoder, View, rotations_of
-from cryorbit.training.adam import adam_state, load_adam, warm_cosine
 from cryorbit.training.checkpoint import State
 from cryorbit.training.dataset import FourierStack
+from cryorbit.training.optimiser import adam_state, load_adam, warm_cosine
 from cryorbit.types import Poses
 from cryorbit.volumes.voxel import VoxelVolume
 

@@ -20,9 +20,9 @@ from cryorbit.physics.slicing import slicing_grid
 from cryorbit.poses.density import cosines, log_mixture
 from cryorbit.poses.encoder import PoseEncoder, View
 from cryorbit.poses.posterior import PosePosterior
-from cryorbit.training.adam import adam_state, load_adam, warm_cosine
 from cryorbit.training.checkpoint import State
 from cryorbit.training.dataset import FourierStack
+from cryorbit.training.optimiser import adam_state, load_adam, warm_cosine
 
 _CLIP = 1.0  # norm of a step's gradient
 _SHIFT_SD = 0.5  # pixels of what the encoder sees, within which a shift counts as found

@@ -19,8 +19,8 @@ from cryorbit.metrics.signals import frame_shift, signal_error
 from cryorbit.networks.moment_encoder import Equivariant, Paper003
 from cryorbit.physics.moments import Moments, analytic_moments, real_space, relative_errors
 from cryorbit.simulate.mra import Mixtures
-from cryorbit.training.adam import adam_state, load_adam, warm_cosine
 from cryorbit.training.checkpoint import State
+from cryorbit.training.optimiser import adam_state, load_adam, warm_cosine
 
 Pair = tuple[Float[Tensor, " n"], Float[Tensor, " n"]]
 

@@ -15,7 +15,7 @@ from cryorbit.groups import so3
 from cryorbit.groups.point import asymmetric_unit
 from cryorbit.physics.fourier import FourierDisk
 from cryorbit.physics.slicing import Accumulator, insert_symmetric, slice_grid, slicing_grid, volume_from_accumulator
-from cryorbit.physics.spectrum import mean_weight, power_spectrum, resized, shell_mean
+from cryorbit.physics.spectrum import followed_noise, mean_weight, power_spectrum, resized, shell_mean
 from cryorbit.poses.grid import Expectation, ShiftGrid, expectation, with_half_turns
 from cryorbit.training.checkpoint import State
 from cryorbit.training.dataset import FourierStack
@@ -199,9 +199,7 @@ class OnlineEM:
         self.intensity[chosen.to(self.intensity.device)] = (0.5 * present + 0.5 * fresh).clamp(0.3, 3.0)
 
     def _update_noise(self, power: Float[Tensor, " p"], disk: FourierDisk, radius: int, rate: float) -> None:
-        fresh = torch.maximum(shell_mean(power, disk, len(self.noise)), 1e-4 * self.initial_noise)
-        inside = torch.arange(len(self.noise), device=self.noise.device) <= radius
-        self.noise = torch.where(inside, (1 - rate) * self.noise + rate * fresh, self.noise)
+        self.noise = followed_noise(self.noise, self.initial_noise, power, disk, radius, rate)
 
     def _insert(self, values: Tensor, weights: Tensor, rotations: Tensor, disk: FourierDisk) -> None:
         out = None if self.statistics is None else resized(self.statistics, disk.radius)

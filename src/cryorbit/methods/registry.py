@@ -7,6 +7,10 @@ from cryorbit.errors import ConfigError
 METHODS: dict[str, tuple[str, str, str]] = {
     "abinitio": ("cryorbit.methods.marginal", "Marginal", "MarginalConfig"),
     "refine": ("cryorbit.methods.refinement", "Refinement", "RefinementConfig"),
+    "align2d": ("cryorbit.methods.align2d", "Align2D", "Align2DConfig"),
+    "averages": ("cryorbit.methods.class_averages", "ClassAverages", "ClassAveragesConfig"),
+    "invariant": ("cryorbit.methods.invariant", "Invariant", "InvariantConfig"),
+    "spatial-vae": ("cryorbit.methods.spatial_vae", "SpatialVAE", "SpatialVAEConfig"),
     "variational": ("cryorbit.methods.variational", "Variational", "VariationalConfig"),
     "amortized": ("cryorbit.methods.amortized", "Amortized", "AmortizedConfig"),
     "ad": ("cryorbit.methods.amortized", "TablePoses", "TableConfig"),

@@ -14,11 +14,22 @@ from cryorbit.physics.fourier import fourier_to_volume, shell_index, volume_to_f
 
 def soft_sphere(box: int, radius_px: float, edge_px: float = 3.0) -> Float[Tensor, "d d d"]:
     """1 within ``radius_px`` of the centre index, a raised cosine over the next ``edge_px``, 0 beyond; float32."""
-    if radius_px <= 0 or edge_px < 0:
-        raise DataError("DATA203", f"a mask needs a positive radius and an edge >= 0, found {radius_px} and {edge_px}")
+    _check_radius(radius_px, edge_px)
     axis = torch.arange(box, dtype=torch.float32) - centre(box)
     r = (axis[:, None, None] ** 2 + axis[None, :, None] ** 2 + axis[None, None, :] ** 2).sqrt()
     return _cosine_edge(r - radius_px, edge_px)
+
+
+def soft_disc(box: int, radius_px: float, edge_px: float = 3.0) -> Float[Tensor, "d d"]:
+    """As :func:`soft_sphere`, in the plane."""
+    _check_radius(radius_px, edge_px)
+    axis = torch.arange(box, dtype=torch.float32) - centre(box)
+    return _cosine_edge(torch.hypot(axis[:, None], axis) - radius_px, edge_px)
+
+
+def _check_radius(radius_px: float, edge_px: float) -> None:
+    if radius_px <= 0 or edge_px < 0:
+        raise DataError("DATA203", f"a mask needs a positive radius and an edge >= 0, found {radius_px} and {edge_px}")
 
 
 def _cosine_edge(outside: Float[Tensor, "*s"], edge_px: float) -> Float[Tensor, "*s"]:

@@ -4,8 +4,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from cryorbit.groups.so2 import SO2
 
 
 def view_directions(rotations: Float[Tensor, "*n 3 3"]) -> Float[Tensor, "*n 3"]:
@@ -30,6 +32,51 @@ def rotation_errors(
     swing = torch.atan2(torch.hypot(e[:, 0, 2], e[:, 1, 2]), e[:, 2, 2])
     twist = torch.atan2(e[:, 1, 0] - e[:, 0, 1], e[:, 0, 0] + e[:, 1, 1]).abs()
     return total, swing, twist
+
+
+def in_plane_pair_errors(
+    which: Int[Tensor, " n"],
+    angles: Float[Tensor, " n"],
+    true: Float[Tensor, "n 3 3"],
+    within: float,
+    group: Float[Tensor, "s 3 3"] | None = None,
+) -> Float[Tensor, " pairs"]:
+    """Errors of the in-plane angles of 2-D classes, which have no frame of their own: of pairs of particles.
+
+    Pairs are of one class, and their true view directions are less than ``within`` apart, up to the molecule's symmetry: then ``A_i S A_j^T``
+    is nearly a turn in the plane, and its twist is compared with the difference of the angles found. Where several elements S of the
+    symmetry bring the views that near (a view along an axis), the best one counts.
+
+    Parameters
+    ----------
+    which, angles
+        (N,) class, and (N,) radian as in ``groups.so2``.
+    true
+        (N, 3, 3) rotations of the particles.
+    within
+        Radian.
+    group
+        (S, 3, 3) the molecule's symmetry; None for C1.
+
+    Returns
+    -------
+    One error in [0, pi] for each pair.
+    """
+    elements = torch.eye(3)[None] if group is None else group
+    out = []
+    for k in which.unique():
+        members = torch.nonzero(which == k)[:, 0]
+        i, j = torch.triu_indices(len(members), len(members), 1)
+        a, b = true[members[i]], true[members[j]]
+        found = angles[members[i]] - angles[members[j]]
+        best = torch.full((len(i),), math.inf, dtype=true.dtype)
+        for element in elements.to(true):
+            between = a @ element @ b.mT
+            twist = torch.atan2(between[:, 1, 0] - between[:, 0, 1], between[:, 0, 0] + between[:, 1, 1])
+            apart = SO2().distance(found.to(twist), twist)
+            best = torch.where(between[:, 2, 2] > math.cos(within), torch.minimum(best, apart), best)
+        out.append(best[best.isfinite()])
+    return torch.cat(out)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,23 @@ def shell_mean(values: Float[Tensor, " p"], disk: FourierDisk, shells: int) -> F
     return total / count.clamp_min(1)
 
 
+def followed_noise(
+    noise: Float[Tensor, " shells"],
+    first: Float[Tensor, " shells"],
+    residual: Float[Tensor, " p"],
+    disk: FourierDisk,
+    radius: int,
+    rate: float,
+) -> Float[Tensor, " shells"]:
+    """Noise per shell after one step of EM: a share ``rate`` of it replaced by the mean ``residual`` power, up to ``radius``.
+
+    Never below 1e-4 of ``first``, the images' own power: a residual of zero would make every posterior a delta.
+    """
+    fresh = torch.maximum(shell_mean(residual, disk, len(noise)), 1e-4 * first)
+    inside = torch.arange(len(noise), device=noise.device) <= radius
+    return torch.where(inside, (1 - rate) * noise + rate * fresh, noise)
+
+
 def _shells(grid: Float[Tensor, "z y x"], oversampling: int) -> Int[Tensor, "z y x"]:
     """Shell index (``|k|`` in Fourier pixels, rounded) at ``x = 0 .. c``, -1 on ``x = 0`` (each point is there twice)."""
     c = grid.shape[-1] - 1

@@ -10,14 +10,16 @@ from typing import Any, TypeVar
 import tomli_w
 
 from cryorbit.errors import ConfigError
+from cryorbit.methods.align2d import Align2DConfig
 from cryorbit.methods.amortized_config import AmortizedConfig, checked
+from cryorbit.methods.class_averages import ClassAveragesConfig
 from cryorbit.methods.marginal_config import MarginalConfig
 from cryorbit.methods.refinement_config import RefinementConfig, checked_volume
 
 T = TypeVar("T")
 
 AUTO = "auto"
-ABINITIO, POSES = "abinitio", "poses"
+ABINITIO, POSES, CLASSES = "abinitio", "poses", "classes"
 MARGINAL, AMORTIZED = "marginal", "amortized"
 CONTRASTS = (AUTO, "light", "dark")
 
@@ -62,7 +64,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything ``cryorbit reconstruct`` needs to do the same again; written to ``config.toml``.
+    """Everything ``cryorbit reconstruct``, ``refine`` or ``align2d`` needs to do the same again; written to ``config.toml``.
 
     Attributes
     ----------
@@ -91,7 +93,7 @@ class RunConfig:
     voltage, spherical_aberration, amplitude_contrast
         kV, mm, fraction: used where the file has a defocus but not these; 0 leaves them to the file.
     start
-        ``abinitio``, or ``poses``: refine those of the file.
+        ``abinitio``; ``poses``: refine those of the file; ``classes``: 2-D classes, no map.
     method
         How poses are found ab initio: ``marginal`` (a grid, every pose weighed) or ``amortized`` (a network that is learnt with the map).
     ini_high
@@ -125,6 +127,8 @@ class RunConfig:
     abinitio: MarginalConfig = field(default_factory=MarginalConfig)
     amortized: AmortizedConfig = field(default_factory=AmortizedConfig)
     refine: RefinementConfig = field(default_factory=RefinementConfig)
+    align2d: Align2DConfig = field(default_factory=Align2DConfig)
+    averages: ClassAveragesConfig = field(default_factory=ClassAveragesConfig)
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -191,7 +195,7 @@ def override(config: RunConfig, assignments: list[str] | tuple[str, ...]) -> Run
         if name.strip() == "preset":
             raise ConfigError("CONF018", "a preset cannot be --set, it sets other settings", "pass --preset instead")
         if name.strip() == "start":
-            raise ConfigError("CONF018", "start cannot be --set", "use `cryorbit reconstruct` or `cryorbit refine`")
+            raise ConfigError("CONF018", "start cannot be --set", "use `cryorbit reconstruct`, `refine` or `align2d`")
         if isinstance(target.get(key), dict):
             raise ConfigError(
                 "CONF012",
@@ -252,7 +256,7 @@ def check(config: RunConfig) -> None:
         "voltage": config.voltage >= 0,
         "spherical_aberration": config.spherical_aberration >= 0,
         "amplitude_contrast": 0 <= config.amplitude_contrast < 1,
-        "start": config.start in (ABINITIO, POSES),
+        "start": config.start in (ABINITIO, POSES, CLASSES),
         "method": config.method in (MARGINAL, AMORTIZED) and (config.method == MARGINAL or config.start == ABINITIO),
         "ini_high": config.ini_high >= 0 and (not config.ini_high or config.start == POSES),
         "mask": not config.mask or config.start == POSES,
@@ -271,6 +275,16 @@ def check(config: RunConfig) -> None:
         "abinitio.sharp": config.abinitio.sharp >= 0,
         "abinitio.modes": 0 < config.abinitio.modes <= 10,
         "abinitio.tau_fudge": config.abinitio.tau_fudge > 0,
+        "align2d.classes": 0 <= config.align2d.classes <= 1000,
+        "align2d.batch": config.align2d.batch > 0,
+        "align2d.radius_start": 1 <= config.align2d.radius_start <= config.align2d.radius_end,
+        "align2d.march_steps": config.align2d.march_steps > 0,
+        "align2d.settle_steps": config.align2d.settle_steps > 0,
+        "align2d.decay": 0 <= config.align2d.decay < 1,
+        "align2d.settle_decay": 0 <= config.align2d.settle_decay < 1,
+        "align2d.shift_range": 0 <= config.align2d.shift_range <= 0.5,
+        "align2d.tau_fudge": config.align2d.tau_fudge > 0,
+        "averages.sweeps": config.averages.sweeps >= 0,
         "refine.sweeps": config.refine.sweeps > 0,
         "refine.batch": config.refine.batch > 0,
         "refine.iterations": config.refine.iterations > 0,

@@ -1,0 +1,226 @@
+"""From a particle stack to 2-D classes: engine -> assignment -> averages on halves -> files. Orchestration only."""
+
+import csv
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cryorbit.conventions import PARTICLE_COLUMNS
+from cryorbit.groups.so2 import SO2
+from cryorbit.io.atomic import atomic_path
+from cryorbit.io.image_checks import check_images
+from cryorbit.io.mrc_write import StackWriter
+from cryorbit.io.particles import write_particles
+from cryorbit.methods.align2d import Align2D, Assignment
+from cryorbit.methods.class_averages import ClassAverages
+from cryorbit.metrics.fsc import crossing, resolution
+from cryorbit.pipeline import outputs
+from cryorbit.pipeline.config import AUTO, RunConfig, to_toml
+from cryorbit.pipeline.inputs import DARK, Inputs, prepare
+from cryorbit.pipeline.rundir import locked, open_run
+from cryorbit.training.checkpoint import load_checkpoint, save_checkpoint
+from cryorbit.training.dataset import FourierStack
+from cryorbit.training.history import History
+from cryorbit.training.loop import Progress, run
+
+_ASSIGN_BATCH = 1000
+_LIKELIER_JUNK = 0.0  # nats
+_TAKEN_AS_DARK = "the particles are taken as dark (--contrast light forbids it)"
+
+
+@dataclass(frozen=True)
+class Classes:
+    """2-D classes, the largest first.
+
+    Attributes
+    ----------
+    pictures
+        (K, D, D) averages, bright, on the images' grey scale.
+    correlation
+        (K, D // 2 + 1) Fourier ring correlation of each class's half averages.
+    which, angles, shifts
+        (N,) class, (N,) radian as in ``groups.so2``, (N, 2) angstrom.
+    gain, junk
+        (N,) as in ``methods.align2d.Assignment``.
+    metrics
+        Ready for JSON.
+    """
+
+    pictures: Float[Tensor, "k d d"]
+    correlation: Float[Tensor, "k shells"]
+    which: Int[Tensor, " n"]
+    angles: Float[Tensor, " n"]
+    shifts: Float[Tensor, "n 2"]
+    gain: Float[Tensor, " n"]
+    junk: Float[Tensor, " n"]
+    metrics: dict[str, object]
+
+
+def align2d(config: RunConfig, output: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Classes:
+    """Find 2-D classes, every particle's class, in-plane angle and shift, and write the run folder.
+
+    Parameters
+    ----------
+    config
+        Settings, ``start`` being ``classes``; the same config and folder continue an interrupted run.
+    output
+        Run folder.
+    overwrite
+        Delete a previous run in ``output`` first.
+    progress
+        Called after each step.
+    """
+    inputs = _bright(config, prepare(config))
+    open_run(output, config, overwrite=overwrite)
+    if not (output / "provenance.json").exists():  # a continued run keeps how it began
+        outputs.write_json(output / "provenance.json", outputs.provenance(Path(config.particles), str(inputs.device)))
+    with locked(output):
+        return _run(config, inputs, output, progress)
+
+
+def _bright(config: RunConfig, inputs: Inputs) -> Inputs:
+    """The particles with the other sign where the images' centres are dark and the user left it open: no map is there to tell."""
+    checks = check_images(inputs.particles) if config.contrast == AUTO else None
+    if checks is None or checks.protein != "dark":
+        return inputs
+    particles = replace(inputs.particles, sign=-inputs.particles.sign)
+    return replace(inputs, particles=particles, warnings=(*inputs.warnings, _TAKEN_AS_DARK, DARK))
+
+
+def _run(config: RunConfig, inputs: Inputs, output: Path, progress: Progress | None) -> Classes:
+    stacks = inputs.particles.images.stacks if inputs.particles.images else ()
+    fingerprint = " ".join(
+        [to_toml(config), *(outputs.checksum(p) for p in [Path(config.particles), *(s.path for s in stacks)])]
+    )
+    history, folder, begun = History(output / "history.jsonl"), output / "checkpoint", time.monotonic()
+    particles = inputs.particles
+    extent = particles.box * particles.pixel_size
+    radius = min(config.align2d.radius_end * extent / inputs.mask_diameter, 0.5 * particles.box - 1)
+    stack = _stack(config, inputs, float(round(radius)))
+    engine = Align2D(stack, config.align2d, mask_diameter=inputs.mask_diameter, seed=config.seed)
+
+    def go(method: Align2D | ClassAverages) -> None:
+        checkpoint = folder / f"{method.name}.safetensors"
+        run(method, checkpoint=checkpoint, history=history, progress=progress, fingerprint=fingerprint)
+
+    go(engine)
+    found = _assign(engine, folder / "classes.safetensors", fingerprint)
+    full = _stack(config, inputs, 0.5 * particles.box)
+    final = ClassAverages(
+        full,
+        config.averages,
+        classes=engine.classes,
+        which=found.which,
+        angles=found.angles.clone(),
+        shifts_px=found.shifts * (stack.pixel_size / full.pixel_size),
+        half_set=inputs.half_set,
+        mask_diameter=inputs.mask_diameter,
+    )
+    go(final)
+    classes = _summarise(config, inputs, full, final, found, time.monotonic() - begun)
+    _write(output, inputs, classes)
+    return classes
+
+
+def _stack(config: RunConfig, inputs: Inputs, radius: float) -> FourierStack:
+    return FourierStack(
+        inputs.particles,
+        radius,
+        mask_diameter=inputs.mask_diameter,
+        memory_gib=config.memory_gib,
+        device=inputs.device,
+    )
+
+
+def _assign(engine: Align2D, path: Path, fingerprint: str) -> Assignment:
+    """Class and pose of every particle; kept, so that a resumed run does not repeat it."""
+    names = list(Assignment.__dataclass_fields__)
+    if path.exists():
+        tensors, meta = load_checkpoint(path)
+        if meta.get("fingerprint") == fingerprint:
+            return Assignment(**tensors)
+    parts = [engine.assign(chosen) for chosen in torch.arange(len(engine.stack)).split(_ASSIGN_BATCH)]
+    tensors = {name: torch.cat([getattr(part, name).cpu() for part in parts]) for name in names}
+    save_checkpoint(path, tensors, {"fingerprint": fingerprint})
+    return Assignment(**tensors)
+
+
+def _summarise(
+    config: RunConfig, inputs: Inputs, stack: FourierStack, final: ClassAverages, found: Assignment, seconds: float
+) -> Classes:
+    apix, box = stack.pixel_size, stack.box
+    pictures = final.pictures / stack.scale
+    sizes = torch.bincount(found.which, minlength=final.classes)
+    order = sizes.argsort(descending=True, stable=True)
+    rank = order.argsort()
+    which, sizes = rank[found.which], sizes[order]
+    correlation, pictures = final.correlation[order], pictures[order]
+    likelier = found.junk > _LIKELIER_JUNK
+    reached = [_resolution(curve, int(n), box, apix) for curve, n in zip(correlation, sizes, strict=True)]
+    known = sorted(r for r in reached if r is not None)
+    metrics: dict[str, object] = {
+        "particles": len(which),
+        "classes": int((sizes > 0).sum()),
+        "box": box,
+        "pixel_size_A": apix,
+        "mask_diameter_A": inputs.mask_diameter,
+        "seed": config.seed,
+        "contrast": "dark" if inputs.particles.sign < 0 else "light",
+        "class_sizes": sizes.tolist(),
+        "class_resolution_A": reached,
+        "class_junk_share": [float(likelier[which == k].float().mean()) if n else None for k, n in enumerate(sizes)],
+        "resolution_best_A": known[0] if known else None,
+        "resolution_median_A": known[len(known) // 2] if known else None,
+        "junk_share": float(likelier.float().mean()),
+        "effective_poses_median": float(found.effective.median()),
+        "seconds": seconds,
+        "warnings": list(inputs.warnings),
+    }
+    return Classes(pictures, correlation, which, final.angles, final.shifts * apix, found.gain, found.junk, metrics)
+
+
+def _resolution(curve: Float[Tensor, " shells"], members: int, box: int, apix: float) -> float | None:
+    """Where a class's FRC first falls below 0.143; None for a class whose halves never agree."""
+    shell = crossing(curve, 0.143)
+    if members < 2 or (shell is not None and shell < 1):
+        return None
+    return resolution(curve, 0.143, box, apix)
+
+
+def _write(output: Path, inputs: Inputs, classes: Classes) -> None:
+    count, box, apix = len(classes.pictures), inputs.particles.box, inputs.particles.pixel_size
+    with StackWriter(output / "classes.mrcs", count, box, apix) as stack:
+        stack.write(classes.pictures.numpy())
+    rows = zip(
+        *(classes.metrics[name] for name in ("class_sizes", "class_resolution_A", "class_junk_share")), strict=True
+    )
+    with atomic_path(output / "classes.csv") as temporary, temporary.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["class", "particles", "share", "resolution_A", "junk_share"])
+        for number, (size, reached, junk) in enumerate(rows, 1):
+            share = size / len(classes.which)
+            writer.writerow([number, size, f"{share:.5f}", *("" if x is None else f"{x:.4f}" for x in (reached, junk))])
+    curves = {f"class_{k}": curve for k, curve in enumerate(classes.correlation, 1)}
+    outputs.write_fsc(output / "classes_frc.csv", curves, box, apix)
+    rotations = np.tile(np.eye(3), (len(classes.angles), 1, 1))
+    rotations[:, :2, :2] = SO2().matrix(classes.angles.double()).numpy()
+    columns = {
+        "class_number": [str(k + 1) for k in classes.which.tolist()],
+        "log_likelihood": [f"{x:.4f}" for x in classes.gain.tolist()],
+        "junk": [f"{x:.4f}" for x in classes.junk.tolist()],
+    }
+    write_particles(
+        output / "particles.star",
+        inputs.particles,
+        rotations=rotations,
+        shifts=classes.shifts.double().numpy(),
+        half_set=inputs.half_set.numpy(),
+        extra={PARTICLE_COLUMNS[name]: values for name, values in columns.items()},
+        relative_to=outputs.project_folder(output),
+    )
+    outputs.write_json(output / "metrics.json", classes.metrics)
