@@ -116,7 +116,7 @@ def _run(config: RunConfig, inputs: Inputs, output: Path, progress: Progress | N
         config.averages,
         classes=engine.classes,
         which=found.which,
-        angles=found.angles.clone(),
+        angles=found.angles,
         shifts_px=found.shifts * (stack.pixel_size / full.pixel_size),
         half_set=inputs.half_set,
         mask_diameter=inputs.mask_diameter,
