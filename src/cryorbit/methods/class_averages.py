@@ -1,8 +1,8 @@
 """Class averages at full resolution, from given classes and poses: continuous poses refined on two halves, each against its own averages.
 
 The classes stay as they are. In each sweep every half's images are averaged (CTF-weighted, Wiener), and every image is fitted to the average
-that its own half made, up to the frequency where the halves still agree. Half averages share where their poses started, no image and no
-reference since, so their Fourier ring correlation is little inflated (docs/methods/align2d.md has numbers on pure noise).
+that its own half made, up to the frequency where the halves still agree. Poses and classes start from references that both halves made: up to
+their radius the Fourier ring correlation holds what both remember of them, even of noise; beyond it halves share nothing but the molecule.
 """
 
 from dataclasses import dataclass
