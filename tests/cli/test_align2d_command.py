@@ -80,6 +80,7 @@ def test_writes_what_it_promises(finished):
     metrics = json.loads((run / "metrics.json").read_text())
     assert sum(metrics["class_sizes"]) == metrics["particles"] == 200
     assert metrics["class_sizes"] == sorted(metrics["class_sizes"], reverse=True)
+    assert 5.0 < metrics["shared_reference_A"] < 60.0
     stack = MrcStack(run / "classes.mrcs")
     assert (stack.count, stack.box) == (3, 24)
     rows = list(csv.DictReader((run / "classes.csv").open()))

@@ -60,6 +60,9 @@ def align2d(
     best = "none agrees" if m["resolution_best_A"] is None else f"{m['resolution_best_A']:.1f} A"
     middle = "" if m["resolution_median_A"] is None else f", median {m['resolution_median_A']:.1f} A"
     console.print(f"classes    {m['classes']} of {m['particles']:,} particles; best {best}{middle} (FRC 0.143)")
+    console.print(
+        f"           classes were found together to {m['shared_reference_A']:.1f} A: only what is finer is independent"
+    )
     console.print(f"junk       {m['junk_share']:.1%} of the particles are likelier to be something else")
     for warning in m["warnings"]:  # type: ignore[attr-defined]
         console.print(f"note: {warning}")

@@ -1,8 +1,8 @@
 """Class averages at full resolution, from given classes and poses: continuous poses refined on two halves, each against its own averages.
 
 The classes stay as they are. In each sweep every half's images are averaged (CTF-weighted, Wiener), and every image is fitted to the average
-that its own half made, up to the frequency where the halves still agree. Half averages share where their poses started, no image and no
-reference since, so their Fourier ring correlation is little inflated (docs/methods/align2d.md has numbers on pure noise).
+that its own half made, up to the frequency where the halves still agree. Poses and classes start from references that both halves made: up to
+their radius the Fourier ring correlation holds what both remember of them, even of noise; beyond it halves share nothing but the molecule.
 """
 
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from cryorbit.training.dataset import FourierStack
 
 HALVES = (1, 2)
 _BATCH = 500
+_PIXELS = 8_000_000  # Fourier pixels worked on at a time
 _AGREED = 0.143
 _MARGIN = 2  # shells beyond
 _LEAST_SSNR = 1e-3
@@ -71,7 +72,8 @@ class ClassAverages:
     ) -> None:
         self.stack, self.config, self.classes = stack, config, classes
         self.which, self.half_set = which, half_set
-        self.angles, self.shifts = angles, shifts_px
+        self.angles, self.shifts = angles.clone(), shifts_px.clone()
+        self.batch = max(16, min(_BATCH, _PIXELS // len(stack.disk)))
         self.mask = soft_disc(stack.box, min(0.5 * mask_diameter / stack.pixel_size, 0.5 * stack.box - 3)).to(
             stack.device
         )
@@ -118,7 +120,7 @@ class ClassAverages:
         numerator, weight = (
             empty_planes(2 * self.classes, self.stack.box, disk.radius, x) for x in (like.to(torch.complex64), like)
         )
-        for chosen in torch.arange(len(self.stack)).split(_BATCH):
+        for chosen in torch.arange(len(self.stack)).split(self.batch):
             images, ctf, angles, shifts, which = self._of(chosen)
             row = which + self.classes * (self.half_set[chosen] - 1).to(which.device)
             values = images * ctf * phase_ramp(shifts, disk).conj()
@@ -170,7 +172,7 @@ class ClassAverages:
         residual, count = torch.zeros(len(disk), device=self.stack.device), 0
         before = self.angles.clone()
         for half, plane in zip(HALVES, planes, strict=True):
-            for chosen in torch.nonzero(self.half_set == half)[:, 0].split(_BATCH):
+            for chosen in torch.nonzero(self.half_set == half)[:, 0].split(self.batch):
                 images, ctf, angles, shifts, which = self._of(chosen)
                 images, ctf = images[:, keep], ctf[:, keep]
                 angles, shifts = refine_planar(

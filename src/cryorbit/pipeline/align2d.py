@@ -116,13 +116,14 @@ def _run(config: RunConfig, inputs: Inputs, output: Path, progress: Progress | N
         config.averages,
         classes=engine.classes,
         which=found.which,
-        angles=found.angles.clone(),
+        angles=found.angles,
         shifts_px=found.shifts * (stack.pixel_size / full.pixel_size),
         half_set=inputs.half_set,
         mask_diameter=inputs.mask_diameter,
     )
     go(final)
-    classes = _summarise(config, inputs, full, final, found, time.monotonic() - begun)
+    shared = stack.box * stack.pixel_size / engine.radius()
+    classes = _summarise(config, inputs, full, final, found, shared, time.monotonic() - begun)
     _write(output, inputs, classes)
     return classes
 
@@ -151,7 +152,13 @@ def _assign(engine: Align2D, path: Path, fingerprint: str) -> Assignment:
 
 
 def _summarise(
-    config: RunConfig, inputs: Inputs, stack: FourierStack, final: ClassAverages, found: Assignment, seconds: float
+    config: RunConfig,
+    inputs: Inputs,
+    stack: FourierStack,
+    final: ClassAverages,
+    found: Assignment,
+    shared: float,
+    seconds: float,
 ) -> Classes:
     apix, box = stack.pixel_size, stack.box
     pictures = final.pictures / stack.scale
@@ -176,6 +183,7 @@ def _summarise(
         "class_junk_share": [float(likelier[which == k].float().mean()) if n else None for k, n in enumerate(sizes)],
         "resolution_best_A": known[0] if known else None,
         "resolution_median_A": known[len(known) // 2] if known else None,
+        "shared_reference_A": shared,
         "junk_share": float(likelier.float().mean()),
         "effective_poses_median": float(found.effective.median()),
         "seconds": seconds,
