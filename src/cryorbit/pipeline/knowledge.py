@@ -37,7 +37,7 @@ _PERIODS = 10.5  # per particle diameter: where a grid of 15 degrees ends
 _ORDER = 2
 _HELD_OUT, _MOST_HELD_OUT = 0.1, 1000
 _RIGHT_DEG = 10.0
-_NOISE_IMAGES = 0.2  # per held-out particle
+_NOISE_IMAGES, _FEWEST_NOISE = 0.2, 20  # per held-out particle, and at least
 _WANTED = 0.99  # share right above the threshold
 
 
@@ -195,7 +195,7 @@ def _calibrated(
     assigner = assigner_of(run, config, known, weights, 2, stack.device)
     fits, shares = [], {"particles": float(len(held_out))}
     group, disk = point_group(config.symmetry).float(), stack.disk.to(stack.device)
-    count = max(round(_NOISE_IMAGES * len(held_out)), 1)
+    count = min(max(round(_NOISE_IMAGES * len(held_out)), _FEWEST_NOISE), len(held_out))
     drawn = torch.randn(count, len(disk), 2, generator=torch.Generator().manual_seed(config.seed)).to(stack.device)
     spread = (0.5 * torch.tensor(known.noise).to(stack.device)[disk.shell]).sqrt()
     noise = torch.view_as_complex(drawn * spread[:, None])
