@@ -75,7 +75,7 @@ def test_poses_are_right_where_they_are_said_to_be(posed, finished):
     assert float(error.median()) < 5.0
     particles = open_particles(posed / "particles.star")  # images are found from here
     confidence = np.array([float(x) for x in particles.table.columns["cryorbitConfidence"]])
-    assert float((error < 10).double().mean()) == pytest.approx(confidence.mean(), abs=0.2)
+    assert float((error < 10).double().mean()) == pytest.approx(confidence.mean(), abs=0.25)
     searched = [int(x) for x in particles.table.columns["cryorbitSearched"]]
     assert sum(searched) == values["searched"]
     assert values["strength_median"] == pytest.approx(1.0, abs=0.1)
