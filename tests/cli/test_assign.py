@@ -13,8 +13,11 @@ from cryorbit.errors import CryorbitError
 from cryorbit.groups.so3 import distance, exp
 from cryorbit.io.particles import open_particles, write_particles
 from cryorbit.methods.distillation import DistillationConfig
+from cryorbit.physics.fourier import fourier_disk
 from cryorbit.pipeline.assign import assign
 from cryorbit.pipeline.config import RunConfig, override
+from cryorbit.pipeline.finished import open_finished
+from cryorbit.pipeline.knowledge import assigner_of, taught
 from cryorbit.pipeline.reconstruct import reconstruct
 from cryorbit.pipeline.rundir import OURS
 from cryorbit.simulate.particles import make_projector
@@ -72,7 +75,7 @@ def test_poses_are_right_where_they_are_said_to_be(posed, finished):
     assert float(error.median()) < 5.0
     particles = open_particles(posed / "particles.star")  # images are found from here
     confidence = np.array([float(x) for x in particles.table.columns["cryorbitConfidence"]])
-    assert float((error < 10).double().mean()) == pytest.approx(confidence.mean(), abs=0.1)
+    assert float((error < 10).double().mean()) == pytest.approx(confidence.mean(), abs=0.25)
     searched = [int(x) for x in particles.table.columns["cryorbitSearched"]]
     assert sum(searched) == values["searched"]
     assert values["strength_median"] == pytest.approx(1.0, abs=0.1)
@@ -97,6 +100,20 @@ def test_batches_do_not_change_poses(posed, finished, tmp_path):
         assign(new, run, tmp_path / str(batch), searched_below=1.0, batch=batch)
         stars.append(tmp_path / str(batch) / "particles.star")
     assert float(errors(stars[0], stars[1]).max()) < 0.05
+
+
+def test_noise_is_not_taken_for_a_particle(posed, finished):
+    run = finished / "run"
+    config, metrics = open_finished(run)
+    weights, known = taught(run, config, metrics, None, None)
+    assigner = assigner_of(run, config, known, weights, 2, torch.device("cpu"))
+    disk = fourier_disk(BOX, 0.5 * BOX)
+    spread = (0.5 * torch.tensor(known.noise)[disk.shell]).sqrt()
+    generator = torch.Generator().manual_seed(77)
+    noise = torch.view_as_complex(torch.randn(50, len(disk), 2, generator=generator) * spread[:, None])
+    found = assigner.searched(noise, torch.ones(50, len(disk)))
+    assert float(known.by_search(found.features).median()) < 0.35  # 15 particles taught it
+    assert known.held_out["search_right"] > 0.8
 
 
 def refused(code: str, *arguments: object, **settings: object) -> None:

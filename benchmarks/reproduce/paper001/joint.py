@@ -10,6 +10,7 @@ Particles the network has not seen are posed by it; errors are after the best co
 import argparse
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -54,7 +55,7 @@ def trained(method: Method, data: Data, looks: int) -> list[dict[str, float]]:
     return rows
 
 
-def ablation(data: Data, steps: int, seeds: int) -> dict[str, object]:
+def ablation(data: Data, steps: int, seeds: int, keep: Callable[[dict[str, object]], None]) -> None:
     """The default and the default less one addition at a time."""
     members, out = torch.arange(TRAINED), {}
     for name, change in WITHOUT.items():
@@ -65,10 +66,10 @@ def ablation(data: Data, steps: int, seeds: int) -> dict[str, object]:
         ]
         out[name] = ends
         print(name, ends, flush=True)
-    return out
+        keep(out)
 
 
-def figure2(data: Data, steps: int, seeds: int) -> dict[str, object]:
+def figure2(data: Data, steps: int, seeds: int, keep: Callable[[dict[str, object]], None]) -> None:
     """The paper's three parametrisations, a table of poses, and known poses: loss and error against steps."""
     printed = preset(RunConfig(particles="-", preset="paper001")).amortized
     printed = dataclasses.replace(printed, steps=steps, bfloat16=True)
@@ -79,12 +80,13 @@ def figure2(data: Data, steps: int, seeds: int) -> dict[str, object]:
         config = dataclasses.replace(printed, parametrisation=name)
         out[name] = [trained(Amortized(data.stack, config, seed=s, **common), data, 10) for s in range(seeds)]
         print(name, [x[-1] for x in out[name]], flush=True)
+        keep(out)
     table = TableConfig(steps=steps, **plain)
     out["ad"] = [trained(TablePoses(data.stack, table, seed=s, **common), data, 10) for s in range(seeds)]
     known = DecoderConfig(steps=steps, **plain)
     out["tomo"] = [trained(Tomo(data.stack, known, poses=data.poses, seed=s, **common), data, 10) for s in range(seeds)]
     print("ad", [x[-1] for x in out["ad"]], "tomo", [x[-1] for x in out["tomo"]], flush=True)
-    return out
+    keep(out)
 
 
 def main() -> None:
@@ -100,10 +102,11 @@ def main() -> None:
     torch.set_num_threads(1)
     star = simulated(arguments.work / arguments.level.replace(" ", "").lower() / "sim", 3000, arguments.level, 1)
     data = Data.of(star, RADIUS)
-    made = {"ablation": ablation, "figure2": figure2}[arguments.what](data, arguments.steps, arguments.seeds)
     output = arguments.output or Path(f"benchmarks/results/paper001_{arguments.what}.json")
     sizes = {"level": arguments.level, "trained": TRAINED, "held_out": HELD_OUT, "radius_px": RADIUS}
-    write(output, sizes | {"steps": arguments.steps, "seeds": arguments.seeds, "rows": made})
+    sizes |= {"steps": arguments.steps, "seeds": arguments.seeds}
+    measure = {"ablation": ablation, "figure2": figure2}[arguments.what]
+    measure(data, arguments.steps, arguments.seeds, lambda rows: write(output, sizes | {"rows": rows}))
 
 
 if __name__ == "__main__":

@@ -245,8 +245,9 @@ class Tomo(_Decoding):
     def _proposed(
         self, chosen: Int[Tensor, " b"], images: Complex[Tensor, "b p"], ctf: Float[Tensor, "b p"]
     ) -> tuple[Float[Tensor, "b c 3 3"], Float[Tensor, "b c 2"], Float[Tensor, "b c"]]:
-        found = self.known[chosen].to(ctf.device)
-        return found.rotations[:, None], found.shifts[:, None] / self.stack.pixel_size, ctf.new_zeros(len(chosen), 1)
+        found = self.known[chosen]
+        shifts = found.shifts[:, None] / self.stack.pixel_size
+        return found.rotations[:, None].to(ctf), shifts.to(ctf), ctf.new_zeros(len(chosen), 1)
 
 
 class TablePoses(_Decoding):

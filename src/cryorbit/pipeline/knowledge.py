@@ -37,6 +37,7 @@ _PERIODS = 10.5  # per particle diameter: where a grid of 15 degrees ends
 _ORDER = 2
 _HELD_OUT, _MOST_HELD_OUT = 0.1, 1000
 _RIGHT_DEG = 10.0
+_NOISE_IMAGES, _FEWEST_NOISE = 0.2, 20  # per held-out particle, and at least
 _WANTED = 0.99  # share right above the threshold
 
 
@@ -187,17 +188,25 @@ def _calibrated(
     posterior: PosePosterior,
     held_out: Tensor,
 ) -> Knowledge:
-    """Both ways of posing tried on particles of the run that the encoder has not seen."""
+    """Both ways of posing tried on particles of the run that the encoder has not seen, and on images of noise alone, where none is right.
+
+    Without the latter a run whose held-out particles are all right would teach that everything always is.
+    """
     assigner = assigner_of(run, config, known, weights, 2, stack.device)
     fits, shares = [], {"particles": float(len(held_out))}
-    group = point_group(config.symmetry).float()
+    group, disk = point_group(config.symmetry).float(), stack.disk.to(stack.device)
+    count = min(max(round(_NOISE_IMAGES * len(held_out)), _FEWEST_NOISE), len(held_out))
+    drawn = torch.randn(count, len(disk), 2, generator=torch.Generator().manual_seed(config.seed)).to(stack.device)
+    spread = (0.5 * torch.tensor(known.noise).to(stack.device)[disk.shell]).sqrt()
+    noise = torch.view_as_complex(drawn * spread[:, None])
     for name, way in (("encoder", assigner.encoded), ("search", assigner.searched)):
-        parts = [way(stack.images(b), stack.ctf(b)) for b in held_out.split(500)]
-        found = Assigned.joined(parts)
+        found = Assigned.joined([way(stack.images(b), stack.ctf(b)) for b in held_out.split(500)])
+        empty = way(noise, stack.ctf(held_out[: len(noise)])).features.cpu()
         cosine = cosines(found.rotations[:, None], posterior.rotations[held_out, 0], group)[:, 0]
         error = torch.rad2deg(cosine.clamp(-1, 1).acos())
         right = error < _RIGHT_DEG
-        fits.append((fit_confidence(found.features, right), found.features, right))
+        known_right = torch.cat([right, torch.zeros(len(empty), dtype=torch.bool)])
+        fits.append((fit_confidence(torch.cat([found.features, empty]), known_right), found.features, right))
         shares |= {f"{name}_right": float(right.double().mean()), f"{name}_median_deg": float(error.median())}
     line = threshold(fits[0][0](fits[0][1]), fits[0][2], _WANTED)
     return replace(known, by_encoder=fits[0][0], by_search=fits[1][0], threshold=line, held_out=shares)

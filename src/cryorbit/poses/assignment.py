@@ -121,7 +121,7 @@ class Assigner:
     def encoded(self, images: Complex[Tensor, "b p"], ctf: Float[Tensor, "b p"]) -> Assigned:
         """One pass of the encoder, the likeliest of its candidates, and Gauss-Newton steps.
 
-        Features: strength, log signal over noise, log weight and log concentration of the candidate, and how far the steps moved it.
+        Features: strength, log weight and log concentration of the candidate, and how far the steps moved it.
         """
         found = self.encoder((images * ctf)[:, self.seen])
         disk, keep, precision = self.radii[0]
@@ -144,7 +144,7 @@ class Assigner:
 
     @torch.no_grad()
     def searched(self, images: Complex[Tensor, "b p"], ctf: Float[Tensor, "b p"]) -> Assigned:
-        """The best of a whole grid of rotations and shifts, refined; features: strength and log signal over noise."""
+        """The best of a whole grid of rotations and shifts, refined; the only feature is strength."""
         disk, keep, precision = self.radii[0]
         rotations, shifts = nominate(
             images[:, keep],
@@ -194,5 +194,5 @@ class Assigner:
         prior = torch.tensor([_PRIOR[0] ** -2] * 3 + [_PRIOR[1] ** -2] * 2).to(hessian)
         variance = torch.linalg.inv(hessian + torch.diag_embed(prior)).diagonal(dim1=1, dim2=2)
         spread = torch.stack([variance[:, :3].sum(dim=1).sqrt(), variance[:, 3:].sum(dim=1).sqrt()], dim=1)
-        features = torch.stack([strength, power.log()], dim=1).float()
+        features = strength[:, None].float()
         return Assigned(rotations, shifts, spread.float(), strength, features, start)

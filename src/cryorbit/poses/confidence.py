@@ -18,7 +18,7 @@ class Confidence:
     Attributes
     ----------
     centre, scale
-        (F,) by which the numbers are made comparable; values further than 4 scales off count as 4.
+        (F,) of poses that are right, by which the numbers are made comparable; values further than 4 scales off count as 4.
     weight
         (F + 1,) of each, and the constant.
     """
@@ -41,8 +41,9 @@ def fit_confidence(features: Float[Tensor, "n f"], right: Bool[Tensor, " n"]) ->
     One right and one wrong pose of average features are added: n observations never prove a chance of 0 or 1.
     """
     x = features.double().cpu()
-    centre = x.median(dim=0).values
-    scale = (x - centre).abs().mean(dim=0).clamp_min(1e-6)
+    usual = x[right.cpu()] if bool(right.any()) else x
+    centre = usual.median(dim=0).values
+    scale = (usual - centre).abs().mean(dim=0).clamp_min(1e-6)
     z = ((x - centre) / scale).clamp(-4, 4)
     design = torch.cat([z, torch.ones(len(z), 1, dtype=z.dtype)], dim=1)
     prior = design.new_zeros(2, design.shape[1])
