@@ -122,6 +122,7 @@ def test_command_draws_the_picture(even, capsys):
     [
         ("no folder", "RUN040"),
         ("empty", "RUN040"),
+        ("classes", "RUN040.*2-D classes"),
         ("unfinished", "RUN040.*metrics.json"),
         ("metrics", "RUN041"),
         ("other poses", "RUN025"),
@@ -135,8 +136,10 @@ def test_command_draws_the_picture(even, capsys):
 )
 def test_refusals_leave_nothing(even, tmp_path, harm, message):
     run, draws, device = tmp_path / "run", 2, ""
-    if harm == "empty":
+    if harm in ("empty", "classes"):
         run.mkdir()
+        if harm == "classes":
+            (run / "classes.mrcs").touch()
     elif harm != "no folder":
         shutil.copytree(even, run, ignore=shutil.ignore_patterns(*WRITTEN))
     if harm == "unfinished":

@@ -180,6 +180,9 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
         write_report(tmp_path)
     with pytest.raises(RunError, match="RUN020"):
         write_report(tmp_path / "absent")
+    (tmp_path / "classes.mrcs").touch()
+    with pytest.raises(RunError, match="2-D classes"):
+        write_report(tmp_path)
 
 
 def test_even_views_are_drawn_even() -> None:

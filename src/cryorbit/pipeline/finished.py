@@ -26,6 +26,8 @@ def open_finished(run: Path) -> tuple[RunConfig, dict[str, object]]:
     """
     if not run.is_dir():
         raise RunError("RUN040", f"{run} is not a folder", "give the --output folder of a reconstruction")
+    if (run / "classes.mrcs").exists() and not (run / "map.mrc").exists():
+        raise RunError("RUN040", f"{run} holds 2-D classes, not a map", "give the --output folder of a reconstruction")
     missing = [name for name in NEEDED if not (run / name).exists()]
     if missing:
         started = (run / "config.toml").exists()

@@ -143,6 +143,10 @@ def load_run(folder: Path) -> RunData:
             f"{folder} holds none of a run's files ({', '.join(PIECES[:4])}, ...)",
             "give the --output folder of a reconstruction",
         )
+    if (folder / "classes.mrcs").exists() and not (folder / "map.mrc").exists():
+        raise RunError(
+            "RUN020", f"{folder} holds 2-D classes, not a map", "its page is classes.png; report is for reconstructions"
+        )
     missing: dict[str, str] = {}
 
     def piece(name: str, reader: Callable[[Path], T], otherwise: T) -> T:
