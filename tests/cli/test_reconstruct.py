@@ -14,7 +14,9 @@ import pytest
 from processes import FINAL, command, cryorbit
 
 from cryorbit.cli.reconstruct import configured
+from cryorbit.errors import CryorbitError
 from cryorbit.io.particles import open_particles
+from cryorbit.pipeline.reconstruct import reconstruct
 from cryorbit.simulate.particles import make_projector
 from cryorbit.simulate.phantom import phantom
 from cryorbit.simulate.settings import SimulationSettings
@@ -117,9 +119,9 @@ def test_folder_that_cannot_be_written(simulated, tmp_path):
     assert "Traceback" not in done.stderr
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "thesis.txt").write_text("precious")
-    done = cryorbit("reconstruct", simulated / "particles.star", "--output", tmp_path / "theirs", *QUICK, "--overwrite")
-    assert done.returncode == 1
-    assert "RUN001" in done.stderr
+    config = configured(simulated / "particles.star", None, QUICK[3::2], mask_diameter=70.0)
+    with pytest.raises(CryorbitError, match="RUN001"):
+        reconstruct(config, tmp_path / "theirs", overwrite=True)
     assert (tmp_path / "theirs" / "thesis.txt").read_text() == "precious"
 
 
@@ -143,18 +145,26 @@ def test_full_disk_leaves_no_broken_file(simulated, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
-        (["--mask-diameter", "900"], "CONF022"),
-        (["--symmetry", "Q7"], "CONF112"),
-        (["--preset", "speedy"], "CONF014"),
-        (["--device", "quantum"], "CONF020"),
-        (["--volume", "mesh"], "CONF031"),
-        (["--set", "abinitio.bach=3"], "CONF010"),
+        ({"mask_diameter": 900.0}, "CONF022"),
+        ({"symmetry": "Q7"}, "CONF112"),
+        ({"preset": "speedy"}, "CONF014"),
+        ({"device": "quantum"}, "CONF020"),
+        ({"volume": "mesh"}, "CONF031"),
+        ({"refine": {"defocus_range": -5.0}}, "CONF016"),
     ],
 )
 def test_bad_settings_are_refused_before_any_work(simulated, tmp_path, arguments, code):
-    done = cryorbit("reconstruct", simulated / "particles.star", "--output", tmp_path / "run", *arguments)
+    with pytest.raises(CryorbitError, match=code) as refused:
+        reconstruct(configured(simulated / "particles.star", None, [], **arguments), tmp_path / "run")
+    assert refused.value.hint
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_setting_is_one_message(simulated, tmp_path):
+    bad = ("--set", "abinitio.bach=3")
+    done = cryorbit("reconstruct", simulated / "particles.star", "--output", tmp_path / "run", *bad)
     assert done.returncode == 1
-    assert code in done.stderr
+    assert "CONF010" in done.stderr
     assert "hint" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()

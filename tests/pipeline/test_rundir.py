@@ -1,5 +1,6 @@
 """Nothing of the user's is ever deleted; damaged run folders say so; two processes do not share one."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from cryorbit.simulate.phantom import phantom
 from cryorbit.simulate.settings import SimulationSettings
 from cryorbit.simulate.write import write_simulation
 from cryorbit.training.history import History
+from cryorbit.types import Reconstruction
 
 SMALL = [
     "mask_diameter=70",
@@ -34,6 +36,19 @@ def star(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sim") / "in"
     write_simulation(folder, make_projector(phantom(), 20, 5.0), SimulationSettings(count=60, snr_db=3.0, seed=2))
     return folder / "particles.star"
+
+
+@pytest.fixture(scope="module")
+def finished(star: Path) -> tuple[Path, Reconstruction]:
+    """A run, and what it gave."""
+    folder = star.parent.parent / "run"
+    return folder, reconstruct(config(star), folder)
+
+
+@pytest.fixture
+def ours(finished: tuple[Path, Reconstruction], tmp_path: Path) -> Path:
+    """A copy of the run to be harmed."""
+    return Path(shutil.copytree(finished[0], tmp_path / "run"))
 
 
 def config(star: Path, *more: str) -> RunConfig:
@@ -108,38 +123,34 @@ def test_history_cut_short_does_not_stop_a_resume(tmp_path, damage):
 
 
 @pytest.mark.parametrize("meta", [b"{}", b'{"__metadata__":{"meta":"nonsense","complex":"[]"}}'])
-def test_damaged_checkpoint_is_one_message(star, tmp_path, meta):
-    reconstruct(config(star), tmp_path / "run")
-    (tmp_path / "run" / "checkpoint" / "abinitio.safetensors").write_bytes(len(meta).to_bytes(8, "little") + meta)
+def test_damaged_checkpoint_is_one_message(star, ours, meta):
+    (ours / "checkpoint" / "abinitio.safetensors").write_bytes(len(meta).to_bytes(8, "little") + meta)
     with pytest.raises(RunError, match=r"RUN01[13]"):
-        reconstruct(config(star), tmp_path / "run")
+        reconstruct(config(star), ours)
 
 
-def test_exchanged_images_are_noticed(star, tmp_path):
-    reconstruct(config(star), tmp_path / "run")
+def test_exchanged_images_are_noticed(star, ours):
     stack = star.with_name("particles.mrcs")
     original = stack.read_bytes()
     values = np.frombuffer(original[1024:], dtype=np.float32).copy()
     values[:100] += 1
     stack.write_bytes(original[:1024] + values.tobytes())
     with pytest.raises(RunError, match="RUN011"):
-        reconstruct(config(star), tmp_path / "run")
+        reconstruct(config(star), ours)
     stack.write_bytes(original)
 
 
-def test_a_run_goes_on_with_other_memory(star, tmp_path):
-    first = reconstruct(config(star), tmp_path / "run")
-    again = reconstruct(config(star, "memory_gib=0"), tmp_path / "run")
-    assert torch.equal(first.map.data, again.map.data)
-    assert "memory_gib = 0" in (tmp_path / "run" / "config.toml").read_text()
-    rows = (tmp_path / "run" / "history.jsonl").read_text().splitlines()
+def test_a_run_goes_on_with_other_memory(star, finished, ours):
+    again = reconstruct(config(star, "memory_gib=0"), ours)
+    assert torch.equal(finished[1].map.data, again.map.data)
+    assert "memory_gib = 0" in (ours / "config.toml").read_text()
+    rows = (ours / "history.jsonl").read_text().splitlines()
     assert len(rows) == len(set(rows))  # nothing was done twice
 
 
-def test_streamed_stack_gives_the_same_map(star, tmp_path):
-    cached = reconstruct(config(star), tmp_path / "cached")
+def test_streamed_stack_gives_the_same_map(star, finished, tmp_path):
     streamed = reconstruct(config(star, "memory_gib=0"), tmp_path / "streamed")
-    assert torch.equal(cached.map.data, streamed.map.data)
+    assert torch.equal(finished[1].map.data, streamed.map.data)
 
 
 def test_devices_that_cannot_work_are_refused():
