@@ -86,4 +86,8 @@ def run_and_report(config: "RunConfig", output: Path, overwrite: bool) -> None: 
     console.print(f"\n{result.status}")
     for warning in result.warnings:
         console.print(f"note: {warning}")
+    if (spread := result.metrics["defocus_sigma_A"]) is not None:
+        console.print(
+            f"defocus refined: it differs from the file's by {spread:.0f} A (standard deviation over particles)"
+        )
     console.print(f"\nmap        {output / 'map.mrc'}\nparticles  {output / 'particles.star'}\nreport     {page}")
