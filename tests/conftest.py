@@ -6,10 +6,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # small problems; the cores are f
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("untimed", deadline=None)  # how busy a machine is fails no test
+hypothesis.settings.load_profile("untimed")
 
 
 def _shared_data() -> Path | None:
