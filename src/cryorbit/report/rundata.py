@@ -137,15 +137,15 @@ def load_run(folder: Path) -> RunData:
     """
     if not folder.is_dir():
         raise RunError("RUN020", f"{folder} is not a folder", "give the --output folder of a reconstruction")
+    if (folder / "classes.mrcs").exists() and not (folder / "map.mrc").exists():
+        raise RunError(
+            "RUN020", f"{folder} holds 2-D classes, not a map", "its page is classes.png; report is for reconstructions"
+        )
     if not any((folder / name).exists() for name in PIECES):
         raise RunError(
             "RUN020",
             f"{folder} holds none of a run's files ({', '.join(PIECES[:4])}, ...)",
             "give the --output folder of a reconstruction",
-        )
-    if (folder / "classes.mrcs").exists() and not (folder / "map.mrc").exists():
-        raise RunError(
-            "RUN020", f"{folder} holds 2-D classes, not a map", "its page is classes.png; report is for reconstructions"
         )
     missing: dict[str, str] = {}
 
