@@ -1,6 +1,6 @@
 """New particles of a known structure: an encoder's one pass, Gauss-Newton steps after it, and the grid search they replace.
 
-    python benchmarks/reproduce/paper001/assign.py --work /tmp/paper001
+    python benchmarks/reproduce/paper001/assign.py --work DIR
 
 Simulates 3,000 particles to reconstruct and 1,000 others to pose, teaches the encoder of the run, and compares poses with the truth.
 """

@@ -1,6 +1,6 @@
 """Joint training from a random start, end to end: what the networks came to, what refinement made of it, what the verdict says.
 
-    python benchmarks/reproduce/paper001/handover.py --work /tmp/paper001 --seeds 3
+    python benchmarks/reproduce/paper001/handover.py --work DIR --seeds 3
 
 Runs ``cryorbit reconstruct --method amortized`` on 3,000 particles; runs that are there are used.
 """

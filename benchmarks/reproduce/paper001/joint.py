@@ -1,7 +1,7 @@
 """Joint training from a random start: what each addition to the paper's model is worth, and the curves of its Fig. 2.
 
-    python benchmarks/reproduce/paper001/joint.py --work /tmp/paper001 --what ablation
-    python benchmarks/reproduce/paper001/joint.py --work /tmp/paper001 --what figure2
+    python benchmarks/reproduce/paper001/joint.py --work DIR --what ablation
+    python benchmarks/reproduce/paper001/joint.py --work DIR --what figure2
 
 Particles the network has not seen are posed by it; errors are after the best common rotation and hand. ``figure2`` trains the paper's model
 (Euler angles, quaternions, S2 x S2) and its yardsticks on what 64 px images hold up to 15 Fourier pixels (6.8 A), for far fewer steps.
