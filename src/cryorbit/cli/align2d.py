@@ -28,11 +28,10 @@ def align2d(
     """Align particles in the plane and sort them into classes, with no reference; score how likely each is junk."""
     from rich.console import Console
 
-    from cryorbit.cli.progress import Reporter
+    from cryorbit.cli.progress import reported
     from cryorbit.pipeline.align2d import align2d as run
     from cryorbit.pipeline.config import CLASSES
     from cryorbit.report.align2d import write_gallery
-    from cryorbit.training.loop import Stopped
 
     config = configured(
         particles,
@@ -48,12 +47,8 @@ def align2d(
         no_ctf=no_ctf,
     )
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    try:
-        with Reporter() as progress:
-            found = run(config, output, overwrite=overwrite, progress=progress)
-    except Stopped as stopped:
-        console.print(f"{stopped}: run the same command again to continue.")
-        raise typer.Exit(130) from None
+    with reported(console) as progress:
+        found = run(config, output, overwrite=overwrite, progress=progress)
     m = found.metrics
     reached = m["class_resolution_A"]
     page = write_gallery(output / "classes.png", found.pictures.numpy(), m["class_sizes"], reached, m["pixel_size_A"])  # type: ignore[arg-type]

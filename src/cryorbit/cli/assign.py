@@ -32,31 +32,26 @@ def assign(
     """Pose new particles of a known structure in one pass of an encoder, taught by the run the first time."""
     from rich.console import Console
 
-    from cryorbit.cli.progress import Reporter
+    from cryorbit.cli.progress import reported
     from cryorbit.methods.distillation import DistillationConfig
     from cryorbit.pipeline.assign import assign as compute
     from cryorbit.pipeline.config import override_section
-    from cryorbit.training.loop import Stopped
 
     console = Console(highlight=False, soft_wrap=True)
     teaching = override_section(DistillationConfig(), set_) if set_ else None
-    try:
-        with Reporter() as progress:
-            values: dict[str, Any] = compute(
-                particles,
-                run,
-                output,
-                teaching=teaching,
-                searched_below=None if threshold < 0 else threshold,
-                steps=steps,
-                batch=batch,
-                datadir=datadir,
-                device=device,
-                progress=progress,
-            )
-    except Stopped as stopped:
-        console.print(f"{stopped}: run the same command again to continue.")
-        raise typer.Exit(130) from None
+    with reported(console) as progress:
+        values: dict[str, Any] = compute(
+            particles,
+            run,
+            output,
+            teaching=teaching,
+            searched_below=None if threshold < 0 else threshold,
+            steps=steps,
+            batch=batch,
+            datadir=datadir,
+            device=device,
+            progress=progress,
+        )
     console.print(_words(values))
     for warning in values["warnings"]:
         console.print(f"note: {warning}")

@@ -1,8 +1,11 @@
 """Progress on stderr: a live bar on a terminal, one plain line now and then elsewhere."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
@@ -56,3 +59,16 @@ class Reporter:
         elif step in (1, total) or time.monotonic() - self.last.get(stage, 0.0) > _QUIET_SECONDS:
             self.console.print(f"{words} {step}/{total}: {note}", soft_wrap=True)
             self.last[stage] = time.monotonic()
+
+
+@contextmanager
+def reported(console: Console) -> Iterator[Reporter]:
+    """Progress on stderr; a run that is interrupted says how to go on, and ends with exit code 130."""
+    from cryorbit.training.loop import Stopped
+
+    try:
+        with Reporter() as progress:
+            yield progress
+    except Stopped as stopped:
+        console.print(f"{stopped}: run the same command again to continue.")
+        raise typer.Exit(130) from None

@@ -70,18 +70,13 @@ def run_and_report(config: "RunConfig", output: Path, overwrite: bool) -> None: 
     """Reconstruct with progress on stderr, write the report, print the verdict."""
     from rich.console import Console
 
-    from cryorbit.cli.progress import Reporter
+    from cryorbit.cli.progress import reported
     from cryorbit.pipeline.reconstruct import reconstruct as run
     from cryorbit.report.render import write_report
-    from cryorbit.training.loop import Stopped
 
     console = Console(highlight=False, soft_wrap=True)
-    try:
-        with Reporter() as progress:
-            result = run(config, output, overwrite=overwrite, progress=progress)
-    except Stopped as stopped:
-        console.print(f"{stopped}: run the same command again to continue.")
-        raise typer.Exit(130) from None
+    with reported(console) as progress:
+        result = run(config, output, overwrite=overwrite, progress=progress)
     page = write_report(output)
     console.print(f"\n{result.status}")
     for warning in result.warnings:

@@ -20,9 +20,10 @@ from cryorbit.methods.align2d import Align2D, Assignment
 from cryorbit.methods.class_averages import ClassAverages
 from cryorbit.metrics.fsc import crossing, resolution
 from cryorbit.pipeline import outputs
-from cryorbit.pipeline.config import AUTO, RunConfig, to_toml
+from cryorbit.pipeline.config import AUTO, RunConfig
 from cryorbit.pipeline.inputs import DARK, Inputs, prepare
-from cryorbit.pipeline.rundir import locked, open_run
+from cryorbit.pipeline.rundir import opened
+from cryorbit.pipeline.start import fourier_stack
 from cryorbit.training.checkpoint import load_checkpoint, save_checkpoint
 from cryorbit.training.dataset import FourierStack
 from cryorbit.training.history import History
@@ -76,11 +77,8 @@ def align2d(config: RunConfig, output: Path, *, overwrite: bool = False, progres
         Called after each step.
     """
     inputs = _bright(config, prepare(config))
-    open_run(output, config, overwrite=overwrite)
-    if not (output / "provenance.json").exists():  # a continued run keeps how it began
-        outputs.write_json(output / "provenance.json", outputs.provenance(Path(config.particles), str(inputs.device)))
-    with locked(output):
-        return _run(config, inputs, output, progress)
+    with opened(output, config, inputs, overwrite=overwrite) as fingerprint:
+        return _run(config, inputs, output, progress, fingerprint)
 
 
 def _bright(config: RunConfig, inputs: Inputs) -> Inputs:
@@ -92,16 +90,12 @@ def _bright(config: RunConfig, inputs: Inputs) -> Inputs:
     return replace(inputs, particles=particles, warnings=(*inputs.warnings, _TAKEN_AS_DARK, DARK))
 
 
-def _run(config: RunConfig, inputs: Inputs, output: Path, progress: Progress | None) -> Classes:
-    stacks = inputs.particles.images.stacks if inputs.particles.images else ()
-    fingerprint = " ".join(
-        [to_toml(config), *(outputs.checksum(p) for p in [Path(config.particles), *(s.path for s in stacks)])]
-    )
+def _run(config: RunConfig, inputs: Inputs, output: Path, progress: Progress | None, fingerprint: str) -> Classes:
     history, folder, begun = History(output / "history.jsonl"), output / "checkpoint", time.monotonic()
     particles = inputs.particles
     extent = particles.box * particles.pixel_size
     radius = min(config.align2d.radius_end * extent / inputs.mask_diameter, 0.5 * particles.box - 1)
-    stack = _stack(config, inputs, float(round(radius)))
+    stack = fourier_stack(config, inputs, float(round(radius)))
     engine = Align2D(stack, config.align2d, mask_diameter=inputs.mask_diameter, seed=config.seed)
 
     def go(method: Align2D | ClassAverages) -> None:
@@ -110,7 +104,7 @@ def _run(config: RunConfig, inputs: Inputs, output: Path, progress: Progress | N
 
     go(engine)
     found = _assign(engine, folder / "classes.safetensors", fingerprint)
-    full = _stack(config, inputs, 0.5 * particles.box)
+    full = fourier_stack(config, inputs)
     final = ClassAverages(
         full,
         config.averages,
@@ -126,16 +120,6 @@ def _run(config: RunConfig, inputs: Inputs, output: Path, progress: Progress | N
     classes = _summarise(config, inputs, full, final, found, shared, time.monotonic() - begun)
     _write(output, inputs, classes)
     return classes
-
-
-def _stack(config: RunConfig, inputs: Inputs, radius: float) -> FourierStack:
-    return FourierStack(
-        inputs.particles,
-        radius,
-        mask_diameter=inputs.mask_diameter,
-        memory_gib=config.memory_gib,
-        device=inputs.device,
-    )
 
 
 def _assign(engine: Align2D, path: Path, fingerprint: str) -> Assignment:

@@ -15,7 +15,7 @@ from cryorbit.methods.symmetric import SymmetryTest, group_of, symmetrised
 from cryorbit.metrics.symmetry import SymmetryFinding
 from cryorbit.pipeline.config import AUTO, RunConfig
 from cryorbit.pipeline.inputs import Inputs
-from cryorbit.pipeline.start import Start, full_stack, inverted_contrast, is_dark
+from cryorbit.pipeline.start import Start, fourier_stack, inverted_contrast, is_dark
 from cryorbit.pipeline.verdict import Evidence
 from cryorbit.poses.grid import distinct_modes, with_half_turns
 from cryorbit.training.checkpoint import load_checkpoint, save_checkpoint
@@ -44,7 +44,7 @@ def hand_over(config: RunConfig, inputs: Inputs, engine: Marginal, folder: Path,
     evidence = _evidence(engine, agreement, effective)
     return Start(
         inputs,
-        full_stack(config, inputs),
+        fourier_stack(config, inputs),
         maps,
         engine.radius(),
         assigned["rotations"],

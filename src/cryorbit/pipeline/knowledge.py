@@ -21,6 +21,7 @@ from cryorbit.pipeline import outputs
 from cryorbit.pipeline.config import RunConfig, from_dict
 from cryorbit.pipeline.finished import inputs_of, posterior_of_run
 from cryorbit.pipeline.rundir import locked
+from cryorbit.pipeline.start import fourier_stack
 from cryorbit.poses.assignment import Assigned, Assigner
 from cryorbit.poses.confidence import Confidence, fit_confidence, threshold
 from cryorbit.poses.density import cosines
@@ -130,14 +131,8 @@ def _teach(
     progress: Progress | None,
 ) -> tuple[dict[str, Tensor], Knowledge]:
     inputs = inputs_of(run, config, metrics)
-    particles, device = inputs.particles, inputs.device
-    stack = FourierStack(
-        particles,
-        0.5 * particles.box,
-        mask_diameter=inputs.mask_diameter,
-        memory_gib=config.memory_gib,
-        device=device,
-    )
+    device = inputs.device
+    stack = fourier_stack(config, inputs)
     posterior = posterior_of_run(run, len(stack)).in_pixels(stack.pixel_size)
     noise = torch.tensor(metrics["noise_variance"], dtype=torch.float32) * stack.scale**2
     known = Knowledge(

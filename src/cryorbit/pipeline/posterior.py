@@ -30,7 +30,7 @@ from cryorbit.pipeline.config import RunConfig
 from cryorbit.pipeline.finished import inputs_of, open_finished, posterior_of_run
 from cryorbit.pipeline.inputs import Inputs, choose_device
 from cryorbit.pipeline.rundir import locked
-from cryorbit.pipeline.start import full_stack
+from cryorbit.pipeline.start import fourier_stack
 from cryorbit.poses.local import PoseSamples
 from cryorbit.poses.posterior import PosePosterior
 from cryorbit.training.dataset import FourierStack
@@ -81,7 +81,7 @@ def posterior(
     begun = time.monotonic()
     with locked(run):
         inputs = inputs_of(run, config, metrics)
-        stack = full_stack(config, inputs)
+        stack = fourier_stack(config, inputs)
         mask = _mask(run, config, inputs, stack.box, stack.pixel_size)
         poses = posterior_of_run(run, len(stack)).in_pixels(stack.pixel_size)
         samples = _drawn(poses, draws, seed)

@@ -21,15 +21,14 @@ from cryorbit.physics.cryoem import forward
 from cryorbit.physics.fourier import disk_to_images
 from cryorbit.physics.slicing import slicing_grid
 from cryorbit.pipeline import outputs
-from cryorbit.pipeline.config import ABINITIO, AMORTIZED, POSES, RunConfig, decisive, to_toml
+from cryorbit.pipeline.config import ABINITIO, AMORTIZED, POSES, RunConfig
 from cryorbit.pipeline.handover import hand_over
 from cryorbit.pipeline.inputs import Inputs, prepare
 from cryorbit.pipeline.joint import learnt_maps, least_radius
-from cryorbit.pipeline.rundir import locked, open_run
-from cryorbit.pipeline.start import Start, start_from_poses
+from cryorbit.pipeline.rundir import opened
+from cryorbit.pipeline.start import Start, fourier_stack, start_from_poses
 from cryorbit.pipeline.verdict import NOTED, OTHER_METHOD, OTHERS, TRUST, agree, judge, sentence
 from cryorbit.poses.posterior import PosedParticles
-from cryorbit.training.dataset import FourierStack
 from cryorbit.training.history import History
 from cryorbit.training.loop import Progress, run
 from cryorbit.types import Poses, Reconstruction, Volume
@@ -59,17 +58,13 @@ def reconstruct(
     The reconstruction that was written.
     """
     inputs = prepare(config)
-    open_run(output, config, overwrite=overwrite)
-    if not (output / "provenance.json").exists():  # a continued run keeps how it began
-        outputs.write_json(output / "provenance.json", outputs.provenance(Path(config.particles), str(inputs.device)))
-    with locked(output):
-        return _run(config, inputs, output, progress)
+    with opened(output, config, inputs, overwrite=overwrite) as fingerprint:
+        return _run(config, inputs, output, progress, fingerprint)
 
 
-def _run(config: RunConfig, inputs: Inputs, output: Path, progress: Progress | None) -> Reconstruction:
-    stacks = inputs.particles.images.stacks if inputs.particles.images else ()
-    read = [Path(config.particles), *(s.path for s in stacks), *([Path(config.mask)] if config.mask else [])]
-    fingerprint = " ".join([to_toml(decisive(config)), *(outputs.checksum(path) for path in read)])
+def _run(
+    config: RunConfig, inputs: Inputs, output: Path, progress: Progress | None, fingerprint: str
+) -> Reconstruction:
     history = History(output / "history.jsonl")
     seconds: dict[str, float] = {}
 
@@ -111,13 +106,7 @@ def _abinitio(
     radius = min(settings.radius_end * extent / inputs.mask_diameter, 0.5 * inputs.particles.box - 1)
     if config.method == AMORTIZED:
         radius = max(radius, least_radius(config, inputs))
-    stack = FourierStack(
-        inputs.particles,
-        float(round(radius)),
-        mask_diameter=inputs.mask_diameter,
-        memory_gib=config.memory_gib,
-        device=inputs.device,
-    )
+    stack = fourier_stack(config, inputs, float(round(radius)))
     engine = Marginal(
         stack,
         settings,

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from cryorbit.errors import ConfigError, RunError
 from cryorbit.io.atomic import write_text
+from cryorbit.pipeline import outputs
 from cryorbit.pipeline.config import RunConfig, decisive, flat, from_toml, to_toml
+from cryorbit.pipeline.inputs import Inputs
 
 OURS = (
     "map.mrc",
@@ -129,6 +131,18 @@ def open_run(folder: Path, config: RunConfig, *, overwrite: bool) -> None:
             f"{folder} cannot be written ({error.strerror or error})",
             "choose a writable --output folder with free space",
         ) from error
+
+
+@contextmanager
+def opened(folder: Path, config: RunConfig, inputs: Inputs, *, overwrite: bool) -> Iterator[str]:
+    """The run folder ready, described and locked; yields what a checkpoint in it must have been made from: settings and files."""
+    open_run(folder, config, overwrite=overwrite)
+    if not (folder / "provenance.json").exists():  # a continued run keeps how it began
+        outputs.write_json(folder / "provenance.json", outputs.provenance(Path(config.particles), str(inputs.device)))
+    stacks = inputs.particles.images.stacks if inputs.particles.images else ()
+    read = [Path(config.particles), *(s.path for s in stacks), *([Path(config.mask)] if config.mask else [])]
+    with locked(folder):
+        yield " ".join([to_toml(decisive(config)), *(outputs.checksum(path) for path in read)])
 
 
 @contextmanager

@@ -55,11 +55,11 @@ class Start:
     doubt: str = ""
 
 
-def full_stack(config: RunConfig, inputs: Inputs) -> FourierStack:
-    """The particles' Fourier pixels to Nyquist."""
+def fourier_stack(config: RunConfig, inputs: Inputs, radius: float | None = None) -> FourierStack:
+    """The particles' Fourier pixels up to ``radius`` of them, default Nyquist."""
     return FourierStack(
         inputs.particles,
-        0.5 * inputs.particles.box,
+        0.5 * inputs.particles.box if radius is None else radius,
         mask_diameter=inputs.mask_diameter,
         memory_gib=config.memory_gib,
         device=inputs.device,
@@ -98,11 +98,11 @@ def start_from_poses(config: RunConfig, inputs: Inputs) -> Start:
             mask=inputs.mask,
         )
 
-    stack = full_stack(config, inputs)
+    stack = fourier_stack(config, inputs)
     halves = made(stack, inputs.symmetry)
     if is_dark(config, halves.unfiltered, inputs.mask_diameter, stack.pixel_size):
         inputs = inverted_contrast(inputs)
-        stack = full_stack(config, inputs)
+        stack = fourier_stack(config, inputs)
         halves = made(stack, inputs.symmetry)
     agreed = last_shell(halves.correlation, _TRUSTED_FSC)
     fewest = min(round(_FEWEST_PERIODS * box_a / inputs.mask_diameter), particles.box // 2)
