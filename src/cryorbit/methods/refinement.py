@@ -150,7 +150,7 @@ class Refinement:
         return self.config.sweeps
 
     def finished(self) -> bool:
-        """Whether neither the radius nor the poses change any more."""
+        """Whether neither the radius nor the poses of either half change any more."""
         radius, before, change = (float(self.tensors[x]) for x in ("radius", "previous_radius", "pose_change"))
         return radius == before and change < 0.05 / max(radius, 1)
 
@@ -191,13 +191,13 @@ class Refinement:
         inside = torch.arange(len(t["noise"])) <= self.limit
         t["noise"] = torch.where(inside, torch.maximum(power / len(self.stack), 1e-6 * t["noise"]), t["noise"])
         change = so3.distance(before, self.poses[0])
-        t["pose_change"] = change.median()
+        t["pose_change"] = torch.stack([change[members_of(self.half_set, half)].median() for half in HALVES]).max()
         t["previous_radius"] = t["radius"]
         t["radius"] = torch.tensor(self._next_radius(radius))
         return {
             "radius": float(radius),
             "resolution_A": self.stack.box * self.stack.pixel_size / max(last_shell(t["fsc"], 0.143), 1e-3),
-            "pose_change_deg": float(torch.rad2deg(change.median())),
+            "pose_change_deg": float(torch.rad2deg(t["pose_change"])),
             "modes": float((t["mass"] > _NO_MASS).sum(dim=1).float().mean()),
             "log_likelihood": float(t["log_likelihood"].mean()),
             **({} if self.defocus is None else self.defocus.learn()),
