@@ -44,6 +44,7 @@ _MARGIN = 2
 _PATIENCE = 5  # broad steps before batches grow
 _CLEAR = 2.0  # standard errors of a change of the held-out likelihood
 _MORE_STARTS = 4  # at most, with an imposed symmetry
+_FINER_FROM = 8  # elements of the symmetry: a HEALPix order multiplies rotations by so many
 
 
 _SCALARS = tuple("march settled batch heat done paired joined at_pairing correlation still broad".split())
@@ -55,7 +56,7 @@ class Marginal:
     Parameters
     ----------
     stack
-        Particles as Fourier pixels, of radius at least ``fourier_radius(config.radius_end)``.
+        Particles as Fourier pixels, up to the last of ``config.radii``.
     config
         Settings.
     mask_diameter
@@ -87,7 +88,7 @@ class Marginal:
         self.members = {half: members_of(half_set, half) for half in HALVES}
         self.mask = soft_sphere(stack.box, 0.5 * mask_diameter / stack.pixel_size, 3.0).to(stack.device)
         self.starts = config.starts * min(len(symmetry), _MORE_STARTS)
-        self.radius_start = min(config.radius_start * len(symmetry) ** 0.25, config.radius_end)
+        self.first, self.last = config.radii(len(symmetry))
         self.joined = torch.zeros((), dtype=torch.bool)
         self.done = torch.zeros((), dtype=torch.bool)
         self.at_pairing = torch.zeros(
@@ -122,15 +123,17 @@ class Marginal:
 
     def radius(self) -> int:
         """Current Fourier radius in pixels of the working box."""
-        c = self.config
-        periods = self.radius_start + (c.radius_end - self.radius_start) * float(self.march)
+        periods = self.first + (self.last - self.first) * float(self.march)
         return min(round(periods / self.periods(1.0)), int(self.stack.disk.radius), self._cap())
 
     def _cap(self) -> int:
         """Where the halves' correlation ends, plus a margin; never below half the march."""
-        c = self.config
-        least = round((self.radius_start + (c.radius_end - self.radius_start) * _ROUNDS[-1]) / self.periods(1.0))
+        least = round((self.first + (self.last - self.first) * _ROUNDS[-1]) / self.periods(1.0))
         return max(last_shell(self.correlation, _CAPPED_AT) + _MARGIN, least)
+
+    def order(self) -> int:
+        """HEALPix order of the rotation grid at this point of the march."""
+        return self.config.order + (len(self.symmetry) >= _FINER_FROM and float(self.march) >= _ROUNDS[-1])
 
     def _shift_limit(self) -> float:
         return self.config.shift_range * self.mask_diameter / self.stack.pixel_size
@@ -140,7 +143,7 @@ class Marginal:
         limit = self._shift_limit()
         step = min(0.38 * self.stack.box / radius, max(limit, 1e-3))
         shifts = shift_grid(limit, step, float(run.shift_sigma))
-        return Grids(rotation_grid(self.config.order, self.symmetry, turn), shifts, radius)
+        return Grids(rotation_grid(self.order(), self.symmetry, turn), shifts, radius)
 
     def total_steps(self) -> int:
         """Steps if posteriors stay broad throughout and the halves never agree."""
@@ -181,7 +184,7 @@ class Marginal:
         return {
             "radius": float(radius),
             "resolution_A": box_a / radius,
-            "effective_poses": min(sharpest, 2.0 * len(rotation_grid(self.config.order, self.symmetry))),
+            "effective_poses": min(sharpest, 2.0 * len(rotation_grid(self.order(), self.symmetry))),
             "shift_sigma_A": float(runs[0].shift_sigma) * self.stack.pixel_size,
             "noise_fraction": min(noise),
             "runs": float(len(runs)),

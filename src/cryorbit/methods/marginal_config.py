@@ -17,10 +17,11 @@ class MarginalConfig:
     batch
         Images per run and step at first; grows by a quarter with every step that leaves posteriors broad.
     order
-        HEALPix order of the rotation grid (2: 4,608 rotations, 15 degrees apart).
+        HEALPix order of the rotation grid (2: 4,608 rotations, 15 degrees apart). With an imposed symmetry of 8 or more elements one
+        more from where a single run is left to each half: its asymmetric unit is then as long a list as the whole grid was.
     radius_start, radius_end
         Fourier radius at the first step and at the end, in units of 1 / particle diameter. With an imposed symmetry of S elements the
-        first is ``S**(1/4)`` times as large (not beyond the last): a symmetric map has that much less to tell at low resolution.
+        first is ``S**(1/4)`` and the last ``S**(1/8)`` times as large: a symmetric map has that much less to tell at low resolution.
     march_steps
         Steps from the first radius to the last while posteriors are sharp; four times as many while they are broad.
     settle_steps
@@ -51,3 +52,8 @@ class MarginalConfig:
     shift_range: float = 0.1
     tau_fudge: float = 0.5
     modes: int = 6
+
+    def radii(self, elements: int) -> tuple[float, float]:
+        """First and last Fourier radius under a group of so many elements, in units of 1 / particle diameter."""
+        last = self.radius_end * elements**0.125
+        return min(self.radius_start * elements**0.25, last), last

@@ -97,7 +97,7 @@ def assign(
         grids = engine.grids(run, radius)
         every = with_half_turns(grids.rotations)
         result = run.expect(chosen[own], grids, run.intensity_of(chosen[own]), modes=8 * modes)
-        best, best_shift = distinct_modes(result, every, modes, 1.2 * so3.grid_spacing(engine.config.order))
+        best, best_shift = distinct_modes(result, every, modes, 1.2 * so3.grid_spacing(engine.order()))
         found = Poses(every[best.flatten()].cpu(), grids.shifts.points[best_shift.flatten().cpu()])
         if half == 2:
             found = engine.motion.framed(found)

@@ -103,7 +103,8 @@ def _abinitio(
 ) -> Marginal:
     settings = config.abinitio
     extent = inputs.particles.box * inputs.particles.pixel_size
-    radius = min(settings.radius_end * extent / inputs.mask_diameter, 0.5 * inputs.particles.box - 1)
+    group = point_group(inputs.symmetry).float()
+    radius = min(settings.radii(len(group))[1] * extent / inputs.mask_diameter, 0.5 * inputs.particles.box - 1)
     if config.method == AMORTIZED:
         radius = max(radius, least_radius(config, inputs))
     stack = fourier_stack(config, inputs, float(round(radius)))
@@ -111,7 +112,7 @@ def _abinitio(
         stack,
         settings,
         mask_diameter=inputs.mask_diameter,
-        symmetry=point_group(inputs.symmetry).float(),
+        symmetry=group,
         half_set=inputs.half_set,
         seed=config.seed,
     )
