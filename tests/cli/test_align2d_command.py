@@ -142,8 +142,8 @@ def test_select_keeps_the_best_of_the_classes_named(finished, tmp_path):
         ({"classes": [77]}, "CONF422"),
         ({"max_junk": -1e9}, "DATA421"),
         ({"source": "sim/particles.star"}, "DATA420"),
-        ({"output": "run/particles.star", "overwrite": True}, "RUN042"),
-        ({"output": "some.txt"}, "RUN042"),
+        ({"output": "run/particles.star", "overwrite": True}, "RUN047"),
+        ({"output": "some.txt"}, "RUN047"),
     ],
 )
 def test_select_refuses(finished, tmp_path, changes, code):

@@ -18,6 +18,20 @@ def test_documented_codes_are_those_that_can_be_raised() -> None:
     assert set(documented) == raised
 
 
+def test_a_code_belongs_to_one_layer() -> None:
+    """Modules of one folder may share a code for the same finding; readers' and commands' codes are passed on."""
+    layers: dict[str, set[str]] = {}
+    for path in (ROOT / "src/cryorbit").rglob("*.py"):
+        for code in re.findall(r'Error\(\s*"([A-Z]{2,4}\d{3})"', path.read_text(encoding="utf-8")):
+            layers.setdefault(code, set()).add(path.relative_to(ROOT / "src/cryorbit").parts[0])
+    assert len(layers) > 100
+    assert {code: sorted(where) for code, where in layers.items() if len(where) > 1} == {
+        "RUN301": ["cli", "simulate"],
+        "RUN302": ["cli", "simulate"],
+        "RUN303": ["cli", "simulate"],
+    }
+
+
 def test_errors_survive_the_way_back_from_a_worker_process() -> None:
     error = pickle.loads(pickle.dumps(DataError("DATA999", "found 1, expected 2", "count again")))
     assert (type(error), error.code, error.hint, str(error)) == (

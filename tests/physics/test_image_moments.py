@@ -113,5 +113,5 @@ def test_parts_add_up_and_unlike_ones_do_not(volume, generator):
 
 @pytest.mark.parametrize(("rings", "radius"), [(0, 11.0), (12, 11.0), (6, 13.0)])
 def test_rings_and_circle_must_fit(rings, radius):
-    with pytest.raises(ConfigError, match="CONF110"):
+    with pytest.raises(ConfigError, match="CONF114"):
         PolarBasis(24, rings, radius)

@@ -211,13 +211,13 @@ def invert_moments(moments: ImageMoments, config: MomentsConfig, generator: torc
     Raises
     ------
     ConfigError
-        CONF111 settings out of range.
+        CONF115 settings out of range.
     """
     most = len(moments.first) - 1
     rings = config.rings or most
     if not (2 <= rings <= most and config.degree >= 1 and 1 <= config.kept <= config.starts and config.iterations > 0):
         raise ConfigError(
-            "CONF111",
+            "CONF115",
             f"{config} cannot invert moments on {most} rings",
             f"rings 2 to {most} (0: all), degree and iterations at least 1, kept from 1 to starts",
         )

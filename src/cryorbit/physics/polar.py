@@ -43,7 +43,7 @@ class PolarBasis:
     def __post_init__(self) -> None:
         if not (1 <= self.rings < self.box / 2 and 1 <= self.radius <= self.box / 2):
             raise ConfigError(
-                "CONF110",
+                "CONF114",
                 f"{self.rings} rings and a circle of {self.radius:g} pixels do not fit images of {self.box} pixels",
                 "expected 1 to fewer than half as many rings, and at most the inscribed circle",
             )

@@ -118,7 +118,7 @@ def _knowledge(meta: dict[str, object], path: Path) -> Knowledge:
         return Knowledge(**values)
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(
-            "RUN045", f"{path} does not hold an encoder ({error!r})", "remove it: it is taught again"
+            "RUN048", f"{path} does not hold an encoder ({error!r})", "remove it: it is taught again"
         ) from error
 
 

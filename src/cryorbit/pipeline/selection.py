@@ -43,14 +43,14 @@ def select(
     DataError
         DATA420 the file was not written by ``align2d``; DATA421 nothing is left.
     RunError
-        RUN042 the output exists, or is the input.
+        RUN047 the output exists, or is the input.
     """
     if not 0 <= keep <= 1:
         raise ConfigError("CONF421", f"--keep is {keep:g}, expected a fraction from 0 to 1")
     if output.exists() and (not overwrite or output.resolve() == source.resolve()):
-        raise RunError("RUN042", f"{output} exists already", "give another --output, or --overwrite")
+        raise RunError("RUN047", f"{output} exists already", "give another --output, or --overwrite")
     if output.suffix.lower() != ".star":
-        raise RunError("RUN042", f"{output} is no STAR file", "give an --output that ends in .star")
+        raise RunError("RUN047", f"{output} is no STAR file", "give an --output that ends in .star")
     particles = open_particles(source)
     number, junk = (_column(particles, name) for name in ("class_number", "junk"))
     unknown = sorted(set(classes) - set(number.astype(int).tolist()))
