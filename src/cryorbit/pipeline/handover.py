@@ -83,7 +83,8 @@ def assign(
     Returns
     -------
     rotations, shifts, effective
-        (B, M, 3, 3) the most probable first, (B, M, 2) angstrom, (B,) effective number of poses.
+        (B, M, 3, 3) the most probable first, (B, M, 2) angstrom, (B,) effective number of poses, as
+        the grid of ``config.order`` counts them: each order more has eight times as many.
     """
     modes = engine.config.modes
     rotations = torch.empty(len(chosen), modes, 3, 3)
@@ -103,7 +104,7 @@ def assign(
             found = engine.motion.framed(found)
         rotations[own] = found.rotations.view(len(own), -1, 3, 3)
         shifts[own] = found.shifts.view(len(own), -1, 2) * engine.stack.pixel_size
-        effective[own] = result.effective.cpu()
+        effective[own] = (result.effective.cpu() / 8 ** (engine.order() - engine.config.order)).clamp_min(1.0)
     return rotations, shifts, effective
 
 
