@@ -1,12 +1,11 @@
-"""Whether the map of the moments is a better start than random poses: single ab initio runs from either, and from two references.
+"""Whether the map of the moments is a better start than random poses: single ab initio runs from either.
 
     python benchmarks/moment_start.py ../shared/data --json benchmarks/results/moment_start.json      # continues where it stopped
 
 One start, one heat, at the same settings, images and minibatches for all: what a start is worth, without the selection and the further
 heats that mend bad ones. Each half of a set is a run of its own, right when the median error of its images' poses on the grid (15 degrees
 apart) is below 15 degrees. ``random``: the default. ``moments``: as ``cryorbit reconstruct --init moments`` makes it, from the images of the
-half. ``ball``: a soft ball of the molecule's mass, which says nothing of its shape. ``other``: haemoglobin at 25 A, of the
-same mass. ``truth``: the true map at 25 A. Sets are those of success_rate.py.
+half. Sets are those of success_rate.py; seeds 0 to 2 chose the settings and are not measured.
 """
 
 import argparse
@@ -20,48 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from cryorbit.io.mrc import read_volume
 from cryorbit.io.particles import open_particles
 from cryorbit.methods.halves import HALVES
 from cryorbit.methods.marginal import Marginal
 from cryorbit.metrics.align import align_poses
-from cryorbit.metrics.masks import soft_sphere
-from cryorbit.physics.fourier import fourier_to_volume, resize_volume, shell_index, volume_to_fourier
 from cryorbit.pipeline.config import RunConfig
-from cryorbit.pipeline.inputs import Inputs, prepare
+from cryorbit.pipeline.inputs import prepare
 from cryorbit.pipeline.moment_start import moment_maps
 from cryorbit.pipeline.start import fourier_stack
-from cryorbit.simulate.particles import make_projector
-from cryorbit.simulate.source import open_source
-from cryorbit.training.dataset import FourierStack
 from cryorbit.training.loop import run
 from cryorbit.types import Poses
 from success_rate import CELLS, MOLECULES, particles_of
 
-KINDS = ("random", "moments", "ball", "other", "truth")
-COARSE = 25.0  # angstrom, of the maps that are given
+KINDS = ("random", "moments")
 RIGHT = 15.0  # degrees
-OTHER = "models/4hhb.pdb"  # under the data folder
-
-
-def first_maps(
-    kind: str, config: RunConfig, inputs: Inputs, stack: FourierStack, truth: Tensor, data: Path
-) -> tuple[Tensor, Tensor]:
-    """What both halves start from."""
-    if kind == "moments":
-        return moment_maps(config, inputs, stack)
-    box, pixel_size = len(truth), inputs.particles.pixel_size
-    if kind == "ball":
-        made = soft_sphere(box, 0.35 * inputs.mask_diameter / pixel_size, 6.0)
-    else:
-        shown = truth if kind == "truth" else make_projector(open_source(str(data / OTHER)), box, pixel_size).volume()
-        radius = shell_index(box) * COARSE / (box * pixel_size)
-        made = fourier_to_volume(volume_to_fourier(shown) * torch.exp(-0.7 * radius**2), box)
-    made = made * (truth.sum() / made.sum())
-    made = resize_volume(made, stack.box) * stack.scale
-    return made, made
 
 
 class Apart(Marginal):
@@ -71,7 +43,7 @@ class Apart(Marginal):
         self.done = torch.ones_like(self.done)
 
 
-def one(star: Path, truth: Tensor, true: Poses, diameter: float, seed: int, kind: str, data: Path) -> dict[str, Any]:
+def one(star: Path, true: Poses, diameter: float, seed: int, kind: str) -> dict[str, Any]:
     """One run on each half."""
     config = RunConfig(particles=str(star), mask_diameter=diameter, seed=seed, contrast="light")
     config = replace(config, abinitio=replace(config.abinitio, starts=1, heats=1))
@@ -87,8 +59,8 @@ def one(star: Path, truth: Tensor, true: Poses, diameter: float, seed: int, kind
         seed=seed,
     )
     begun = time.process_time()
-    if kind != "random":
-        engine.begin_at(first_maps(kind, config, inputs, stack, truth, data))
+    if kind == "moments":
+        engine.begin_at(moment_maps(config, inputs, stack))
     making = time.process_time() - begun
     run(engine)
     errors = []
@@ -132,11 +104,10 @@ def main() -> None:
                 continue
             with tempfile.TemporaryDirectory() as scratch:
                 star = particles_of(cell, 5000 + 10 * seed, arguments.data.resolve(), Path(scratch))
-                truth = torch.from_numpy(read_volume(Path(scratch) / "a" / "truth.mrc")[0])
                 posed = open_particles(Path(scratch) / "a" / "truth.star")
                 true = Poses(torch.from_numpy(posed.rotations), torch.from_numpy(posed.shifts))
                 for kind in left:
-                    row = one(star, truth, true, MOLECULES[cell.molecule].diameter, seed, kind, arguments.data)
+                    row = one(star, true, MOLECULES[cell.molecule].diameter, seed, kind)
                     rows.append({**origin, "cell": asdict(cell), **row})
                     print(
                         cell.name,

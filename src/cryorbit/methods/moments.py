@@ -44,10 +44,7 @@ class MomentsConfig:
     rings
         Fourier pixels to match at last; 0: as many as the moments have.
     degree
-        Largest degree of the spherical harmonics; degrees that do not reach the rings are left out.
-    margin
-        Rings that the map may fill beyond the last one that is matched. Without them a true map, cut off there, is negative in places; with
-        them noisy moments have more room to be met by a wrong one.
+        Largest degree of the spherical harmonics.
     order
         HEALPix order of the grid of view directions.
     starts, kept
@@ -61,8 +58,7 @@ class MomentsConfig:
     """
 
     rings: int = 0
-    degree: int = 24
-    margin: int = 0
+    degree: int = 10
     order: int = 2
     starts: int = 5
     kept: int = 2
@@ -144,7 +140,7 @@ class MomentFit:
     def __init__(self, moments: ImageMoments, config: MomentsConfig, rings: int) -> None:
         self.moments, self.config = moments.within(rings), config
         polar = self.moments.basis
-        self.basis = BallBasis(polar.box, polar.radius, rings + config.margin, config.degree)
+        self.basis = BallBasis(polar.box, polar.radius, rings, config.degree)
         self.rotations = view_directions(config.order)
         self.slices = BallSlices(self.basis, self.rotations, rings, polar.orders)
         power = self.moments.power.clamp(min=0)
@@ -219,17 +215,11 @@ def invert_moments(moments: ImageMoments, config: MomentsConfig, generator: torc
     """
     most = len(moments.first) - 1
     rings = config.rings or most
-    if not (
-        2 <= rings <= most
-        and config.degree >= 1
-        and config.margin >= 0
-        and 1 <= config.kept <= config.starts
-        and config.iterations > 0
-    ):
+    if not (2 <= rings <= most and config.degree >= 1 and 1 <= config.kept <= config.starts and config.iterations > 0):
         raise ConfigError(
             "CONF111",
             f"{config} cannot invert moments on {most} rings",
-            f"rings 2 to {most} (0: all), degree and iterations at least 1, margin at least 0, kept from 1 to starts",
+            f"rings 2 to {most} (0: all), degree and iterations at least 1, kept from 1 to starts",
         )
     stages = sorted({max(2, rings // 2), max(2, round(0.8 * rings)), rings})
     fit = MomentFit(moments, config, stages[0])

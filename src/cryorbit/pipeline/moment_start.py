@@ -11,7 +11,7 @@ from cryorbit.pipeline.config import RunConfig
 from cryorbit.pipeline.inputs import Inputs
 from cryorbit.training.dataset import FourierStack
 
-_PERIODS = 2.6  # per particle diameter: starts of 4.4 were worse than random ones, being wrong in detail
+_PERIODS = 2.6  # per particle diameter: shifts, noise and the moments' own ambiguity hide what lies beyond
 _SETTINGS = MomentsConfig(starts=4, kept=1)
 
 
@@ -34,6 +34,7 @@ def moment_maps(
     """
     particles = inputs.particles
     rings = round(_PERIODS * particles.box * particles.pixel_size / inputs.mask_diameter)
+    rings = min(rings, (particles.box - 1) // 2)
     maps = []
     for half in HALVES:
         own = particles.subset(members_of(inputs.half_set, half).numpy())
