@@ -181,3 +181,11 @@ def test_missing_input(tmp_path):
 @pytest.mark.parametrize(("typed", "kept"), [("AUTO", "auto"), (" c 4", "C4"), ("i2", "I2")])
 def test_a_symmetry_has_one_spelling(typed: str, kept: str) -> None:
     assert configured(Path("x.star"), None, [], symmetry=typed).symmetry == kept
+
+
+def test_moments_are_refused_where_an_axis_is_imposed(simulated, tmp_path):
+    star = simulated / "particles.star"
+    done = cryorbit("reconstruct", star, "-o", tmp_path / "run", "--init", "moments", "--symmetry", "C2")
+    assert done.returncode != 0
+    assert "CONF113" in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -12,7 +12,7 @@ from cryorbit.methods.marginal_config import MarginalConfig
 from cryorbit.metrics.align import align_poses
 from cryorbit.metrics.resample import move_volume
 from cryorbit.metrics.symmetry import SymmetryFinding
-from cryorbit.physics.fourier import fourier_disk
+from cryorbit.physics.fourier import fourier_disk, resize_volume
 from cryorbit.physics.shift import phase_ramp
 from cryorbit.physics.slicing import slice_grid, slicing_grid
 from cryorbit.pipeline.handover import assign, symmetry_note
@@ -108,6 +108,32 @@ def test_noise_joins_the_halves(truth, generator):
     run(made)
     assert bool(made.joined)
     assert float(made.at_pairing[1]) < 0.2
+
+
+def test_given_maps_start_one_run_of_each_half_and_their_frames_are_laid_on_each_other(truth, generator):
+    """Coarse maps in unlike frames and hands: the halves must still pair, and the second start of each stay random."""
+    made = engine(truth, heats=1)
+    volume = resize_volume(truth.volume.data.float(), made.stack.box) * made.stack.scale
+    turned = move_volume(volume, random_rotations(1, generator)[0], torch.zeros(3), True)
+    made.begin_at((volume, turned))
+    assert all(bool((runs[1].volume == 0).all()) for runs in made.runs.values())
+    made.step(0)
+
+    def alike(run_, map_):
+        return float(torch.corrcoef(torch.stack([(run_.volume).flatten(), (map_ * made.mask).flatten()]))[0, 1])
+
+    for half, map_ in zip(HALVES, (volume, turned), strict=True):
+        assert alike(made.runs[half][0], map_) > 0.8
+        assert abs(alike(made.runs[half][1], map_)) < 0.7
+    for half in HALVES:
+        made.runs[half].pop(1)
+    for index in range(1, made.total_steps()):
+        if made.finished():
+            break
+        made.step(index)
+    assert not bool(made.joined)
+    assert made.agreement().mirrored
+    assert made.agreement().posed > 0.8
 
 
 def test_intensity_follows_the_images(truth):

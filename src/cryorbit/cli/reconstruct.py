@@ -20,6 +20,10 @@ def reconstruct(
         str,
         typer.Option("--method", help="marginal: every pose weighed; amortized: a network learns poses with the map."),
     ] = "marginal",
+    init: Annotated[
+        str,
+        typer.Option("--init", help="First start of each half: random poses, or moments, a coarse map without poses."),
+    ] = "random",
     preset: options.Preset = "default",
     datadir: options.Datadir = None,
     pixel_size: options.PixelSize = 0.0,
@@ -42,6 +46,7 @@ def reconstruct(
         mask_diameter=mask_diameter,
         symmetry=symmetry,
         method=method,
+        init=init,
         preset=preset,
         seed=seed,
         device=device,

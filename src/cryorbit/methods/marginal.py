@@ -46,7 +46,6 @@ _CLEAR = 2.0  # standard errors of a change of the held-out likelihood
 _MORE_STARTS = 4  # at most, with an imposed symmetry
 _FINER_FROM = 8  # elements of the symmetry: a HEALPix order multiplies rotations by so many
 
-
 _SCALARS = tuple("march settled batch heat done paired joined at_pairing correlation still broad".split())
 
 
@@ -91,9 +90,7 @@ class Marginal:
         self.first, self.last = config.radii(len(symmetry))
         self.joined = torch.zeros((), dtype=torch.bool)
         self.done = torch.zeros((), dtype=torch.bool)
-        self.at_pairing = torch.zeros(
-            3
-        )  # periods, share of equal poses and their difference before the halves were joined
+        self.at_pairing = torch.zeros(3)  # periods, share of equal poses, their difference before halves were joined
         self.motion = unmoved(stack.box // 2 + 1)  # of map 2 onto map 1
         self.best: dict[int, dict[int, OnlineEM]] = {half: {} for half in HALVES}  # of the heats before this one
         self._begin(0)
@@ -111,6 +108,11 @@ class Marginal:
         self.settled, self.still, self.broad = (torch.zeros((), dtype=torch.int64) for _ in range(3))
         self.paired = torch.zeros((), dtype=torch.bool)
         self.correlation = torch.ones(self.stack.box // 2 + 1)
+
+    def begin_at(self, maps: tuple[Float[Tensor, "d d d"], Float[Tensor, "d d d"]]) -> None:
+        """Maps for the very first start of each half, each of its own half's images alone, in place of random poses."""
+        for half, volume in zip(HALVES, maps, strict=True):
+            self.runs[half][0].volume = volume.to(self.mask) * self.mask
 
     def _new_run(self) -> OnlineEM:
         return OnlineEM(self.stack, self.mask, self.symmetry, self.config.tau_fudge, 0.5 * self._shift_limit())

@@ -151,8 +151,11 @@ class OnlineEM:
     # -- one step ---------------------------------------------------------------------------------------------------------------
 
     def start(self, chosen: Int[Tensor, " b"], grids: Grids, generator: torch.Generator) -> None:
-        """Random poses for the first batch; noise variance = power of the images."""
+        """Random poses for the first batch, unless there is a map to weigh poses by; noise variance = power of the images."""
         self.take_noise(chosen)
+        if bool((self.volume != 0).any()):
+            self.step(chosen, grids, decay=0.0)
+            return
         images, ctf, disk = self.batch(chosen, grids.radius)
         every = with_half_turns(grids.rotations)
         poses = every[torch.randint(len(every), (len(chosen),), generator=generator)]

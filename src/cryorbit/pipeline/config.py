@@ -21,6 +21,7 @@ T = TypeVar("T")
 AUTO = "auto"
 ABINITIO, POSES, CLASSES = "abinitio", "poses", "classes"
 MARGINAL, AMORTIZED = "marginal", "amortized"
+RANDOM, MOMENTS = "random", "moments"
 CONTRASTS = (AUTO, "light", "dark")
 
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -96,6 +97,9 @@ class RunConfig:
         ``abinitio``; ``poses``: refine those of the file; ``classes``: 2-D classes, no map.
     method
         How poses are found ab initio: ``marginal`` (a grid, every pose weighed) or ``amortized`` (a network that is learnt with the map).
+    init
+        What the first of the ab initio starts of each half begins with: ``random`` poses, like all the others, or ``moments``, the map whose
+        first and second moments are those of the half's images.
     ini_high
         Angstrom up to which the maps of given poses are trusted at first; 0: to where their half maps' FSC falls below 0.5.
     mask
@@ -121,6 +125,7 @@ class RunConfig:
     amplitude_contrast: float = 0.0
     start: str = ABINITIO
     method: str = MARGINAL
+    init: str = RANDOM
     ini_high: float = 0.0
     mask: str = ""
     volume: str = "voxel"
@@ -258,6 +263,8 @@ def check(config: RunConfig) -> None:
         "amplitude_contrast": 0 <= config.amplitude_contrast < 1,
         "start": config.start in (ABINITIO, POSES, CLASSES),
         "method": config.method in (MARGINAL, AMORTIZED) and (config.method == MARGINAL or config.start == ABINITIO),
+        "init": config.init == RANDOM
+        or (config.init == MOMENTS and config.start == ABINITIO and config.method == MARGINAL),
         "ini_high": config.ini_high >= 0 and (not config.ini_high or config.start == POSES),
         "mask": not config.mask or config.start == POSES,
         "seed": 0 <= config.seed < 2**31,
@@ -305,6 +312,12 @@ def check(config: RunConfig) -> None:
             "CONF503",
             f"the autoencoder learns a map without symmetry, found --symmetry {config.symmetry}",
             "pass --symmetry auto, which looks for one on its map, or --method marginal",
+        )
+    if config.init == MOMENTS and config.symmetry not in (AUTO, "C1"):
+        raise ConfigError(
+            "CONF113",
+            f"the map of the moments does not know where the axes of --symmetry {config.symmetry} lie",
+            "pass --symmetry auto, which looks for them on the final maps, or --init random",
         )
     values = flat(dataclasses.asdict(config))
     for name, value in values.items():

@@ -21,10 +21,11 @@ from cryorbit.physics.cryoem import forward
 from cryorbit.physics.fourier import disk_to_images
 from cryorbit.physics.slicing import slicing_grid
 from cryorbit.pipeline import outputs
-from cryorbit.pipeline.config import ABINITIO, AMORTIZED, POSES, RunConfig
+from cryorbit.pipeline.config import ABINITIO, AMORTIZED, MOMENTS, POSES, RunConfig
 from cryorbit.pipeline.handover import hand_over
 from cryorbit.pipeline.inputs import Inputs, prepare
 from cryorbit.pipeline.joint import learnt_maps, least_radius
+from cryorbit.pipeline.moment_start import moment_maps
 from cryorbit.pipeline.rundir import opened
 from cryorbit.pipeline.start import Start, fourier_stack, start_from_poses
 from cryorbit.pipeline.verdict import NOTED, OTHER_METHOD, OTHERS, TRUST, agree, judge, sentence
@@ -120,6 +121,8 @@ def _abinitio(
         engine.take_over(learnt_maps(config, inputs, stack, folder, history, progress, fingerprint))
         return engine
     checkpoint = folder / f"{engine.name}.safetensors"
+    if config.init == MOMENTS and not checkpoint.exists():
+        engine.begin_at(moment_maps(config, inputs, stack))
     run(engine, checkpoint=checkpoint, history=history, progress=progress, fingerprint=fingerprint)
     return engine
 
