@@ -128,7 +128,8 @@ def map_posterior(
     (first, one), (second, two) = (
         _residual(stack, intensity, samples.rows(every_other == half), mean, symmetry) for half in (0, 1)
     )
-    assert one is not None and two is not None
+    assert one is not None
+    assert two is not None
     power = 0.5 * (first + second)
     if alone is not None:
         alone = calibrated(alone, one, two, power)

@@ -198,10 +198,10 @@ def calibrated(
 ) -> LeastSquares:
     """Least squares whose ``error`` is what noise really does, as two halves of the residuals show it.
 
-    The closed form of :func:`least_squares` takes the inserted weight for even between neighbouring grid points. It is not, and less so with few
-    views or at the rim of a missing cone, where the form is too high by tens of per cent. The difference of two halves over their
-    joint weight holds no signal, and noise as the least-squares map has it: in each shell the form is scaled to it, coefficients weighed as
-    they are in the likelihood of a prior near nothing.
+    The closed form of :func:`least_squares` takes the inserted weight for even between neighbouring grid points. It is not, and less so
+    with few views or at the rim of a missing cone, where the form is too high by tens of per cent. The difference of two halves over
+    their joint weight holds no signal, and noise as the least-squares map has it: in each shell the form is scaled to it, coefficients
+    weighed as they are in the likelihood of a prior near nothing.
 
     Parameters
     ----------
@@ -242,8 +242,8 @@ def learned_prior(found: LeastSquares, noise: Float[Tensor, " shells"]) -> Float
 
     A least-squares coefficient has the variance ``h^2 t + s``, h how much of it the images determine and s what their noise makes of it;
     t maximises their likelihood over each shell (Fisher scoring, to the fixed point of expectation-maximisation on t). Where one shell does
-    not tell t well enough for the posterior's variance, which is t where noise dominates, its neighbours are taken with it. It is never below its
-    standard error: a shell in which nothing is seen is not known to be empty.
+    not tell t well enough for the posterior's variance, which is t where noise dominates, its neighbours are taken with it. It is never
+    below its standard error: a shell in which nothing is seen is not known to be empty.
 
     Parameters
     ----------
