@@ -20,7 +20,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cryorbit.physics.fourier import fourier_to_volume, frequencies, friedel_weight, shell_index, volume_to_fourier
+from cryorbit.physics.fourier import (
+    FourierDisk,
+    fourier_to_volume,
+    frequencies,
+    friedel_weight,
+    shell_index,
+    volume_to_fourier,
+)
 from cryorbit.physics.slicing import (
     Accumulator,
     completed,
@@ -114,6 +121,29 @@ def posterior_mean(
 def information(acc: Accumulator) -> Float[Tensor, "d d h"]:
     """Inserted ``CTF^2`` per coefficient of the map: the precision the images give it, times their noise. Where views are missing, 0."""
     return acc.oversampling**3 * _mean_inside(completed(acc.weight).clamp_min(0), acc)
+
+
+def slice_variance(
+    variance: Float[Tensor, "d d h"], rotations: Float[Tensor, "b 3 3"], disk: FourierDisk
+) -> Float[Tensor, "b p"]:
+    """Variance of the pixels of a map's central slices: that of the nearest coefficient (it hardly changes from one to the next).
+
+    Parameters
+    ----------
+    variance
+        From :func:`posterior_variance`.
+    rotations, disk
+        As for :func:`~cryorbit.physics.slicing.slice_grid`.
+    """
+    box = variance.shape[0]
+    points = torch.stack([disk.kx, disk.ky], dim=1).to(rotations) @ rotations[:, :2]  # R^T (kx, ky, 0), xyz
+    points = torch.where(points[..., :1] < 0, -points, points)
+
+    def read(x: Int[Tensor, "b p"], y: Int[Tensor, "b p"], z: Int[Tensor, "b p"]) -> Float[Tensor, "b p"]:
+        return variance[z % box, y % box, x]
+
+    nearest, inner = (read(*(x.to(torch.int64).unbind(dim=-1))) for x in (points.round(), points.trunc()))
+    return torch.where(nearest > 0, nearest, inner)  # at the rim the nearest may be one beyond what images reach
 
 
 def corrected_mean(
