@@ -87,9 +87,9 @@ def posterior(
         stack = fourier_stack(config, inputs)
         mask = _mask(run, config, inputs, stack.box, stack.pixel_size)
         poses = posterior_of_run(run, len(stack)).in_pixels(stack.pixel_size)
-        samples = _drawn(poses, draws, seed)
+        samples = joint_draws(poses, draws, seed)
         group, equal = point_group(inputs.symmetry).float(), torch.ones(len(stack))
-        found = map_posterior(stack, equal, _modes(poses), group)
+        found = map_posterior(stack, equal, weighted_modes(poses), group)
         by_shell, by_voxel = pose_variance(stack, equal, samples, group, found)
         unseen = _unseen(stack, poses, inputs.half_set, group, draws, seed)
         values = _write(run, inputs, stack, mask, found, by_shell.cpu(), by_voxel.cpu(), unseen)
@@ -98,14 +98,14 @@ def posterior(
     return values
 
 
-def _drawn(poses: PosePosterior, draws: int, seed: int) -> list[PoseSamples]:
+def joint_draws(poses: PosePosterior, draws: int, seed: int) -> list[PoseSamples]:
     """Joint draws: one pose of every particle in each."""
     rotations, shifts = poses.drawn(draws, torch.Generator().manual_seed(seed))
     every, one = torch.arange(len(rotations)), torch.ones(len(rotations))
     return [PoseSamples(every, rotations[:, k].float(), shifts[:, k].float(), one) for k in range(draws)]
 
 
-def _modes(poses: PosePosterior) -> PoseSamples:
+def weighted_modes(poses: PosePosterior) -> PoseSamples:
     """Every particle's modes, each weighted by its mass.
 
     Not draws around them: a pose drawn from the posterior is as far from the mode as the true one is, independently of it as far as the
@@ -128,7 +128,7 @@ def _unseen(
     seed: int,
 ) -> HeldOut:
     """Every image scored under the map of the half it is not in; poses integrated by ``draws`` proposals of each."""
-    modes, equal, parts = _modes(poses), torch.ones(len(stack)), []
+    modes, equal, parts = weighted_modes(poses), torch.ones(len(stack)), []
     proposals = proposed(poses, draws, torch.Generator().manual_seed(seed), group=len(group))
     for half in HALVES:
         seen, rest = torch.nonzero(half_set != half)[:, 0], members_of(half_set, half)
@@ -166,7 +166,7 @@ def _write(
     box, apix, scale = stack.box, stack.pixel_size, stack.scale
     group = point_group(inputs.symmetry).float()
     mean, noise_part, seen = found.mean.cpu(), found.variance.cpu(), found.information.cpu()
-    variance = _with_shells(noise_part, by_shell)
+    variance = added_to_shells(noise_part, by_shell)
     alpha = ss_snr(mean, variance)
     masked = in_mask(alpha, mask)
     resolution, inside = (predicted_resolution(a, box, apix) for a in (alpha, masked))
@@ -213,7 +213,7 @@ def _write(
     }
 
 
-def _with_shells(variance: Float[Tensor, "d d h"], added: Float[Tensor, " shells"]) -> Float[Tensor, "d d h"]:
+def added_to_shells(variance: Float[Tensor, "d d h"], added: Float[Tensor, " shells"]) -> Float[Tensor, "d d h"]:
     """Variances plus a number for each shell, where there are coefficients."""
     index = shell_index(variance.shape[0]).clamp(max=len(added) - 1)
     return torch.where(variance > 0, variance + added[index], 0.0)
