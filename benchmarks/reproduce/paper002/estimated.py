@@ -46,7 +46,7 @@ BOX, APIX, DIAMETER, DRAWS = 64, 1.6, 90.0, 8
 def moved_truth(found: PoseAlignment) -> Tensor:
     """(D, D, D) map of the atoms in the frame and hand of the run."""
     model = read_model(model_path("4ake"))
-    back = (model.positions - found.shift.float()) @ found.rotation.float()  # R^T (r - shift)
+    back = (model.positions - found.shift.to(model.positions)) @ found.rotation.to(model.positions)  # R^T (r - shift)
     return AtomProjector(replace(model, positions=-back if found.mirrored else back), BOX, APIX).volume()
 
 
