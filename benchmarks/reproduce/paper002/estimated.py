@@ -5,7 +5,8 @@
 2,000 images at -10 dB with CTF (0.8-2.0 um) and shifts of sigma 2 px, a new set and a new start for each seed. The truth is made anew from the
 atoms in the run's own frame and hand (from the poses of all particles), so nothing is interpolated. `known`: the same images at their true
 poses. `images`: estimated poses, noise of the images alone. `images and poses`: with the variance of the mean over joint draws of all poses.
-Shells 2 to 31; `resolved`: to the run's own predicted resolution; `gain`: slope of the mean on the truth, 1 where poses blur nothing.
+Shells 2 to 31; `resolved`: to the run's own predicted resolution; `gain`: slope of the mean on the truth over
+what the prior leaves of it, 1 where poses blur nothing.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from common import write
 from torch import Tensor
 
 from cryorbit.groups.point import point_group
+from cryorbit.io.mrc import read_volume
 from cryorbit.io.particles import open_particles
 from cryorbit.methods.map_posterior import map_posterior, pose_variance
 from cryorbit.metrics.align import PoseAlignment, align_poses
@@ -50,14 +52,15 @@ def moved_truth(found: PoseAlignment) -> Tensor:
     return AtomProjector(replace(model, positions=-back if found.mirrored else back), BOX, APIX).volume()
 
 
-def coverage(mean: Tensor, variance: Tensor, truth: Tensor) -> dict[str, object]:
+def coverage(mean: Tensor, variance: Tensor, truth: Tensor, prior: Tensor) -> dict[str, object]:
     """Share of the coefficients inside their 90 % intervals, overall and over shells."""
     found = interval_coverage(mean, variance, truth)
     resolved = round(BOX * APIX / predicted_resolution(ss_snr(mean, variance), BOX, APIX))
     index = shell_index(BOX)
     cross = volume_to_fourier(mean) * volume_to_fourier(truth).conj()
     power = volume_to_fourier(truth).abs().square()
-    gain = shell_sum(cross.real, index, BOX) / shell_sum(power, index, BOX)
+    kept = (1 - variance / prior[index.clamp(max=len(prior) - 1)]).clamp_min(0)  # of the truth, in a posterior mean
+    gain = shell_sum(cross.real, index, BOX) / shell_sum(power * kept, index, BOX)
     return {
         "covered_90": found.overall,
         "covered_90_least_shell": float(found.by_shell[2 : BOX // 2].min()),
@@ -81,6 +84,7 @@ def one(seed: int) -> list[dict[str, object]]:
         config = RunConfig(particles=str(source / "particles.star"), mask_diameter=DIAMETER, seed=seed)
         result = reconstruct(preset(config), run)
         particles = open_particles(source / "truth.star", require_images=False)
+        written = torch.from_numpy(read_volume(source / "truth.mrc")[0])
         true = Poses(torch.from_numpy(particles.rotations), torch.from_numpy(particles.shifts))
         config, metrics = open_finished(run)
         stack = fourier_stack(config, inputs_of(run, config, metrics))
@@ -97,14 +101,16 @@ def one(seed: int) -> list[dict[str, object]]:
     def banded(volume: Tensor) -> Tensor:
         return fourier_to_volume(volume_to_fourier(volume * stack.scale) * kept, BOX)
 
-    here, there = banded(moved_truth(aligned)), banded(projector.volume())
+    plain = projector.volume()
+    grey = (written * plain).sum() / plain.square().sum()  # the simulator's scale, noise variance 1
+    here, there = banded(grey * moved_truth(aligned)), banded(grey * plain)
     summary = aligned.summary(APIX)
     cell: dict[str, object] = {"seed": seed, "median_deg": summary.median_deg, "mirrored": aligned.mirrored}
     both = added_to_shells(found.variance, by_shell)
     return [
-        cell | {"poses": "known"} | coverage(exact.mean, exact.variance, there),
-        cell | {"poses": "estimated", "variance": "images"} | coverage(found.mean, found.variance, here),
-        cell | {"poses": "estimated", "variance": "images and poses"} | coverage(found.mean, both, here),
+        cell | {"poses": "known"} | coverage(exact.mean, exact.variance, there, exact.prior),
+        cell | {"poses": "estimated", "variance": "images"} | coverage(found.mean, found.variance, here, found.prior),
+        cell | {"poses": "estimated", "variance": "images and poses"} | coverage(found.mean, both, here, found.prior),
     ]
 
 
