@@ -120,6 +120,14 @@ def test_weights_count_as_particles():
     torch.testing.assert_close(first.variance, second.variance, rtol=2e-3, atol=1e-6 * float(first.variance.max()))
 
 
+def test_some_of_the_images_find_the_noise_too(case):
+    """As many numbers are taken from fewer images: what is left is corrected by their own count."""
+    stack, truth, all_of_them = case
+    found = map_posterior(stack, EQUAL, known(truth).rows(torch.arange(COUNT) < 200), ONE, all_of_them.prior)
+    expected = truth.noise_spectrum[: len(found.noise)] * (stack.scale * stack.box) ** 2
+    assert float((found.noise / expected)[2:-1].mean()) == pytest.approx(1.0, abs=0.02)
+
+
 def test_one_image_is_refused(case):
     stack, truth, _ = case
     with pytest.raises(DataError, match="DATA232"):

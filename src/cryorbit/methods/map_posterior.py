@@ -104,7 +104,9 @@ def map_posterior(
     """
     symmetry = symmetry.to(stack.device)
     acc = insert_posed(stack, intensity, samples, symmetry)
-    if int(samples.particle.max()) == int(samples.particle.min()):
+    order = samples.particle.unique_consecutive(return_inverse=True)[1]
+    images = int(order[-1]) + 1
+    if images < 2:
         raise DataError("DATA232", "one image, expected at least two", "noise is told from signal by two halves")
     seen = information(acc)
     alone = least_squares(acc) if prior is None else None
@@ -119,14 +121,13 @@ def map_posterior(
         return learned_prior(alone, noise)
 
     def left(power: Float[Tensor, " shells"]) -> Float[Tensor, " shells"]:
-        return _noise(power, seen, noise / spectrum(), len(stack) * len(symmetry), stack)
+        return _noise(power, seen, noise / spectrum(), images * len(symmetry), stack)
 
     for _ in range(_ROUNDS):
         noise = left(_residual(stack, intensity, some, posterior_mean(acc, noise, spectrum()), None)[0])
     mean = posterior_mean(acc, noise, spectrum())
-    every_other = samples.particle.unique_consecutive(return_inverse=True)[1] % 2
     (first, one), (second, two) = (
-        _residual(stack, intensity, samples.rows(every_other == half), mean, symmetry) for half in (0, 1)
+        _residual(stack, intensity, samples.rows(order % 2 == half), mean, symmetry) for half in (0, 1)
     )
     assert one is not None
     assert two is not None
