@@ -22,7 +22,7 @@ from torch import Tensor
 from cryorbit.groups.point import point_group
 from cryorbit.io.mrc import read_volume
 from cryorbit.io.particles import open_particles
-from cryorbit.methods.map_posterior import map_posterior, pose_variance
+from cryorbit.methods.map_posterior import MapPosterior, map_posterior, pose_variance
 from cryorbit.metrics.align import PoseAlignment, align_poses
 from cryorbit.metrics.calibration import interval_coverage
 from cryorbit.metrics.fsc import shell_sum
@@ -52,15 +52,10 @@ def moved_truth(found: PoseAlignment) -> Tensor:
     return AtomProjector(replace(model, positions=-back if found.mirrored else back), BOX, APIX).volume()
 
 
-def coverage(mean: Tensor, variance: Tensor, truth: Tensor, prior: Tensor) -> dict[str, object]:
+def coverage(mean: Tensor, variance: Tensor, truth: Tensor) -> dict[str, object]:
     """Share of the coefficients inside their 90 % intervals, overall and over shells."""
     found = interval_coverage(mean, variance, truth)
     resolved = round(BOX * APIX / predicted_resolution(ss_snr(mean, variance), BOX, APIX))
-    index = shell_index(BOX)
-    cross = volume_to_fourier(mean) * volume_to_fourier(truth).conj()
-    power = volume_to_fourier(truth).abs().square()
-    kept = (1 - variance / prior[index.clamp(max=len(prior) - 1)]).clamp_min(0)  # of the truth, in a posterior mean
-    gain = shell_sum(cross.real, index, BOX) / shell_sum(power * kept, index, BOX)
     return {
         "covered_90": found.overall,
         "covered_90_least_shell": float(found.by_shell[2 : BOX // 2].min()),
@@ -68,8 +63,17 @@ def coverage(mean: Tensor, variance: Tensor, truth: Tensor, prior: Tensor) -> di
         "covered_90_resolved": float(found.by_shell[2 : resolved + 1].mean()),
         "resolved_shell": resolved,
         "covered_90_by_shell": [round(float(x), 4) for x in found.by_shell],
-        "gain_by_shell": [round(float(x), 4) for x in gain],
     }
+
+
+def gain(found: MapPosterior, truth: Tensor) -> dict[str, object]:
+    """Slope of the mean on the truth over what the prior leaves of it, per shell."""
+    index = shell_index(BOX)
+    kept = (1 - found.variance / found.prior[index.clamp(max=len(found.prior) - 1)]).clamp_min(0)
+    transform = volume_to_fourier(truth)
+    cross = (volume_to_fourier(found.mean) * transform.conj()).real
+    slope = shell_sum(cross, index, BOX) / shell_sum(transform.abs().square() * kept, index, BOX)
+    return {"gain_by_shell": [round(float(x), 4) for x in slope]}
 
 
 def one(seed: int) -> list[dict[str, object]]:
@@ -108,9 +112,12 @@ def one(seed: int) -> list[dict[str, object]]:
     cell: dict[str, object] = {"seed": seed, "median_deg": summary.median_deg, "mirrored": aligned.mirrored}
     both = added_to_shells(found.variance, by_shell)
     return [
-        cell | {"poses": "known"} | coverage(exact.mean, exact.variance, there, exact.prior),
-        cell | {"poses": "estimated", "variance": "images"} | coverage(found.mean, found.variance, here, found.prior),
-        cell | {"poses": "estimated", "variance": "images and poses"} | coverage(found.mean, both, here, found.prior),
+        cell | {"poses": "known"} | coverage(exact.mean, exact.variance, there) | gain(exact, there),
+        cell
+        | {"poses": "estimated", "variance": "images"}
+        | coverage(found.mean, found.variance, here)
+        | gain(found, here),
+        cell | {"poses": "estimated", "variance": "images and poses"} | coverage(found.mean, both, here),
     ]
 
 
