@@ -26,7 +26,7 @@ from cryorbit.poses.proposals import PoseProposals
 from cryorbit.training.dataset import FourierStack
 from cryorbit.volumes.gaussian import GaussianVolume
 
-_PIXELS = 2**20  # of all images of a batch
+_PIXELS = 2**22  # of all images of a batch at all their proposals
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ def held_out(
     spectrum = stack.power.to(device)[disk.shell] / stack.box**2
     bound, empty, effective = [], [], []
     square = torch.zeros(len(disk), device=device)
-    for rows in torch.arange(len(particle)).split(max(1, _PIXELS // len(disk))):
+    size = max(1, _PIXELS // (len(disk) * proposals.log_weight.shape[1]))
+    for rows in torch.arange(len(particle)).split(size):
         images, ctf = stack.images(particle[rows]), stack.ctf(particle[rows])
         terms, ratios = [], []
         for rotations, shifts in proposals.each(rows, device):
