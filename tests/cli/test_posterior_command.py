@@ -99,6 +99,28 @@ def test_predicted_correlation_is_the_measured_one(even):
     assert 0 <= values["pose_share_of_variance"] < 0.5
 
 
+def test_held_out_images_are_what_the_map_predicts(even, tmp_path):
+    """Every image under the map of the other half; with the poses of other particles they are not."""
+    values, residual = (
+        json.loads((even / "posterior.json").read_text()),
+        columns(even / "ss_snr.csv")["held_out_residual"],
+    )
+    assert values["held_out_gain_nats"] > 20 * values["held_out_gain_error"] > 0
+    assert values["held_out_residual"] == pytest.approx(1.0, abs=0.03)
+    assert np.abs(residual - 1)[2:11].max() < 0.08
+    assert 1 < values["held_out_effective_draws"] <= 4
+    run = tmp_path / "run"
+    shutil.copytree(even, run, ignore=shutil.ignore_patterns(*WRITTEN))
+    particles = open_particles(run / "particles.star", require_images=False)
+    with np.load(run / "poses.npz") as stored:
+        arrays = dict(stored)
+    shuffled = np.roll(np.arange(COUNT), 1)
+    arrays["rotations"] = arrays["rotations"][shuffled]
+    np.savez(run / "poses.npz", **arrays)
+    write_particles(run / "particles.star", particles, rotations=particles.rotations[shuffled], shifts=particles.shifts)
+    assert posterior(run, draws=2)["held_out_gain_nats"] < 0
+
+
 def test_missing_views_are_found(even, coned):
     """Particles seen within 29 degrees of z leave a hole about z, and little resolution along it."""
     full, part = (json.loads((run / "posterior.json").read_text()) for run in (even, coned))

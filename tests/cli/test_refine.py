@@ -54,9 +54,12 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(simulated: Path) -> Path:
     run = simulated.parent / "run"
-    done = cryorbit("refine", simulated / "start.star", "--output", run, *QUICK)
+    done = cryorbit("refine", simulated / "start.star", "--output", run, *QUICK, "--posterior")
     assert done.returncode == 0, done.stderr
     assert "Refined to" in done.stdout
+    assert "no half-sets" in done.stdout
+    assert json.loads((run / "posterior.json").read_text())["held_out_gain_nats"] > 0
+    assert (run / "figures" / "posterior.png").exists()
     assert "coin" not in done.stdout  # the hand is that of the poses
     return run
 

@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+from cryorbit.errors import DataError
 from cryorbit.groups.so3 import exp, random_rotations
 from cryorbit.methods.map_posterior import map_posterior, pose_variance, standard_normal
 from cryorbit.metrics.calibration import interval_coverage
@@ -117,6 +118,20 @@ def test_weights_count_as_particles():
     first, second = (map_posterior(stack, EQUAL, s, ONE) for s in (once, twice))
     torch.testing.assert_close(first.mean, second.mean, rtol=0, atol=1e-3 * float(first.mean.abs().max()))
     torch.testing.assert_close(first.variance, second.variance, rtol=2e-3, atol=1e-6 * float(first.variance.max()))
+
+
+def test_some_of_the_images_find_the_noise_too(case):
+    """As many numbers are taken from fewer images: what is left is corrected by their own count."""
+    stack, truth, all_of_them = case
+    found = map_posterior(stack, EQUAL, known(truth).rows(torch.arange(COUNT) < 200), ONE, all_of_them.prior)
+    expected = truth.noise_spectrum[: len(found.noise)] * (stack.scale * stack.box) ** 2
+    assert float((found.noise / expected)[2:-1].mean()) == pytest.approx(1.0, abs=0.02)
+
+
+def test_one_image_is_refused(case):
+    stack, truth, _ = case
+    with pytest.raises(DataError, match="DATA232"):
+        map_posterior(stack, EQUAL, known(truth).rows(torch.arange(COUNT) == 3), ONE)
 
 
 def test_poses_that_move_the_map_add_variance(case):

@@ -8,6 +8,7 @@ from cryorbit.metrics.masks import soft_sphere
 from cryorbit.physics.fourier import fourier_disk, fourier_to_volume, shell_index, volume_to_fourier
 from cryorbit.physics.linear_gaussian import (
     ball,
+    calibrated,
     corrected_mean,
     learned_prior,
     least_squares,
@@ -104,6 +105,45 @@ def test_no_signal_has_a_prior_near_nothing(generator):
     )  # noise of a coefficient: N over slices per unit of volume
     assert 0 < float((prior[1:] / expected).min())
     assert float((prior[3:] / expected[2:]).max()) < 0.25  # a few of its standard errors
+
+
+def _noise(rotations: torch.Tensor, box: int, generator: torch.Generator) -> torch.Tensor:
+    return observed(torch.zeros(box, box, box), rotations, generator)
+
+
+def _halves(residuals: torch.Tensor, rotations: torch.Tensor, box: int) -> list[Accumulator]:
+    return [posed(residuals[half::2], rotations[half::2], box) for half in (0, 1)]
+
+
+@pytest.mark.parametrize(("kind", "views"), [("uniform", 100), ("cone", 600)])
+def test_errors_are_what_noise_does(kind, views, generator):
+    """Noise of its own, not that of the calibration; the closed form is too high where views are few or leave a cone out."""
+    box = 24
+    rotations = Orientations(kind).sample(views, generator)
+    formula = least_squares(posed(_noise(rotations, box, generator), rotations, box))
+    flat = torch.full((box // 2 + 1,), NOISE)
+    found = calibrated(formula, *_halves(_noise(rotations, box, generator), rotations, box), flat)
+    ratio = []
+    for errors in (formula.error, found.error):
+        expected = NOISE * errors
+        ratio.append(found.sums(formula.power / expected.square())[4:12].sum() / found.sums(1 / expected)[4:12].sum())
+    assert float(ratio[0]) < 0.85
+    assert float(ratio[1]) == pytest.approx(1.0, abs=0.1)
+
+
+def test_prior_below_the_noise(generator):
+    """Signal of a fifth of what noise leaves in a coefficient, few views: found by the calibrated errors, lost by the closed form."""
+    box, views, ratios = 24, 100, []
+    for _ in range(4):
+        truth, rotations = 0.25 * draw(box, generator), Orientations("uniform").sample(views, generator)
+        noise = _noise(rotations, box, generator)
+        clean = slice_grid(slicing_grid(truth, box / 2, 3), rotations, fourier_disk(box))
+        formula, flat = least_squares(posed(clean + noise, rotations, box)), torch.full((box // 2 + 1,), NOISE)
+        both = (formula, calibrated(formula, *_halves(noise, rotations, box), flat))
+        ratios.append(torch.stack([learned_prior(x, flat) / (spectrum(box) / 16) for x in both]))
+    plain, found = torch.stack(ratios).mean(dim=0)
+    assert float(plain[8:12].mean()) < 0.6
+    assert float(found[8:12].mean()) == pytest.approx(1.0, abs=0.2)
 
 
 def test_scale_carries_through(generator):

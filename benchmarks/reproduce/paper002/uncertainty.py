@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 import torch
-from common import Data, exact, simulate, write
+from common import Data, exact, half, simulate, write
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -22,15 +22,8 @@ from cryorbit.metrics.calibration import interval_coverage
 from cryorbit.metrics.fsc import fsc, resolution
 from cryorbit.metrics.spectrum import half_set_fsc, predicted_resolution, ss_snr, truth_fsc
 from cryorbit.physics.fourier import shell_index
-from cryorbit.poses.local import PoseSamples
 
 SETS = {"4ake": (64, 1.6), "1aon": (64, 5.6)}
-
-
-def half(poses: PoseSamples, which: int) -> PoseSamples:
-    """Every second particle."""
-    own = poses.particle % 2 == which
-    return PoseSamples(poses.particle[own], poses.rotations[own], poses.shifts[own], poses.weight[own])
 
 
 def figure4(data: Data, cell: dict[str, object]) -> dict[str, object]:

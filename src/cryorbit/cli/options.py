@@ -49,3 +49,6 @@ Set = Annotated[
 ]
 LARGEST_SEED = 2**31 - 1
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete a previous run in the output folder first.")]
+Posterior = Annotated[
+    bool, typer.Option("--posterior", help="Then `cryorbit posterior` on the run: how sure it is of its map.")
+]

@@ -40,5 +40,8 @@ def _words(values: dict[str, Any]) -> str:
         f"{values['resolution_worst_direction_A']:.2f} A along the worst\n"
         f"views       {100 * values['unseen_share']:.1f} % of the map's Fourier coefficients are hardly seen\n"
         f"voxels      signal inside the mask is {values['signal_to_std']:.1f} times its uncertainty, of whose variance "
-        f"{100 * values['pose_share_of_variance']:.0f} % comes from poses"
+        f"{100 * values['pose_share_of_variance']:.0f} % comes from poses\n"
+        f"held out    under the map of the other half an image is {values['held_out_gain_nats']:.1f} nats (error "
+        f"{values['held_out_gain_error']:.1f}) likelier than as noise, and leaves "
+        f"{100 * values['held_out_residual']:.1f} % of the predicted variance"
     )

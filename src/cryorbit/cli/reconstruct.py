@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from cryorbit.cli import options
+from cryorbit.cli.posterior import posterior as add_posterior
 
 
 def reconstruct(
@@ -37,6 +38,7 @@ def reconstruct(
     seed: Annotated[int, typer.Option("--seed", help="Random start; another seed is another independent attempt.")] = 0,
     set_: options.Set = [],  # noqa: B006 - typer's default
     overwrite: options.Overwrite = False,
+    posterior: options.Posterior = False,
 ) -> None:
     """Reconstruct a map and every particle's pose from particle images, with no starting model."""
     config = configured(
@@ -58,7 +60,7 @@ def reconstruct(
         volume=volume,
         refine={"defocus_range": defocus_range},
     )
-    run_and_report(config, output, overwrite)
+    run_and_report(config, output, overwrite, posterior)
 
 
 def configured(particles: Path, datadir: Path | None, assignments: list[str], **settings: object) -> "RunConfig":  # noqa: F821
@@ -71,8 +73,8 @@ def configured(particles: Path, datadir: Path | None, assignments: list[str], **
     return replace(made, symmetry=AUTO if name.lower() == AUTO else name.upper())
 
 
-def run_and_report(config: "RunConfig", output: Path, overwrite: bool) -> None:  # noqa: F821 - imported where used, to keep --help fast
-    """Reconstruct with progress on stderr, write the report, print the verdict."""
+def run_and_report(config: "RunConfig", output: Path, overwrite: bool, posterior: bool = False) -> None:  # noqa: F821 - imported where used, to keep --help fast
+    """Reconstruct with progress on stderr, write the report, print the verdict; then the map's posterior, if asked for."""
     from rich.console import Console
 
     from cryorbit.cli.progress import reported
@@ -91,3 +93,6 @@ def run_and_report(config: "RunConfig", output: Path, overwrite: bool) -> None: 
             f"defocus refined: it differs from the file's by {spread:.0f} A (standard deviation over particles)"
         )
     console.print(f"\nmap        {output / 'map.mrc'}\nparticles  {output / 'particles.star'}\nreport     {page}")
+    if posterior:
+        console.print()
+        add_posterior(output)

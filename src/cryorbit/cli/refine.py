@@ -38,6 +38,7 @@ def refine(
     seed: Annotated[int, typer.Option("--seed", help="Half sets, where the file has none.")] = 0,
     set_: options.Set = [],  # noqa: B006 - typer's default
     overwrite: options.Overwrite = False,
+    posterior: options.Posterior = False,
 ) -> None:
     """Refine the poses that come with the particles (RELION, cryoSPARC, cryorbit) on two independent halves."""
     from cryorbit.pipeline.config import POSES
@@ -62,4 +63,4 @@ def refine(
         volume=volume,
         refine={"defocus_range": defocus_range},
     )
-    run_and_report(config, output, overwrite)
+    run_and_report(config, output, overwrite, posterior)

@@ -68,6 +68,11 @@ def log(rotation: Float[Tensor, "*b 3 3"]) -> Float[Tensor, "*b 3"]:
     return roma.rotmat_to_rotvec(rotation)
 
 
+def log_uniform(rotvec: Float[Tensor, "*b 3"]) -> Float[Tensor, "*b"]:
+    """Log density of uniform (Haar) rotations in the space of rotation vectors, ``2 (1 - cos a) / (8 pi^2 a^2)`` at the angle a."""
+    return 2 * torch.sinc(rotvec.norm(dim=-1) / (2 * math.pi)).log() - math.log(8 * math.pi**2)
+
+
 def distance(a: Float[Tensor, "*b 3 3"], b: Float[Tensor, "*b 3 3"]) -> Float[Tensor, "*b"]:
     """Geodesic angle between rotations in radian, accurate near 0 and pi."""
     chord = (a - b).flatten(-2).norm(dim=-1) / (2 * math.sqrt(2.0))

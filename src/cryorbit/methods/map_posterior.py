@@ -4,7 +4,7 @@
 * **poses**: known, or weighted samples of each particle's posterior.
 * **objective**: none. Images are linear in the map and noise is Gaussian: a weighted back-projection is the posterior mean, its weights the
   precision (``physics/linear_gaussian.py``). The second pass inserts what the first answer leaves of the images, which takes away the
-  back-projection's interpolation error and measures the noise.
+  back-projection's interpolation error and measures the noise, in the images and, by every other image against the rest, in the map.
 
 The prior is the standard normal of papers/002 or, better, a power spectrum learned from the same images (empirical Bayes); no half-sets.
 Memory does not grow with the number of images.
@@ -17,12 +17,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cryorbit.errors import DataError
 from cryorbit.methods.half_maps import insert_posed, posed_images
 from cryorbit.metrics.fsc import shell_sum
 from cryorbit.physics.cryoem import form_images
 from cryorbit.physics.fourier import shell_index, volume_to_fourier
 from cryorbit.physics.linear_gaussian import (
     ball,
+    calibrated,
     corrected_mean,
     information,
     learned_prior,
@@ -94,9 +96,18 @@ def map_posterior(
         (S, 3, 3) point group of the map.
     prior
         (shells,) variance of the map's coefficients; None learns it.
+
+    Raises
+    ------
+    DataError
+        There are poses of one image only.
     """
     symmetry = symmetry.to(stack.device)
     acc = insert_posed(stack, intensity, samples, symmetry)
+    order = samples.particle.unique_consecutive(return_inverse=True)[1]
+    images = int(order[-1]) + 1
+    if images < 2:
+        raise DataError("DATA232", "one image, expected at least two", "noise is told from signal by two halves")
     seen = information(acc)
     alone = least_squares(acc) if prior is None else None
     chosen = torch.linspace(0, len(stack) - 1, min(_JUDGED, len(stack))).round().to(torch.int64)
@@ -110,16 +121,22 @@ def map_posterior(
         return learned_prior(alone, noise)
 
     def left(power: Float[Tensor, " shells"]) -> Float[Tensor, " shells"]:
-        return _noise(power, seen, noise / spectrum(), len(stack) * len(symmetry), stack)
+        return _noise(power, seen, noise / spectrum(), images * len(symmetry), stack)
 
     for _ in range(_ROUNDS):
         noise = left(_residual(stack, intensity, some, posterior_mean(acc, noise, spectrum()), None)[0])
     mean = posterior_mean(acc, noise, spectrum())
-    power, residual = _residual(stack, intensity, samples, mean, symmetry)
+    (first, one), (second, two) = (
+        _residual(stack, intensity, samples.rows(order % 2 == half), mean, symmetry) for half in (0, 1)
+    )
+    assert one is not None
+    assert two is not None
+    power = 0.5 * (first + second)
+    if alone is not None:
+        alone = calibrated(alone, one, two, power)
     noise = left(power)
     variance = posterior_variance(acc, noise, spectrum())
-    assert residual is not None
-    mean = corrected_mean(mean, variance, residual, noise, spectrum())
+    mean = corrected_mean(mean, variance, one + two, noise, spectrum())
     return MapPosterior(mean, variance, seen, noise, spectrum())
 
 

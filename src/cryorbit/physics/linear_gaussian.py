@@ -13,14 +13,21 @@ Coefficients are those of the map's unnormalised transform; variances are comple
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cryorbit.physics.fourier import fourier_to_volume, frequencies, friedel_weight, shell_index, volume_to_fourier
+from cryorbit.physics.fourier import (
+    FourierDisk,
+    fourier_to_volume,
+    frequencies,
+    friedel_weight,
+    shell_index,
+    volume_to_fourier,
+)
 from cryorbit.physics.slicing import (
     Accumulator,
     completed,
@@ -34,6 +41,8 @@ from cryorbit.physics.spectrum import mean_weight
 
 _NO_HOLE = 1e-3  # of a shell's mean weight: what keeps the least-squares map finite
 _UPDATES = 30
+_SURE = 0.1  # relative error of a posterior variance that the prior may cause before shells are pooled
+_POOLED = 16  # of the box, one part: as many shells on either side, at most, are pooled
 _SEEN = 0.5  # of a coefficient, below which what is left of it is of its neighbours and says nothing of the prior
 
 
@@ -114,6 +123,29 @@ def information(acc: Accumulator) -> Float[Tensor, "d d h"]:
     return acc.oversampling**3 * _mean_inside(completed(acc.weight).clamp_min(0), acc)
 
 
+def slice_variance(
+    variance: Float[Tensor, "d d h"], rotations: Float[Tensor, "b 3 3"], disk: FourierDisk
+) -> Float[Tensor, "b p"]:
+    """Variance of the pixels of a map's central slices: that of the nearest coefficient (it hardly changes from one to the next).
+
+    Parameters
+    ----------
+    variance
+        From :func:`posterior_variance`.
+    rotations, disk
+        As for :func:`~cryorbit.physics.slicing.slice_grid`.
+    """
+    box = variance.shape[0]
+    points = torch.stack([disk.kx, disk.ky], dim=1).to(rotations) @ rotations[:, :2]  # R^T (kx, ky, 0), xyz
+    points = torch.where(points[..., :1] < 0, -points, points)
+
+    def read(x: Int[Tensor, "b p"], y: Int[Tensor, "b p"], z: Int[Tensor, "b p"]) -> Float[Tensor, "b p"]:
+        return variance[z % box, y % box, x]
+
+    nearest, inner = (read(*(x.to(torch.int64).unbind(dim=-1))) for x in (points.round(), points.trunc()))
+    return torch.where(nearest > 0, nearest, inner)  # at the rim the nearest may be one beyond what images reach
+
+
 def corrected_mean(
     mean: Float[Tensor, "d d d"],
     variance: Float[Tensor, "d d h"],
@@ -191,12 +223,57 @@ def least_squares(acc: Accumulator) -> LeastSquares:
     return LeastSquares(power, h2, error, index[used], number.double(), shells, math.ceil(acc.radius - 0.5) - 1)
 
 
+def calibrated(
+    found: LeastSquares, first: Accumulator, second: Accumulator, power: Float[Tensor, " shells"]
+) -> LeastSquares:
+    """Least squares whose ``error`` is what noise really does, as two halves of the residuals show it.
+
+    The closed form of :func:`least_squares` takes the inserted weight for even between neighbouring grid points. It is not, and less so
+    with few views or at the rim of a missing cone, where the form is too high by tens of per cent. The difference of two halves over
+    their joint weight holds no signal, and noise as the least-squares map has it: in each shell the form is scaled to it, coefficients
+    weighed as they are in the likelihood of a prior near nothing.
+
+    Parameters
+    ----------
+    found
+        From :func:`least_squares` of all images.
+    first, second
+        Residuals of every other image, inserted like the images.
+    power
+        Mean power of the same residuals per shell.
+    """
+    half = least_squares(
+        Accumulator(
+            first.numerator - second.numerator,
+            first.weight + second.weight,
+            first.box,
+            first.oversampling,
+            first.radius,
+        )
+    )
+    expected = found.error * power.double()[found.shell]
+    measured, formula = (_pooled(found.sums(x), _widest(found)) for x in (half.power / expected.square(), 1 / expected))
+    factor = torch.where(formula > 0, measured / formula.clamp_min(1e-300), 1.0)
+    return replace(found, error=found.error * factor[found.shell])
+
+
+def _widest(found: LeastSquares) -> int:
+    return max(1, 2 * found.shells // _POOLED)
+
+
+def _pooled(sums: Float[Tensor, " shells"], width: int) -> Float[Tensor, " shells"]:
+    """Sums over each shell and its neighbours, ``width`` on either side; shell 0, the images' background, stays alone."""
+    window = torch.nn.functional.pad(sums[1:], (width, width)).unfold(0, 2 * width + 1, 1).sum(dim=1)
+    return torch.cat([sums[:1], window])
+
+
 def learned_prior(found: LeastSquares, noise: Float[Tensor, " shells"]) -> Float[Tensor, " shells"]:
     """Power spectrum of the map by empirical Bayes: the prior variance per shell that makes the images most probable, without half-sets.
 
     A least-squares coefficient has the variance ``h^2 t + s``, h how much of it the images determine and s what their noise makes of it;
-    t maximises their likelihood over each shell (Fisher scoring, to the fixed point of expectation-maximisation on t). It is never below its
-    standard error: a shell in which nothing is seen is not known to be empty.
+    t maximises their likelihood over each shell (Fisher scoring, to the fixed point of expectation-maximisation on t). Where one shell does
+    not tell t well enough for the posterior's variance, which is t where noise dominates, its neighbours are taken with it. It is never
+    below its standard error: a shell in which nothing is seen is not known to be empty.
 
     Parameters
     ----------
@@ -210,9 +287,15 @@ def learned_prior(found: LeastSquares, noise: Float[Tensor, " shells"]) -> Float
     prior = found.sums(found.power / h2) / count.clamp_min(1)
     for _ in range(_UPDATES):
         variance = h2 * prior[shell] + error
+        matters = found.sums(error / variance) / count.clamp_min(1)
         top = found.sums(h2 * (found.power - error) / variance.square())
         bottom = found.sums((h2 / variance).square()).clamp_min(1e-300)
-        prior = torch.maximum(top / bottom, (2 / bottom).sqrt())  # no less than its own standard error
+        prior, open_ = torch.zeros_like(prior), torch.ones_like(prior, dtype=torch.bool)
+        for width in range(_widest(found) + 1):
+            information = _pooled(bottom, width)
+            value, own = _pooled(top, width) / information, (2 / information).sqrt()
+            prior = torch.where(open_, torch.maximum(value, own), prior)  # no less than its own standard error
+            open_ = open_ & (own * matters > _SURE * prior)
     whole = min(found.whole, int(torch.nonzero(count > 0).max()))
     for empty in (
         torch.nonzero(count == 0).flatten().tolist()

@@ -5,13 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy import ndimage
 from torch import Tensor
 
 from cryorbit.errors import RunError
 from cryorbit.groups.point import point_group
 from cryorbit.io.mrc import read_volume, write_volume
+from cryorbit.methods.halves import HALVES, members_of
+from cryorbit.methods.held_out import HeldOut, held_out
 from cryorbit.methods.map_posterior import MapPosterior, map_posterior, pose_variance
 from cryorbit.metrics.directions import missing_views, spectrum_by_direction, unseen_share
 from cryorbit.metrics.masks import mask_within, soft_sphere
@@ -33,6 +35,7 @@ from cryorbit.pipeline.rundir import locked
 from cryorbit.pipeline.start import fourier_stack
 from cryorbit.poses.local import PoseSamples
 from cryorbit.poses.posterior import PosePosterior
+from cryorbit.poses.proposals import proposed
 from cryorbit.training.dataset import FourierStack
 
 WRITTEN = ("map_mean.mrc", "map_std.mrc", "missing_views.mrc", "ss_snr.csv", "directions.csv", "posterior.json")
@@ -50,7 +53,7 @@ def posterior(
     run
         Run folder of ``cryorbit reconstruct`` or ``cryorbit refine``.
     draws
-        Joint draws of all particles' poses from ``poses.npz``, at least two.
+        Joint draws of all particles' poses from ``poses.npz``, at least two; as many proposals of each held-out image's pose.
     seed
         Of the draws.
     device, memory_gib
@@ -84,24 +87,25 @@ def posterior(
         stack = fourier_stack(config, inputs)
         mask = _mask(run, config, inputs, stack.box, stack.pixel_size)
         poses = posterior_of_run(run, len(stack)).in_pixels(stack.pixel_size)
-        samples = _drawn(poses, draws, seed)
+        samples = joint_draws(poses, draws, seed)
         group, equal = point_group(inputs.symmetry).float(), torch.ones(len(stack))
-        found = map_posterior(stack, equal, _modes(poses), group)
+        found = map_posterior(stack, equal, weighted_modes(poses), group)
         by_shell, by_voxel = pose_variance(stack, equal, samples, group, found)
-        values = _write(run, inputs, stack, mask, found, by_shell.cpu(), by_voxel.cpu())
+        unseen = _unseen(stack, poses, inputs.half_set, group, draws, seed)
+        values = _write(run, inputs, stack, mask, found, by_shell.cpu(), by_voxel.cpu(), unseen)
         values |= {"draws": draws, "seed": seed, "particles": len(stack), "seconds": time.monotonic() - begun}
         outputs.write_json(run / "posterior.json", values)
     return values
 
 
-def _drawn(poses: PosePosterior, draws: int, seed: int) -> list[PoseSamples]:
+def joint_draws(poses: PosePosterior, draws: int, seed: int) -> list[PoseSamples]:
     """Joint draws: one pose of every particle in each."""
     rotations, shifts = poses.drawn(draws, torch.Generator().manual_seed(seed))
     every, one = torch.arange(len(rotations)), torch.ones(len(rotations))
     return [PoseSamples(every, rotations[:, k].float(), shifts[:, k].float(), one) for k in range(draws)]
 
 
-def _modes(poses: PosePosterior) -> PoseSamples:
+def weighted_modes(poses: PosePosterior) -> PoseSamples:
     """Every particle's modes, each weighted by its mass.
 
     Not draws around them: a pose drawn from the posterior is as far from the mode as the true one is, independently of it as far as the
@@ -113,6 +117,24 @@ def _modes(poses: PosePosterior) -> PoseSamples:
     return PoseSamples(
         particle, poses.rotations[particle, mode], poses.shifts[particle, mode], weight / total[particle]
     )
+
+
+def _unseen(
+    stack: FourierStack,
+    poses: PosePosterior,
+    half_set: Int[Tensor, " n"],
+    group: Float[Tensor, "s 3 3"],
+    draws: int,
+    seed: int,
+) -> HeldOut:
+    """Every image scored under the map of the half it is not in; poses integrated by ``draws`` proposals of each."""
+    modes, equal, parts = weighted_modes(poses), torch.ones(len(stack)), []
+    proposals = proposed(poses, draws, torch.Generator().manual_seed(seed), group=len(group))
+    for half in HALVES:
+        seen, rest = torch.nonzero(half_set != half)[:, 0], members_of(half_set, half)
+        other = map_posterior(stack, equal, modes.rows(torch.isin(modes.particle, seen)), group)
+        parts.append(held_out(stack, rest, proposals.rows(rest), other.volume, other.noise))
+    return HeldOut.joined(parts)
 
 
 def _mask(run: Path, config: RunConfig, inputs: Inputs, box: int, pixel_size: float) -> Float[Tensor, "d d d"]:
@@ -139,11 +161,12 @@ def _write(
     found: MapPosterior,
     by_shell: Float[Tensor, " shells"],
     by_voxel: Float[Tensor, "d d d"],
+    unseen: HeldOut,
 ) -> dict[str, object]:
     box, apix, scale = stack.box, stack.pixel_size, stack.scale
     group = point_group(inputs.symmetry).float()
     mean, noise_part, seen = found.mean.cpu(), found.variance.cpu(), found.information.cpu()
-    variance = _with_shells(noise_part, by_shell)
+    variance = added_to_shells(noise_part, by_shell)
     alpha = ss_snr(mean, variance)
     masked = in_mask(alpha, mask)
     resolution, inside = (predicted_resolution(a, box, apix) for a in (alpha, masked))
@@ -163,6 +186,7 @@ def _write(
         "fsc_truth": truth_fsc(alpha),
         "ss_snr_masked": masked,
         "fsc_half_set_masked": half_set_fsc(masked),
+        "held_out_residual": unseen.residual,
     }
     outputs.write_fsc(run / "ss_snr.csv", curves_by_name, box, apix)
     outputs.write_directions(run / "directions.csv", directions, along)
@@ -177,6 +201,10 @@ def _write(
         "std_mean": float(spread[solid].mean()),
         "signal_to_std": float((mean / scale)[solid].std() / spread[solid].mean()),
         "pose_share_of_variance": float(pose_part[solid].mean() / (voxels + pose_part)[solid].mean()),
+        "held_out_gain_nats": unseen.gain,
+        "held_out_gain_error": unseen.gain_error,
+        "held_out_residual": float(unseen.residual[2 : limit + 1].mean()),
+        "held_out_effective_draws": float(unseen.effective.median()),
         "noise_variance": [float(x) / scale**2 for x in found.noise],
         "prior_variance": [float(x) / scale**2 for x in found.prior],
         "symmetry": inputs.symmetry,
@@ -185,7 +213,7 @@ def _write(
     }
 
 
-def _with_shells(variance: Float[Tensor, "d d h"], added: Float[Tensor, " shells"]) -> Float[Tensor, "d d h"]:
+def added_to_shells(variance: Float[Tensor, "d d h"], added: Float[Tensor, " shells"]) -> Float[Tensor, "d d h"]:
     """Variances plus a number for each shell, where there are coefficients."""
     index = shell_index(variance.shape[0]).clamp(max=len(added) - 1)
     return torch.where(variance > 0, variance + added[index], 0.0)

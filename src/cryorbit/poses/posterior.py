@@ -191,19 +191,22 @@ class PosePosterior:
     def _levels(
         self, rotations: Float[Tensor, "n k 3 3"], shifts: Float[Tensor, "n k 2"], generator: torch.Generator
     ) -> Float[Tensor, " n"]:
-        factor = self._factor
-        inside = self._log_density(*self.drawn(_DRAWS, generator), factor)
-        true = self._log_density(rotations.double(), shifts.double(), factor).amax(dim=1)
+        inside = self.log_density(*self.drawn(_DRAWS, generator))
+        true = self.log_density(rotations.double(), shifts.double()).amax(dim=1)
         return (inside > true[:, None]).double().mean(dim=1)
 
-    def _log_density(
-        self, rotations: Float[Tensor, "n k 3 3"], shifts: Float[Tensor, "n k 2"], factor: Float[Tensor, "n m f f"]
-    ) -> Float[Tensor, "n k"]:
-        terms = []
+    def log_density(self, rotations: Float[Tensor, "n k 3 3"], shifts: Float[Tensor, "n k 2"]) -> Float[Tensor, "n k"]:
+        """Log density of poses, to the uniform distribution of rotations and the area of shifts (were they held, to rotations alone)."""
+        factor, terms = self._factor, []
         for m in range(self.mass.shape[1]):
             turn = so3.log(rotations @ self.rotations[:, m, None].double().mT)
             offset = torch.cat([turn, shifts - self.shifts[:, m, None].double()], dim=2)[..., : factor.shape[-1]]
             white = torch.linalg.solve_triangular(factor[:, m], offset.mT, upper=False)
-            volume = factor[:, m].diagonal(dim1=1, dim2=2).log().sum(dim=1)
-            terms.append(self.mass[:, m].double().log()[:, None] - 0.5 * white.square().sum(dim=1) - volume[:, None])
+            volume = factor[:, m].diagonal(dim1=1, dim2=2).log().sum(dim=1) + 0.5 * self.free * math.log(2 * math.pi)
+            terms.append(
+                self.mass[:, m].double().log()[:, None]
+                - 0.5 * white.square().sum(dim=1)
+                - volume[:, None]
+                - so3.log_uniform(turn)
+            )
         return torch.stack(terms).logsumexp(dim=0)
