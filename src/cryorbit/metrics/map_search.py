@@ -170,17 +170,23 @@ def _search(pair: _Pair, power: float, radius: int) -> tuple[Float[Tensor, "2 g"
 
 
 def _refine(pair: _Pair, weight: Float[Tensor, " p"], start: Motion, iterations: int = 40) -> Motion:
-    """Nearest maximum of the weighted correlation. The rotation step is scaled so that 1 moves the rim by about a
-    pixel.
+    """Nearest maximum of the weighted correlation, shell by shell over the moving map's own power: between its grid points a
+    transform reads lower, which would hold good maps on the grid. The rotation step is scaled so that 1 moves the rim by about a pixel.
     """
     reach = 0.3 * pair.moving.box
     target = (weight * pair.reference).conj()
-    target = target / (target * pair.moved(start)).abs().sum().clamp(min=1e-30)
+    begun = pair.moved(start)
+    target = target / (target * begun).abs().sum().clamp(min=1e-30)
+    none = torch.zeros(int(pair.shell.max()) + 1)
+    power = none.index_add(0, pair.shell, begun.abs().square())
 
     def loss(theta: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         step = torch.tensor(theta, dtype=torch.float32, requires_grad=True)
         motion = exp(step[:3] / reach) @ start[0], start[1] + step[3:], start[2]
-        value = -(target * pair.moved(motion)).real.sum()
+        moved = pair.moved(motion)
+        cross = none.index_add(0, pair.shell, (target * moved).real)
+        now = none.index_add(0, pair.shell, moved.real.square() + moved.imag.square())
+        value = -(cross * (power / now.clamp(min=1e-30)).sqrt()).sum()
         (gradient,) = torch.autograd.grad(value, step)
         return float(value.detach()), gradient.numpy().astype(np.float64)
 
