@@ -181,11 +181,10 @@ class Marginal:
             self._follow(radius)
         runs = [run for half in HALVES for run in self.runs[half].values()]
         self._advance(sharpest)
-        box_a = self.stack.box * self.stack.pixel_size
         noise = [float(r.noise[1 : radius + 1].mean() / r.initial_noise[1 : radius + 1].mean()) for r in runs]
         return {
             "radius": float(radius),
-            "resolution_A": box_a / radius,
+            "resolution_A": self.stack.box * self.stack.pixel_size / radius,
             "effective_poses": min(sharpest, 2.0 * len(rotation_grid(self.order(), self.symmetry))),
             "shift_sigma_A": float(runs[0].shift_sigma) * self.stack.pixel_size,
             "noise_fraction": min(noise),
