@@ -5,10 +5,12 @@ import itertools
 import pytest
 import torch
 
+from cryorbit.groups.point import point_group
 from cryorbit.groups.so3 import distance, random_rotations
 from cryorbit.methods.halves import HALVES, Agreement
 from cryorbit.methods.marginal import Marginal
 from cryorbit.methods.marginal_config import MarginalConfig
+from cryorbit.methods.online_em import rotation_grid
 from cryorbit.metrics.align import align_poses
 from cryorbit.metrics.resample import move_volume
 from cryorbit.metrics.symmetry import SymmetryFinding
@@ -16,6 +18,7 @@ from cryorbit.physics.fourier import fourier_disk, resize_volume
 from cryorbit.physics.shift import phase_ramp
 from cryorbit.physics.slicing import slice_grid, slicing_grid
 from cryorbit.pipeline.handover import assign, symmetry_note
+from cryorbit.poses.grid import recounted
 from cryorbit.simulate.particles import SimulatedParticles, simulate_particles
 from cryorbit.simulate.phantom import phantom
 from cryorbit.training.dataset import ArrayParticles, FourierStack
@@ -59,6 +62,24 @@ def test_independent_halves_find_the_same_molecule_and_its_poses(finished, truth
     for half in HALVES:  # both halves in one frame
         assert float(error[finished.half_set == half].median()) < 12
     assert float(effective.median()) < 5
+
+
+def test_a_symmetric_map_is_looked_at_in_more_detail_and_counted_alike(truth):
+    made = engine(truth)
+    plain = made.radius()
+    made.symmetry = point_group("D4").float()
+    made.first, made.last = made.config.radii(8)
+    assert made.config.radii(1) == (4.4, 10.5)
+    assert (made.first, made.last) == pytest.approx((4.4 * 8**0.25, 10.5 * 8**0.125))
+    assert made.radius() > plain
+    orders = []
+    for march in (0.0, 0.49, 0.5, 1.0):
+        made.march = torch.tensor(march)
+        orders.append(made.order())
+    assert orders == [2, 2, 3, 3]
+    assert MarginalConfig(order=4).order_of(24) == 4
+    assert len(rotation_grid(3, made.symmetry)) == pytest.approx(len(rotation_grid(2, torch.eye(3)[None])), rel=0.01)
+    assert recounted(torch.tensor([80.0, 3.0]), 3, 2).tolist() == [10.0, 1.0]
 
 
 def test_modes_of_a_particle_are_distinct(finished):

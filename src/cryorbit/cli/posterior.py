@@ -42,6 +42,6 @@ def _words(values: dict[str, Any]) -> str:
         f"voxels      signal inside the mask is {values['signal_to_std']:.1f} times its uncertainty, of whose variance "
         f"{100 * values['pose_share_of_variance']:.0f} % comes from poses\n"
         f"held out    under the map of the other half an image is {values['held_out_gain_nats']:.1f} nats (error "
-        f"{values['held_out_gain_error']:.1f}) likelier than as noise, and leaves "
-        f"{100 * values['held_out_residual']:.1f} % of the predicted variance"
+        f"{values['held_out_gain_error']:.1f}) likelier than as noise; what it leaves is "
+        f"{values['held_out_residual']:.3f} of the variance predicted (1 is right)"
     )

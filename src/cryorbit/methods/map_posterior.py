@@ -104,13 +104,13 @@ def map_posterior(
     """
     symmetry = symmetry.to(stack.device)
     acc = insert_posed(stack, intensity, samples, symmetry)
-    order = samples.particle.unique_consecutive(return_inverse=True)[1]
+    particles, order = samples.particle.unique_consecutive(return_inverse=True)
     images = int(order[-1]) + 1
     if images < 2:
         raise DataError("DATA232", "one image, expected at least two", "noise is told from signal by two halves")
     seen = information(acc)
     alone = least_squares(acc) if prior is None else None
-    chosen = torch.linspace(0, len(stack) - 1, min(_JUDGED, len(stack))).round().to(torch.int64)
+    chosen = particles[torch.linspace(0, images - 1, min(_JUDGED, images)).round().to(torch.int64)]
     some = samples.rows(torch.isin(samples.particle, chosen))
     noise = _read_power(stack, some)
 

@@ -9,9 +9,7 @@ once posteriors are sharp. On the way the runs of a half are compared by the lik
 dropped. Then the two winners are laid on each other by the poses they give the same images (both hands), and from there the radius
 follows their correlation. Two runs that agree found the same molecule twice, from different images and different starts. Two that end
 with different poses of the same images did not: fresh starts then challenge them, in up to ``heats`` rounds. When even the maps still
-disagree, the likelier one becomes the start of both halves and the result says so.
-
-Measured behaviour and sources in docs/methods/marginal.md.
+disagree, the likelier one becomes the start of both halves and the result says so. Measured behaviour, sources: docs/methods/marginal.md.
 """
 
 import math
@@ -29,7 +27,7 @@ from cryorbit.methods.symmetric import SymmetryTest, find_symmetry, group_of, sy
 from cryorbit.metrics.fsc import fsc, last_shell
 from cryorbit.metrics.masks import soft_sphere
 from cryorbit.metrics.symmetry import SymmetryFinding, no_symmetry
-from cryorbit.poses.grid import shift_grid
+from cryorbit.poses.grid import recounted, shift_grid
 from cryorbit.training.checkpoint import State
 from cryorbit.training.dataset import FourierStack
 
@@ -44,7 +42,10 @@ _MARGIN = 2
 _PATIENCE = 5  # broad steps before batches grow
 _CLEAR = 2.0  # standard errors of a change of the held-out likelihood
 _MORE_STARTS = 4  # at most, with an imposed symmetry
-_FINER_FROM = 8  # elements of the symmetry: a HEALPix order multiplies rotations by so many
+_FINER_FROM, _FINEST = (
+    8,
+    4,
+)  # elements of the symmetry (a HEALPix order multiplies rotations by so many); and the last order
 
 _SCALARS = tuple("march settled batch heat done paired joined at_pairing correlation still broad".split())
 
@@ -135,7 +136,7 @@ class Marginal:
 
     def order(self) -> int:
         """HEALPix order of the rotation grid at this point of the march."""
-        return self.config.order + (len(self.symmetry) >= _FINER_FROM and float(self.march) >= _ROUNDS[-1])
+        return self.config.order_of(len(self.symmetry) if float(self.march) >= _ROUNDS[-1] else 1)
 
     def _shift_limit(self) -> float:
         return self.config.shift_range * self.mask_diameter / self.stack.pixel_size
@@ -162,7 +163,7 @@ class Marginal:
 
     def step(self, index: int) -> dict[str, float | str]:
         """One minibatch for every run of either half; then selection, pairing or the halves' correlation; at last the verdict on a heat."""
-        radius, heat, effective = self.radius(), int(self.heat), []
+        radius, order, heat, effective = self.radius(), self.order(), int(self.heat), []
         for half in HALVES:
             for start, run in self.runs[half].items():
                 generator = torch.Generator().manual_seed(((self.seed * 1_000 + start) * 2 + half) * 100_003 + index)
@@ -174,20 +175,21 @@ class Marginal:
                     continue
                 decay = self.config.settle_decay if float(self.march) >= 1 else self.config.decay
                 result = run.step(chosen, grids, decay, intensities=bool(self.paired))
-                effective.append(float(result.effective.median()))
+                effective.append(float(recounted(result.effective.median(), order, self.config.order)))
         sharpest = min(effective, default=float("inf"))
         self._select(index, radius)
         if bool(self.paired):
             self._follow(radius)
         runs = [run for half in HALVES for run in self.runs[half].values()]
         self._advance(sharpest)
-        noise = [float(r.noise[1 : radius + 1].mean() / r.initial_noise[1 : radius + 1].mean()) for r in runs]
         return {
             "radius": float(radius),
             "resolution_A": self.stack.box * self.stack.pixel_size / radius,
-            "effective_poses": min(sharpest, 2.0 * len(rotation_grid(self.order(), self.symmetry))),
+            "effective_poses": min(sharpest, 2.0 * len(rotation_grid(self.config.order, self.symmetry))),
             "shift_sigma_A": float(runs[0].shift_sigma) * self.stack.pixel_size,
-            "noise_fraction": min(noise),
+            "noise_fraction": min(
+                float(r.noise[1 : radius + 1].mean() / r.initial_noise[1 : radius + 1].mean()) for r in runs
+            ),
             "runs": float(len(runs)),
             "heat": float(heat),
             "batch": float(int(self.batch)),
@@ -221,9 +223,7 @@ class Marginal:
         if bool(self.paired):
             return
         alive = max(len(runs) for runs in self.runs.values())
-        keep = alive
-        if float(self.march) >= _ROUNDS[0]:
-            keep = min(keep, max(1, math.ceil(self.starts / 2)))
+        keep = min(alive, max(1, math.ceil(self.starts / 2))) if float(self.march) >= _ROUNDS[0] else alive
         last = float(self.march) >= _ROUNDS[1]
         keep = 1 if last else keep
         if keep < alive:

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+FINEST = 4
+"""HEALPix order of the finest grid."""
+
 
 @dataclass(frozen=True)
 class MarginalConfig:
@@ -57,3 +60,7 @@ class MarginalConfig:
         """First and last Fourier radius under a group of so many elements, in units of 1 / particle diameter."""
         last = self.radius_end * elements**0.125
         return min(self.radius_start * elements**0.25, last), last
+
+    def order_of(self, elements: int) -> int:
+        """HEALPix order that leaves an asymmetric unit of so many elements no more rotations than ``order`` has for all of them."""
+        return min(self.order + 1, FINEST) if elements >= 8 else self.order

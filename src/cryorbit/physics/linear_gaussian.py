@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cryorbit.physics.fourier import (
@@ -191,6 +191,8 @@ class LeastSquares:
         (V,) which shell, and how many coefficients of the whole transform it stands for.
     shells, whole
         How many shells the map has, and the last that images reach with all of its width; beyond it the prior is that shell's.
+    used
+        (D, D, D // 2 + 1) which coefficients these are.
     """
 
     power: Float[Tensor, " v"]
@@ -200,6 +202,7 @@ class LeastSquares:
     weight: Float[Tensor, " v"]
     shells: int
     whole: int
+    used: Bool[Tensor, "d d h"]
 
     def sums(self, values: Float[Tensor, " v"]) -> Float[Tensor, " shells"]:
         """Over each shell of the whole transform."""
@@ -207,8 +210,8 @@ class LeastSquares:
         return zero.index_add(0, self.shell, values * self.weight)
 
 
-def least_squares(acc: Accumulator) -> LeastSquares:
-    """The least-squares map from inserted images, coefficient by coefficient."""
+def least_squares(acc: Accumulator, used: Bool[Tensor, "d d h"] | None = None) -> LeastSquares:
+    """The least-squares map from inserted images, coefficient by coefficient: those ``used``, or those the images show well."""
     shells = acc.box // 2 + 1
     weight = completed(acc.weight).clamp_min(0)
     floor = _NO_HOLE * mean_weight(acc, shells)
@@ -217,10 +220,10 @@ def least_squares(acc: Accumulator) -> LeastSquares:
     error = _sum_inside(weight / total.square(), acc) / acc.oversampling**3
     power = volume_to_fourier(volume_from_accumulator(acc, floor)).abs().square()
     index = shell_index(acc.box, weight.device)
-    used = (seen > _SEEN) & (index < shells)
+    used = (seen > _SEEN) & (index < shells) if used is None else used
     number = friedel_weight(acc.box, seen).expand_as(seen)[used]
     power, h2, error = (x[used].double() for x in (power, seen.square(), error))
-    return LeastSquares(power, h2, error, index[used], number.double(), shells, math.ceil(acc.radius - 0.5) - 1)
+    return LeastSquares(power, h2, error, index[used], number.double(), shells, math.ceil(acc.radius - 0.5) - 1, used)
 
 
 def calibrated(
@@ -249,7 +252,8 @@ def calibrated(
             first.box,
             first.oversampling,
             first.radius,
-        )
+        ),
+        found.used,
     )
     expected = found.error * power.double()[found.shell]
     measured, formula = (_pooled(found.sums(x), _widest(found)) for x in (half.power / expected.square(), 1 / expected))

@@ -13,7 +13,7 @@ from cryorbit.errors import ConfigError
 from cryorbit.methods.align2d import Align2DConfig
 from cryorbit.methods.amortized_config import AmortizedConfig, checked
 from cryorbit.methods.class_averages import ClassAveragesConfig
-from cryorbit.methods.marginal_config import MarginalConfig
+from cryorbit.methods.marginal_config import FINEST, MarginalConfig
 from cryorbit.methods.refinement_config import RefinementConfig, checked_volume
 
 T = TypeVar("T")
@@ -274,7 +274,7 @@ def check(config: RunConfig) -> None:
         "abinitio.batch": config.abinitio.batch > 0,
         "abinitio.march_steps": config.abinitio.march_steps > 0,
         "abinitio.settle_steps": config.abinitio.settle_steps > 0,
-        "abinitio.order": 1 <= config.abinitio.order <= 4,
+        "abinitio.order": 1 <= config.abinitio.order <= FINEST,
         "abinitio.radius_start": 1 <= config.abinitio.radius_start <= config.abinitio.radius_end,
         "abinitio.shift_range": 0 <= config.abinitio.shift_range <= 0.5,
         "abinitio.decay": 0 <= config.abinitio.decay < 1,

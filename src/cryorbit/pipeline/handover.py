@@ -17,7 +17,7 @@ from cryorbit.pipeline.config import AUTO, RunConfig
 from cryorbit.pipeline.inputs import Inputs
 from cryorbit.pipeline.start import Start, fourier_stack, inverted_contrast, is_dark
 from cryorbit.pipeline.verdict import Evidence
-from cryorbit.poses.grid import distinct_modes, with_half_turns
+from cryorbit.poses.grid import distinct_modes, recounted, with_half_turns
 from cryorbit.training.checkpoint import load_checkpoint, save_checkpoint
 from cryorbit.types import Poses
 
@@ -83,8 +83,8 @@ def assign(
     Returns
     -------
     rotations, shifts, effective
-        (B, M, 3, 3) the most probable first, (B, M, 2) angstrom, (B,) effective number of poses, as
-        the grid of ``config.order`` counts them: each order more has eight times as many.
+        (B, M, 3, 3) the most probable first, (B, M, 2) angstrom, (B,) effective number of poses, as the grid of
+        ``config.order`` counts them.
     """
     modes = engine.config.modes
     rotations = torch.empty(len(chosen), modes, 3, 3)
@@ -104,7 +104,7 @@ def assign(
             found = engine.motion.framed(found)
         rotations[own] = found.rotations.view(len(own), -1, 3, 3)
         shifts[own] = found.shifts.view(len(own), -1, 2) * engine.stack.pixel_size
-        effective[own] = (result.effective.cpu() / 8 ** (engine.order() - engine.config.order)).clamp_min(1.0)
+        effective[own] = recounted(result.effective.cpu(), engine.order(), engine.config.order)
     return rotations, shifts, effective
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from cryorbit.errors import RunError
 from cryorbit.groups.point import point_group
 from cryorbit.io.mrc import read_volume, write_volume
+from cryorbit.io.particles import open_particles
 from cryorbit.methods.halves import HALVES, members_of
 from cryorbit.methods.held_out import HeldOut, held_out
 from cryorbit.methods.map_posterior import MapPosterior, map_posterior, pose_variance
@@ -91,7 +92,7 @@ def posterior(
         group, equal = point_group(inputs.symmetry).float(), torch.ones(len(stack))
         found = map_posterior(stack, equal, weighted_modes(poses), group)
         by_shell, by_voxel = pose_variance(stack, equal, samples, group, found)
-        unseen = _unseen(stack, poses, inputs.half_set, group, draws, seed)
+        unseen = _unseen(stack, poses, _own_poses(run, stack), inputs.half_set, group, draws, seed)
         values = _write(run, inputs, stack, mask, found, by_shell.cpu(), by_voxel.cpu(), unseen)
         values |= {"draws": draws, "seed": seed, "particles": len(stack), "seconds": time.monotonic() - begun}
         outputs.write_json(run / "posterior.json", values)
@@ -119,20 +120,28 @@ def weighted_modes(poses: PosePosterior) -> PoseSamples:
     )
 
 
+def _own_poses(run: Path, stack: FourierStack) -> PoseSamples:
+    """The pose of every particle under the map of its own half (``particles.star``): those of ``poses.npz`` have seen the other half's."""
+    ours = open_particles(run / "particles.star", require_images=False)
+    rotations, shifts = (torch.as_tensor(x, dtype=torch.float32) for x in (ours.rotations, ours.shifts))
+    return PoseSamples(torch.arange(len(ours)), rotations, shifts / stack.pixel_size, torch.ones(len(ours)))
+
+
 def _unseen(
     stack: FourierStack,
     poses: PosePosterior,
+    own: PoseSamples,
     half_set: Int[Tensor, " n"],
     group: Float[Tensor, "s 3 3"],
     draws: int,
     seed: int,
 ) -> HeldOut:
-    """Every image scored under the map of the half it is not in; poses integrated by ``draws`` proposals of each."""
-    modes, equal, parts = weighted_modes(poses), torch.ones(len(stack)), []
+    """Every image scored under the map of the half it is not in, made at that half's ``own`` poses; poses integrated by ``draws`` proposals."""
+    equal, parts = torch.ones(len(stack)), []
     proposals = proposed(poses, draws, torch.Generator().manual_seed(seed), group=len(group))
     for half in HALVES:
         seen, rest = torch.nonzero(half_set != half)[:, 0], members_of(half_set, half)
-        other = map_posterior(stack, equal, modes.rows(torch.isin(modes.particle, seen)), group)
+        other = map_posterior(stack, equal, own.rows(torch.isin(own.particle, seen)), group)
         parts.append(held_out(stack, rest, proposals.rows(rest), other.volume, other.noise))
     return HeldOut.joined(parts)
 
@@ -203,7 +212,7 @@ def _write(
         "pose_share_of_variance": float(pose_part[solid].mean() / (voxels + pose_part)[solid].mean()),
         "held_out_gain_nats": unseen.gain,
         "held_out_gain_error": unseen.gain_error,
-        "held_out_residual": float(unseen.residual[2 : limit + 1].mean()),
+        "held_out_residual": float(unseen.residual[2 : max(limit, 2) + 1].mean()),
         "held_out_effective_draws": float(unseen.effective.median()),
         "noise_variance": [float(x) / scale**2 for x in found.noise],
         "prior_variance": [float(x) / scale**2 for x in found.prior],

@@ -151,6 +151,11 @@ def expectation(
     )
 
 
+def recounted(effective: Float[Tensor, "*n"], order: int, as_order: int) -> Float[Tensor, "*n"]:
+    """Effective numbers of poses on a HEALPix grid of one order, as a coarser one counts them: each order has eight times as many."""
+    return (effective / 8 ** (order - as_order)).clamp_min(1.0)
+
+
 def distinct_modes(
     result: Expectation, rotations: Float[Tensor, "g 3 3"], count: int, apart: float
 ) -> tuple[Int[Tensor, "b m"], Int[Tensor, "b m"]]:
