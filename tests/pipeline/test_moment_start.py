@@ -91,3 +91,9 @@ def test_a_run_hands_both_maps_to_the_engine_and_says_so_in_its_settings(folder,
     assert tomllib.loads((tmp_path / "run" / "config.toml").read_text())["init"] == "moments"
     assert len(given) == 2
     assert not torch.equal(*given)
+
+
+def test_particles_of_unknown_contrast_are_a_word_worth(folder):
+    told = prepare(replace(config_of(folder), contrast="auto")).warnings
+    assert any("--contrast dark" in warning for warning in told)
+    assert not any("--contrast dark" in warning for warning in prepare(config_of(folder)).warnings)

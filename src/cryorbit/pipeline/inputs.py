@@ -18,7 +18,7 @@ from cryorbit.io.particle_set import duplicate_groups
 from cryorbit.io.particles import ParticleSet, open_particles
 from cryorbit.methods.online_em import rotation_grid
 from cryorbit.metrics.masks import soft_sphere
-from cryorbit.pipeline.config import AUTO, POSES, RunConfig, check
+from cryorbit.pipeline.config import AUTO, MOMENTS, POSES, RunConfig, check
 
 FEWEST_PARTICLES = 20
 _FEWEST_ROTATIONS = 8
@@ -160,6 +160,8 @@ def prepare(config: RunConfig) -> Inputs:
         warnings.append(f"no --mask-diameter given: {diameter:.0f} A (85 % of the box) is used")
     if config.contrast == "dark":
         warnings.append(DARK)
+    if config.init == MOMENTS and config.contrast == AUTO:
+        warnings.append("--init moments takes particles as bright: say --contrast dark if they are dark")
     if config.start == POSES:
         warnings += _check_poses(particles)
     mask = _read_mask(Path(config.mask), particles, diameter) if config.mask else None
