@@ -181,7 +181,7 @@ class Marginal:
         if bool(self.paired):
             self._follow(radius)
         runs = [run for half in HALVES for run in self.runs[half].values()]
-        self._advance(sharpest)
+        self._advance(sharpest, order)
         return {
             "radius": float(radius),
             "resolution_A": self.stack.box * self.stack.pixel_size / radius,
@@ -203,18 +203,18 @@ class Marginal:
             out[self.members[half]] = own / own.mean()
         return out
 
-    def _advance(self, effective: float) -> None:
+    def _advance(self, effective: float, order: int) -> None:
         c = self.config
         if float(self.march) >= 1:
             self.settled = self.settled + 1
-        sharp = effective < c.sharp
-        self.broad = self.broad + (0 if sharp else 1)
-        if not sharp and int(self.broad) >= _PATIENCE:
+        slow = effective * 8 ** (order - c.order) >= c.sharp  # a finer grid has more to settle
+        self.broad = self.broad + (1 if slow else 0)
+        if slow and int(self.broad) >= _PATIENCE:
             largest = max(len(m) for m in self.members.values())
             self.batch = torch.minimum(1.25 * self.batch, torch.tensor(float(largest)))
-        self.march = (self.march + (1.0 if sharp else 0.25) / c.march_steps).clamp(max=1.0)
+        self.march = (self.march + (0.25 if slow else 1.0) / c.march_steps).clamp(max=1.0)
         if int(self.settled) >= c.settle_steps or int(self.still) >= 3:
-            self._end_heat(sharp)
+            self._end_heat(effective < c.sharp)
 
     # -- selection and pairing --------------------------------------------------------------------------------------------------
 

@@ -32,7 +32,8 @@ class MarginalConfig:
     decay, settle_decay
         Factor on the old statistics at each step, while marching and while settling.
     sharp
-        Posteriors count as sharp when the median effective number of poses is below this.
+        Posteriors count as sharp when the median effective number of poses is below this; on a grid one order finer an eighth of it, as
+        grids of ``order`` count, sets the pace.
     shift_range
         Largest shift searched, in particle diameters; 0 searches none.
     tau_fudge
