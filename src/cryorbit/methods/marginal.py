@@ -42,10 +42,6 @@ _MARGIN = 2
 _PATIENCE = 5  # broad steps before batches grow
 _CLEAR = 2.0  # standard errors of a change of the held-out likelihood
 _MORE_STARTS = 4  # at most, with an imposed symmetry
-_FINER_FROM, _FINEST = (
-    8,
-    4,
-)  # elements of the symmetry (a HEALPix order multiplies rotations by so many); and the last order
 
 _SCALARS = tuple("march settled batch heat done paired joined at_pairing correlation still broad".split())
 
@@ -182,14 +178,13 @@ class Marginal:
             self._follow(radius)
         runs = [run for half in HALVES for run in self.runs[half].values()]
         self._advance(sharpest, order)
+        noise = [float(r.noise[1 : radius + 1].mean() / r.initial_noise[1 : radius + 1].mean()) for r in runs]
         return {
             "radius": float(radius),
             "resolution_A": self.stack.box * self.stack.pixel_size / radius,
             "effective_poses": min(sharpest, 2.0 * len(rotation_grid(self.config.order, self.symmetry))),
             "shift_sigma_A": float(runs[0].shift_sigma) * self.stack.pixel_size,
-            "noise_fraction": min(
-                float(r.noise[1 : radius + 1].mean() / r.initial_noise[1 : radius + 1].mean()) for r in runs
-            ),
+            "noise_fraction": min(noise),
             "runs": float(len(runs)),
             "heat": float(heat),
             "batch": float(int(self.batch)),

@@ -140,8 +140,8 @@ def _unseen(
     equal, parts = torch.ones(len(stack)), []
     proposals = proposed(poses, draws, torch.Generator().manual_seed(seed), group=len(group))
     for half in HALVES:
-        seen, rest = torch.nonzero(half_set != half)[:, 0], members_of(half_set, half)
-        other = map_posterior(stack, equal, own.rows(torch.isin(own.particle, seen)), group)
+        rest = members_of(half_set, half)
+        other = map_posterior(stack, equal, own.rows(half_set != half), group)
         parts.append(held_out(stack, rest, proposals.rows(rest), other.volume, other.noise))
     return HeldOut.joined(parts)
 
