@@ -1,6 +1,10 @@
 """When refinement stops. (Recovery from wrong poses: ``test_map_models.py`` and the pipeline's tests.)"""
 
+import math
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from cryorbit.groups.so3 import distance, exp
 from cryorbit.methods.half_maps import halves_from_poses
@@ -15,16 +19,18 @@ GROUP = torch.eye(3)[None]
 HALF = torch.arange(COUNT) % 3 % 2 + 1  # a third in the second half
 
 
-def test_a_half_that_still_moves_is_not_outvoted_by_the_other():
-    truth = simulate_particles(phantom(), count=COUNT, box=BOX, pixel_size=APIX, snr_db=0.0, seed=3)
+def _refinement(
+    snr_db: float, rotations_of: Callable[[Tensor], Tensor], **settings: float
+) -> tuple[Refinement, Tensor]:
+    """A refinement that starts from maps at the true poses, and the rotations its particles start from."""
+    truth = simulate_particles(phantom(), count=COUNT, box=BOX, pixel_size=APIX, snr_db=snr_db, seed=3)
     stack = FourierStack(ArrayParticles(truth.images.numpy(), APIX), BOX / 2, mask_diameter=DIAMETER)
     exact, shifts = truth.poses.rotations.float(), truth.poses.shifts.float() / APIX
     maps = halves_from_poses(stack, exact, shifts, HALF, mask_diameter=DIAMETER, symmetry=GROUP).references
-    turn = exp(0.2 * torch.randn(COUNT, 3, generator=torch.Generator().manual_seed(0)))
-    rotations = torch.where((HALF == 2)[:, None, None], turn @ exact, exact)
-    refinement = Refinement(
+    rotations = rotations_of(exact)
+    made = Refinement(
         stack,
-        RefinementConfig(sweeps=1),
+        RefinementConfig(**settings),
         mask_diameter=DIAMETER,
         symmetry=GROUP,
         start=maps,
@@ -32,9 +38,34 @@ def test_a_half_that_still_moves_is_not_outvoted_by_the_other():
         candidates=(rotations[:, None], shifts[:, None]),
         half_set=HALF,
     )
+    return made, rotations
+
+
+def test_a_half_that_still_moves_is_not_outvoted_by_the_other():
+    turn = exp(0.2 * torch.randn(COUNT, 3, generator=torch.Generator().manual_seed(0)))
+    refinement, rotations = _refinement(0.0, lambda exact: torch.where((HALF == 2)[:, None, None], turn @ exact, exact))
     told = refinement.step(0)["pose_change_deg"]
     moved = torch.rad2deg(distance(rotations, refinement.poses[0]))
     first, second = (float(moved[half == HALF].median()) for half in (1, 2))
     assert abs(told - second) < 1e-3
     assert second > 2 * float(moved.median()) > first
     assert not refinement.finished()
+
+
+def test_images_are_as_likely_as_their_noise_allows_and_no_sweep_is_made_for_nothing():
+    """At the end an image's log-likelihood is that of its noise: E log p = -(1 + log(pi sigma^2)) per complex Fourier pixel."""
+    refinement, _ = _refinement(-5.0, lambda exact: exact, sweeps=30, radius_growth=1.0)
+    told = []
+    while not refinement.finished():
+        told.append(refinement.step(len(told)))
+    assert 3 < len(told) < 30
+    assert told[-1]["pose_change_deg"] > math.degrees(
+        0.05 / 8
+    )  # the poses are drawn anew in each sweep: they never stand still
+    gains = torch.tensor([row["log_likelihood"] for row in told]).diff()
+    assert gains[-1] < 0.05 <= gains[1:-1].min()
+
+    disk = refinement.stack.at_radius(8)[0]
+    noise = refinement.tensors["noise"][disk.shell]
+    expected = -0.5 * float((disk.weight * (1 + torch.log(torch.pi * noise))).sum())
+    assert abs(told[-1]["log_likelihood"] - expected) < 0.02 * abs(expected)

@@ -44,6 +44,7 @@ _FINAL_SAMPLES, _FINAL_WIDEN = 48, 1.5  # poses drawn around each mode for the l
 _SINGLE = 1.02  # modes per particle: where there are fewer, none are looked for elsewhere at last
 _JUDGED = 500  # particles of a half by which the maps' errors are judged
 _NO_MASS = 1e-3  # of a particle's mass: modes with less are not followed
+_LEAST_GAIN = 0.05  # nats per particle and sweep: below, the poses move by a seventh of their spread together, or less
 
 
 class Refinement:
@@ -123,6 +124,7 @@ class Refinement:
             "fsc": torch.zeros(stack.box // 2 + 1),
             "log_likelihood": torch.zeros(len(stack)),
             "pose_change": torch.tensor(float("inf")),
+            "gain": torch.tensor(float("inf")),
             "radius": torch.tensor(radius),
             "previous_radius": torch.tensor(0),
         }
@@ -150,9 +152,11 @@ class Refinement:
         return self.config.sweeps
 
     def finished(self) -> bool:
-        """Whether neither the radius nor the poses of either half change any more."""
-        radius, before, change = (float(self.tensors[x]) for x in ("radius", "previous_radius", "pose_change"))
-        return radius == before and change < 0.05 / max(radius, 1)
+        """Whether the radius stays, and the poses of both halves stand still or moving them no longer makes the images likelier."""
+        radius, before, change, gain = (
+            float(self.tensors[x]) for x in ("radius", "previous_radius", "pose_change", "gain")
+        )
+        return radius == before and (change < 0.05 / max(radius, 1) or gain < _LEAST_GAIN)
 
     # -- one sweep --------------------------------------------------------------------------------------------------------------
 
@@ -162,7 +166,7 @@ class Refinement:
         radius = int(t["radius"])
         if index == 0:
             t["noise"][: len(self.stack.power)] = self.stack.power  # an upper bound that this sweep replaces
-        before = self.poses[0].clone()
+        before, likelihood = self.poses[0].clone(), t["log_likelihood"].mean()
         every = self.config.search_every
         search = bool(every) and self.config.fit_shift and index > 0 and index % every == 1 % every
         accumulators: list[Accumulator] = []
@@ -192,6 +196,9 @@ class Refinement:
         t["noise"] = torch.where(inside, torch.maximum(power / len(self.stack), 1e-6 * t["noise"]), t["noise"])
         change = so3.distance(before, self.poses[0])
         t["pose_change"] = torch.stack([change[members_of(self.half_set, half)].median() for half in HALVES]).max()
+        t["gain"] = t["log_likelihood"].mean() - likelihood
+        if int(t["previous_radius"]) != radius:  # fewer or more Fourier pixels: cannot be compared
+            t["gain"] = torch.tensor(float("inf"))
         t["previous_radius"] = t["radius"]
         t["radius"] = torch.tensor(self._next_radius(radius))
         return {
@@ -327,7 +334,10 @@ class Refinement:
         t["rotations"][chosen], t["shifts"][chosen], t["mass"][chosen] = (
             x.cpu() for x in (modes.rotations, modes.shifts, modes.mass)
         )
-        t["log_likelihood"][chosen] = -loss.to(torch.float32).cpu()
+        level = (
+            0.5 * (disk.weight * (torch.pi * disk.weight / precision).log()).sum()
+        )  # of an image that is noise alone
+        t["log_likelihood"][chosen] = -(loss + level).to(torch.float32).cpu()
         return PoseSamples(
             chosen[samples.particle.cpu()], samples.rotations.cpu(), samples.shifts.cpu(), samples.weight.cpu()
         )

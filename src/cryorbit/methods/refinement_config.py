@@ -46,7 +46,7 @@ class RefinementConfig:
         Of a neural map: hidden units per layer, and gradient steps per sweep.
     """
 
-    sweeps: int = 8
+    sweeps: int = 16
     batch: int = 500
     iterations: int = 6
     modes: int = 3
