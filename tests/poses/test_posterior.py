@@ -8,7 +8,8 @@ import torch
 from cryorbit.groups.point import point_group
 from cryorbit.groups.so3 import distance, exp, half_turn, random_rotations
 from cryorbit.metrics.align import PoseAlignment, framed, unframed
-from cryorbit.poses.posterior import PosedParticles, PosePosterior, levels_of_truth, map_error
+from cryorbit.poses.posterior import PosedParticles, PosePosterior, levels_of_truth
+from cryorbit.poses.widening import map_error
 from cryorbit.types import Poses
 
 

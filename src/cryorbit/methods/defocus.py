@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
-from cryorbit.physics.fourier import FourierDisk
+from cryorbit.physics.fourier import Columns, FourierDisk
 from cryorbit.physics.shift import phase_ramp
 from cryorbit.physics.slicing import SlicingGrid, slice_grid
 from cryorbit.poses.defocus import defocus_posterior
@@ -55,7 +55,7 @@ class DefocusSearch:
         poses: tuple[Float[Tensor, "n 3 3"], Float[Tensor, "n 2"]],
         images: Complex[Tensor, "b p"],
         intensity: Float[Tensor, " n"],
-        within: tuple[FourierDisk, Int[Tensor, " q"], Float[Tensor, " q"]],
+        within: tuple[FourierDisk, Columns, Float[Tensor, " q"]],
     ) -> None:
         """Search the particles ``chosen``, whose images are given, ``within`` a disk, its columns in the images and its precision.
 

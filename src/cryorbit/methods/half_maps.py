@@ -48,14 +48,17 @@ class PosedImages:
         return insert_symmetric(values, self.ctf.square() * weight, self.rotations, symmetry, disk, out=out)
 
 
-def posed_images(stack: FourierStack, intensity: Float[Tensor, " n"], samples: PoseSamples) -> Iterator[PosedImages]:
-    """The images of ``samples`` (``samples.particle`` counts in the stack), a bounded number at a time."""
-    for part in torch.arange(len(samples.particle)).split(max(1, _PIXELS // len(stack.disk))):
+def posed_images(
+    stack: FourierStack, intensity: Float[Tensor, " n"], samples: PoseSamples, radius: int | None = None
+) -> Iterator[PosedImages]:
+    """The images of ``samples`` (``samples.particle`` counts in the stack) within ``radius`` (None: whole), a bounded number at a time."""
+    disk, keep = stack.at_radius(radius)
+    for part in torch.arange(len(samples.particle)).split(max(1, _PIXELS // len(disk))):
         particle, repeat = samples.particle[part].unique_consecutive(return_inverse=True)
         repeat = repeat.to(stack.device)
-        ctf = stack.ctf(particle) * intensity[particle, None].to(stack.device)
+        ctf = stack.ctf(particle)[:, keep] * intensity[particle, None].to(stack.device)
         poses = (x[part].to(stack.device) for x in (samples.rotations, samples.shifts, samples.weight))
-        yield PosedImages(stack.images(particle)[repeat], ctf[repeat], *poses)
+        yield PosedImages(stack.images(particle)[:, keep][repeat], ctf[repeat], *poses)
 
 
 def insert_posed(
@@ -63,11 +66,12 @@ def insert_posed(
     intensity: Float[Tensor, " n"],
     samples: PoseSamples,
     symmetry: Float[Tensor, "s 3 3"],
+    radius: int | None = None,
 ) -> Accumulator:
-    """Every image at its weighted poses, back-projected."""
-    disk = stack.disk.to(stack.device)
+    """Every image at its weighted poses, back-projected within ``radius`` (None: whole)."""
+    disk = stack.at_radius(radius)[0]
     out: Accumulator | None = None
-    for posed in posed_images(stack, intensity, samples):
+    for posed in posed_images(stack, intensity, samples, radius):
         out = posed.inserted(posed.images, symmetry, disk, out)
     assert out is not None
     return out

@@ -24,14 +24,13 @@ from cryorbit.metrics.align import framed
 from cryorbit.metrics.fsc import last_shell
 from cryorbit.metrics.masks import soft_sphere
 from cryorbit.physics.cryoem import forward
-from cryorbit.physics.fourier import FourierDisk, resize_volume
-from cryorbit.physics.posing import pose_normal_equations
+from cryorbit.physics.fourier import Columns, FourierDisk, resize_volume
 from cryorbit.physics.slicing import Accumulator, SlicingGrid, slice_grid, slicing_grid
 from cryorbit.physics.spectrum import shell_mean
 from cryorbit.poses.local import PoseSamples, local_posterior, sample_points
-from cryorbit.poses.posterior import PosedParticles, PosePosterior, map_error
+from cryorbit.poses.posterior import PosedParticles, PosePosterior
 from cryorbit.poses.search import GridSearch, Starts
-from cryorbit.poses.table import refine_poses
+from cryorbit.poses.widening import map_widening
 from cryorbit.training.checkpoint import State
 from cryorbit.training.dataset import FourierStack
 
@@ -127,6 +126,7 @@ class Refinement:
             "gain": torch.tensor(float("inf")),
             "radius": torch.tensor(radius),
             "previous_radius": torch.tensor(0),
+            "reach": torch.tensor(0),
         }
 
     @property
@@ -152,11 +152,21 @@ class Refinement:
         return self.config.sweeps
 
     def finished(self) -> bool:
+        """Whether another sweep would change nothing: all Fourier pixels are in the maps, too."""
+        return self._settled() and int(self.tensors["reach"]) == self.limit
+
+    def _settled(self) -> bool:
         """Whether the radius stays, and the poses of both halves stand still or moving them no longer makes the images likelier."""
         radius, before, change, gain = (
             float(self.tensors[x]) for x in ("radius", "previous_radius", "pose_change", "gain")
         )
         return radius == before and (change < 0.05 / max(radius, 1) or gain < _LEAST_GAIN)
+
+    def _reach(self, index: int) -> int:
+        """How far to back-project: what the next sweep may look at, and everything in the last one."""
+        last = self._settled() or index + 1 == self.config.sweeps
+        ahead = max(self.config.most(int(self.tensors["radius"])) + 2, self.search_radius)
+        return self.limit if last else min(ahead, self.limit)
 
     # -- one sweep --------------------------------------------------------------------------------------------------------------
 
@@ -166,6 +176,7 @@ class Refinement:
         radius = int(t["radius"])
         if index == 0:
             t["noise"][: len(self.stack.power)] = self.stack.power  # an upper bound that this sweep replaces
+        t["reach"] = torch.tensor(self._reach(index))
         before, likelihood = self.poses[0].clone(), t["log_likelihood"].mean()
         every = self.config.search_every
         search = bool(every) and self.config.fit_shift and index > 0 and index % every == 1 % every
@@ -173,7 +184,7 @@ class Refinement:
         power = torch.zeros_like(t["noise"])
         for half in HALVES:
             members = members_of(self.half_set, half)
-            grid = slicing_grid(t[f"reference_{half}"], self.stack.disk.radius)
+            grid = slicing_grid(t[f"reference_{half}"], self.stack.at_radius(self._within())[0].radius)
             everywhere = self._everywhere(grid) if search else None
             parts = []
             for chosen in members.split(self.batch):
@@ -192,7 +203,7 @@ class Refinement:
         if motion is not None:
             accumulators[1] = self._inserted(2, samples.moved(*motion))
         self._rebuild(accumulators)
-        inside = torch.arange(len(t["noise"])) <= self.limit
+        inside = torch.arange(len(t["noise"])) <= t["reach"]
         t["noise"] = torch.where(inside, torch.maximum(power / len(self.stack), 1e-6 * t["noise"]), t["noise"])
         change = so3.distance(before, self.poses[0])
         t["pose_change"] = torch.stack([change[members_of(self.half_set, half)].median() for half in HALVES]).max()
@@ -220,9 +231,13 @@ class Refinement:
         """
         t, parts = self.tensors, []
         grids = {half: slicing_grid(t[f"reference_{3 - half}"], self.stack.disk.radius) for half in HALVES}
-        batches = [(half, b) for half in HALVES for b in members_of(self.half_set, half).split(self.batch)]
-        widening = self._widening(grids)
+        members = [(half, members_of(self.half_set, half)) for half in HALVES]
+        batches = [(half, b) for half, own in members for b in own.split(self.batch)]
         disk, keep, precision = self._precision(int(t["radius"]))
+        judged = [(half, b) for half, m in members for b in m[:: max(1, -(-len(m) // _JUDGED))].split(self.batch)]
+        seen = ((grids[half], b, *(x[:, keep] for x in self._read(b))) for half, b in judged)
+        correlation = t["fsc"].to(precision)[disk.shell]
+        widening = map_widening(seen, self.poses, precision, correlation, disk, fit_shift=self.config.fit_shift)
         several = float((t["mass"] > _NO_MASS).sum(dim=1).float().mean()) > _SINGLE
         several &= self.config.search_every > 0 and self.config.fit_shift
         everywhere = {half: self._everywhere(grid) if several else None for half, grid in grids.items()}
@@ -257,34 +272,6 @@ class Refinement:
         joined = (torch.cat([getattr(part, name).cpu() for part in parts])[order] for name in fields)
         return PosedParticles(PosePosterior(*joined), scores[0], scores[1], widening)
 
-    def _widening(self, grids: dict[int, SlicingGrid]) -> float:
-        """Factor on the variance of poses for the maps' own errors (:func:`~cryorbit.poses.posterior.map_error`)."""
-        disk, keep, precision = self._precision(int(self.tensors["radius"]))
-        correlation = self.tensors["fsc"].to(precision)[disk.shell]
-        parts = []
-        members = ((half, members_of(self.half_set, half)) for half in grids)
-        judged = ((half, m[:: max(1, -(-len(m) // _JUDGED))]) for half, m in members)
-        for half, batch in ((half, b) for half, few in judged for b in few.split(self.batch)):
-            r, s = (x[batch].to(precision.device) for x in self.poses)
-            image, ctf = (x[:, keep] for x in self._read(batch))
-            moved_r, moved_s, _, hessian = refine_poses(
-                grids[half],
-                image,
-                ctf,
-                precision,
-                r,
-                s,
-                disk,
-                iterations=4,
-                shift_only=0,
-                fit_shift=self.config.fit_shift,
-            )
-            over_fsc = precision / correlation.clamp(0.05, 1)
-            sharper = pose_normal_equations(grids[half], image, ctf, over_fsc, moved_r, moved_s, disk)[2]
-            offset = torch.cat([so3.log(moved_r @ r.mT), moved_s - s], dim=1)
-            parts.append((offset.double(), hessian, sharper))
-        return map_error(*(torch.cat(x).cpu() for x in zip(*parts, strict=True)), fit_shift=self.config.fit_shift)
-
     def _read(self, chosen: Int[Tensor, " b"]) -> tuple[Complex[Tensor, "b p"], Float[Tensor, "b p"]]:
         """Images, and CTF times intensity."""
         return self.stack.images(chosen), self._read_ctf(chosen)
@@ -292,7 +279,12 @@ class Refinement:
     def _read_ctf(self, chosen: Int[Tensor, " b"]) -> Float[Tensor, "b p"]:
         return self.stack.ctf(chosen) * self.intensity[chosen, None].to(self.stack.device)
 
-    def _precision(self, radius: int) -> tuple[FourierDisk, Int[Tensor, " q"], Float[Tensor, " q"]]:
+    def _within(self) -> int | None:
+        """Radius within which this sweep back-projects; None: everywhere."""
+        reach = int(self.tensors["reach"])
+        return None if reach == self.limit else reach
+
+    def _precision(self, radius: int) -> tuple[FourierDisk, Columns, Float[Tensor, " q"]]:
         disk, keep = self.stack.at_radius(radius)
         return disk, keep, disk.weight / self.tensors["noise"].to(disk.weight.device)[disk.shell]
 
@@ -370,13 +362,13 @@ class Refinement:
         self, grid: SlicingGrid, chosen: Int[Tensor, " b"], images: Complex[Tensor, "b p"], ctf: Float[Tensor, "b p"]
     ) -> Float[Tensor, " k"]:
         """Power per shell of what the reference does not explain, summed over the particles."""
-        disk = self.stack.disk.to(self.stack.device)
+        disk, keep = self.stack.at_radius(self._within())
         rotations, shifts = (x[chosen].to(images.device) for x in self.poses)
-        residual = images - forward(grid, rotations, shifts, disk, ctf)
+        residual = images[:, keep] - forward(grid, rotations, shifts, disk, ctf[:, keep])
         return shell_mean(residual.abs().square().sum(dim=0), disk, self.limit + 2).cpu()
 
     def _inserted(self, half: int, samples: PoseSamples) -> Accumulator:
-        accumulator = insert_posed(self.stack, self.intensity, samples, self.symmetry)
+        accumulator = insert_posed(self.stack, self.intensity, samples, self.symmetry, self._within())
         self.tensors[f"half_{half}"] = unfiltered(accumulator, self.stack.box // 2 + 2)
         return accumulator
 
@@ -399,8 +391,9 @@ class Refinement:
         """FSC of the halves inside the solvent mask, and the references."""
         t, mask, (first, second) = self.tensors, self._solvent_mask(), accumulators
         t["fsc"] = compared(t["half_1"], t["half_2"], mask)
+        t["fsc"][int(t["reach"]) + 1 :] = 0.0  # the mask smears what is there into shells that hold nothing
         t["reference_1"], t["reference_2"], t["map"] = self.maps.rebuilt(first, second, t["fsc"], mask)
 
     def _next_radius(self, radius: int) -> int:
         reach = last_shell(self.tensors["fsc"], self.config.fsc_radius) + 2
-        return max(min(reach, int(radius * self.config.radius_growth), self.limit), min(radius, 4))
+        return max(min(reach, self.config.most(radius), self.limit), min(radius, 4))

@@ -59,3 +59,7 @@ class RefinementConfig:
     defocus_range: float = 0.0
     field_width: int = 128
     field_steps: int = 60
+
+    def most(self, radius: int) -> int:
+        """Largest radius of the sweep after one at ``radius``."""
+        return int(radius * self.radius_growth)

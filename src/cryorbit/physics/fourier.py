@@ -77,6 +77,10 @@ def fourier_disk(box: int, radius: float | None = None) -> FourierDisk:
     return FourierDisk(box, limit, kx, ky, weight)
 
 
+Columns = Int[Tensor, " q"] | slice
+"""Which columns of arrays on one disk belong to a smaller one."""
+
+
 def disk_subset(outer: FourierDisk, inner: FourierDisk) -> Int[Tensor, " q"]:
     """Positions within ``outer`` of the pixels of ``inner`` (same box, smaller radius)."""
     width = 2 * outer.box + 1

@@ -63,7 +63,7 @@ class Accumulator:
 
     def __add__(self, other: "Accumulator") -> "Accumulator":
         if self.numerator.shape != other.numerator.shape or self.box != other.box:
-            raise ConfigError("CONF102", f"accumulators of {_describe(self)} and {_describe(other)} cannot be added")
+            raise ConfigError("CONF118", f"accumulators of {_describe(self)} and {_describe(other)} cannot be added")
         return Accumulator(
             self.numerator + other.numerator, self.weight + other.weight, self.box, self.oversampling, self.radius
         )
@@ -243,7 +243,7 @@ def insert_slices(
     oversampling
         Grid points per Fourier pixel.
     out
-        Sums so far; the result adds to them (the argument is left as it is).
+        Sums so far, added to in place: a grid for large images is too big to be made anew for every few of them.
     backend
         Kernel to use instead of the device's own (tests).
     """
@@ -252,18 +252,24 @@ def insert_slices(
     rotations = checked_rotations(rotations.detach(), radius, oversampling, values)
     disk = disk.to(values.device)
     run = kernels.select(values.device, backend).insert
-    real = values.dtype.to_real()
-    numerator, weight = run(
-        values.detach().resolve_conj().contiguous(),
-        weights.detach().to(real).contiguous(),
+    shape = (2 * c + 1, 2 * c + 1, c + 2)
+    if out is None:
+        numerator = values.new_zeros(shape)
+        out = Accumulator(numerator, torch.zeros_like(numerator.real), disk.box, oversampling, radius)
+    elif out.numerator.shape != shape or out.box != disk.box:
+        found = f"{_describe(out)}; these slices need {_describe(disk)}, oversampling {oversampling}"
+        raise ConfigError("CONF102", f"the sums to add to are of {found}")
+    run(
+        values.detach().resolve_conj().to(out.numerator.dtype).contiguous(),
+        weights.detach().to(out.weight.dtype).contiguous(),
         rotations,
         disk.kx,
         disk.ky,
         oversampling,
-        (2 * c + 1, 2 * c + 1, c + 2),
+        out.numerator,
+        out.weight,
     )
-    new = Accumulator(numerator, weight, disk.box, oversampling, radius)
-    return new if out is None else out + new
+    return out
 
 
 def insert_symmetric(

@@ -1,5 +1,8 @@
 """Radial means over Fourier disks and slicing grids, and growing an accumulator to a larger radius."""
 
+from collections.abc import Iterator
+from functools import lru_cache
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -31,22 +34,30 @@ def followed_noise(
     return torch.where(inside, (1 - rate) * noise + rate * fresh, noise)
 
 
-def _shells(grid: Float[Tensor, "z y x"], oversampling: int) -> Int[Tensor, "z y x"]:
-    """Shell index (``|k|`` in Fourier pixels, rounded) at ``x = 0 .. c``, -1 on ``x = 0`` (each point is there twice)."""
-    c = grid.shape[-1] - 1
-    full = torch.arange(-c, c + 1, device=grid.device, dtype=torch.float32)
-    norm = (full[:, None, None].square() + full[None, :, None].square() + full[c:].square()).sqrt()
-    shell = (norm / oversampling).round().to(torch.int64)
-    shell[..., 0] = -1
-    return shell
+def _shell_planes(c: int, oversampling: int, shells: int) -> Iterator[Int[Tensor, " points"]]:
+    """Shell (``|k|`` in Fourier pixels, rounded; at most ``shells``) of the points ``x = 1 .. c`` of each plane ``z = 0 .. c``."""
+    axis = torch.arange(-c, c + 1, dtype=torch.float32) / oversampling
+    flat = axis[:, None].square() + axis[c + 1 :].square()
+    for z in axis[c:]:
+        yield (flat + z * z).sqrt().round().to(torch.int64).clamp_(max=shells).flatten()
+
+
+@lru_cache
+def _shell_counts(c: int, oversampling: int, shells: int) -> Float[Tensor, " n"]:
+    planes = torch.stack([torch.bincount(s, minlength=shells + 1) for s in _shell_planes(c, oversampling, shells)])
+    return 2 * planes.sum(dim=0).double() - planes[0]
 
 
 def _radial_mean(values: Float[Tensor, "z y x"], oversampling: int, shells: int) -> Float[Tensor, " shells"]:
-    index = _shells(values, oversampling)
-    keep = (index >= 0) & (index < shells)
-    total = torch.zeros(shells, device=values.device, dtype=values.dtype).index_add_(0, index[keep], values[keep])
-    count = torch.zeros_like(total).index_add_(0, index[keep], torch.ones_like(values[keep]))
-    return total / count.clamp_min(1)
+    """Mean over the points of each shell but those at ``x = 0``, each of which is there twice; plane by plane, as shells of a whole grid are
+    a large array.
+    """
+    c = values.shape[-1] - 1
+    total = torch.zeros(shells + 1, dtype=torch.float64, device=values.device)
+    for z, shell in enumerate(_shell_planes(c, oversampling, shells)):
+        plane = values[c, :, 1:] if z == 0 else values[c + z, :, 1:] + values[c - z, :, 1:]
+        total += torch.bincount(shell.to(values.device), plane.flatten(), shells + 1)
+    return (total / _shell_counts(c, oversampling, shells).to(total).clamp_min(1)).to(values.dtype)[:shells]
 
 
 def mean_weight(accumulator: Accumulator, shells: int) -> Float[Tensor, " shells"]:

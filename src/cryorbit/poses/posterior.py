@@ -12,7 +12,6 @@ from cryorbit.groups import so3
 from cryorbit.metrics.align import PoseAlignment, unframed
 from cryorbit.types import Poses
 
-_FARTHEST = 5.0  # times the expected square: offsets beyond that are of other modes, and count as this
 _DRAWS = 400
 _BLOCK = 1000  # particles whose draws are held at a time
 REGIONS = (0.5, 0.68, 0.9, 0.95, 0.99)
@@ -30,7 +29,7 @@ class PosedParticles:
     scale, scale_error
         (N,) how strong the image is relative to the map, and the standard deviation of that number from the image's noise.
     widening
-        Factor on the variance of poses for the errors of the maps (:func:`map_error`).
+        Factor on the variance of poses for the errors of the maps (:func:`~cryorbit.poses.widening.map_widening`).
     """
 
     posterior: "PosePosterior"
@@ -42,40 +41,6 @@ class PosedParticles:
     def scale_spread(self) -> float:
         """Standard deviation of the particles' strengths beyond what noise explains."""
         return float((self.scale.var() - self.scale_error.square().mean()).clamp_min(0).sqrt())
-
-
-def map_error(
-    offset: Float[Tensor, "b 5"],
-    hessian: Float[Tensor, "b 5 5"],
-    sharper: Float[Tensor, "b 5 5"],
-    *,
-    fit_shift: bool = True,
-) -> float:
-    """Factor by which errors of the map widen the posteriors of poses that were found with it.
-
-    A particle's poses under two maps of independent errors have one part in common, what its image's noise would do to a pose under the
-    *true* map, and differ in the rest. The common part has the covariance ``H_0^-1``, H_0 the Gauss-Newton matrix under the true map; a
-    map attenuated by its Wiener weight has ``H = FSC H_0``, shell by shell and on average. Half the scatter of the ``offset`` between the
-    two poses is the rest: what the map's noise makes of the image's, and where the map itself is warped. In the metric of H the sum is
-    ``tr(H H_0^-1) / 5 + <offset H offset> / 10``. It is never below 1, the noise of the image under the map at hand: it falls
-    below where the two maps are not independent (poses of one joint refinement), and regions are then too small.
-
-    Parameters
-    ----------
-    offset
-        (B, 5) between the poses of a particle under the maps of the two halves.
-    hessian
-        (B, 5, 5) under one of them.
-    sharper
-        (B, 5, 5) the same with the precision over the FSC.
-    fit_shift
-        Whether the last two parameters are free.
-    """
-    free = 5 if fit_shift else 3
-    hessian, sharper = hessian[:, :free, :free], sharper[:, :free, :free]
-    kept = torch.linalg.solve(sharper, hessian).diagonal(dim1=1, dim2=2).mean(dim=1)
-    scatter = torch.einsum("bi,bij,bj->b", offset[:, :free], hessian, offset[:, :free]) / free
-    return max(1.0, float(kept.median() + 0.5 * scatter.clamp(max=_FARTHEST).mean()))
 
 
 def levels_of_truth(

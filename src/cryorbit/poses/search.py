@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Complex, Float, Int
+from jaxtyping import Bool, Complex, Float
 from torch import Tensor
 
 from cryorbit.groups import so3
-from cryorbit.physics.fourier import FourierDisk
+from cryorbit.physics.fourier import Columns, FourierDisk
 from cryorbit.poses.grid import nominate
 
 Starts = tuple[Float[Tensor, "b c 3 3"], Float[Tensor, "b c 2"], Bool[Tensor, "b c"]]
@@ -38,7 +38,7 @@ class GridSearch:
     slices: Complex[Tensor, "h q"]
     spacing: float
     disk: FourierDisk
-    keep: Int[Tensor, " q"]
+    keep: Columns
     precision: Float[Tensor, " q"]
     shift_sigma: float
     symmetry: Float[Tensor, "s 3 3"]

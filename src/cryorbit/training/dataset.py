@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cryorbit.errors import ConfigError
 from cryorbit.physics.ctf import ctf_on_disk, ctf_phase, frequencies_of, wavelength
-from cryorbit.physics.fourier import FourierDisk, disk_subset, fourier_disk, image_to_fourier
+from cryorbit.physics.fourier import Columns, FourierDisk, disk_subset, fourier_disk, image_to_fourier
 from cryorbit.physics.spectrum import shell_mean
 from cryorbit.training.equalise import (
     background_spectrum,
@@ -264,7 +264,9 @@ class FourierStack:
         rate = math.pi * wavelength(params.voltage) / (self.box * self.pixel_size) ** 2
         return gamma, gain * self.equalisation(indices), rate
 
-    def at_radius(self, radius: int) -> tuple[FourierDisk, Int[Tensor, " q"]]:
-        """The disk of a smaller ``radius`` and the columns of :meth:`images` and :meth:`ctf` that belong to it."""
-        disk = fourier_disk(self.box, float(min(radius, self.disk.radius)))
+    def at_radius(self, radius: int | None) -> tuple[FourierDisk, Columns]:
+        """The disk of a smaller ``radius`` (None: the whole) and the columns of :meth:`images` and :meth:`ctf` that belong to it."""
+        if radius is None or radius >= self.disk.radius:
+            return self.disk.to(self.device), slice(None)
+        disk = fourier_disk(self.box, float(radius))
         return disk.to(self.device), disk_subset(self.disk, disk).to(self.device)

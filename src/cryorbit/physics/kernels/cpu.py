@@ -95,14 +95,15 @@ def insert(
     kx: Tensor,
     ky: Tensor,
     oversampling: int,
-    shape: tuple[int, int, int],
-) -> tuple[Tensor, Tensor]:
-    """Adjoint of ``slice_forward`` on (B, P) values, and the same on real weights, in one pass."""
+    numerator: Tensor,
+    weight: Tensor,
+) -> None:
+    """Adjoint of ``slice_forward`` on (B, P) values, added to ``numerator``, and on real weights, to ``weight``, in one pass."""
     _use_torch_threads()
-    num, den = torch.zeros(shape, dtype=values.dtype), torch.zeros(shape, dtype=weights.dtype)
-    rot, rows, edges, scale = _plan(shape, rotations, kx, ky, oversampling, num.element_size() + den.element_size())
-    cpu_slices.add(_floats(values), weights.numpy(), True, rot, rows, edges, scale, _floats(num), den.numpy())
-    return num, den
+    size = numerator.element_size() + weight.element_size()
+    rot, rows, edges, scale = _plan(_shape(numerator), rotations, kx, ky, oversampling, size)
+    sums = _floats(numerator), weight.numpy()
+    cpu_slices.add(_floats(values), weights.numpy(), True, rot, rows, edges, scale, *sums)
 
 
 def _posed(

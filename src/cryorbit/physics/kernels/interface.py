@@ -34,8 +34,9 @@ class Kernels(Protocol):
         kx: Tensor,
         ky: Tensor,
         oversampling: int,
-        shape: tuple[int, int, int],
-    ) -> tuple[Tensor, Tensor]: ...
+        numerator: Tensor,
+        weight: Tensor,
+    ) -> None: ...
 
     def normal_equations(
         self,

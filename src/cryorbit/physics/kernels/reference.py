@@ -96,7 +96,9 @@ def slice_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients with respect to grid and rotations of ``slice_forward``, those that are needed."""
     cells = _Cells(_shape(data), rotations, kx, ky, oversampling)
-    to_data = _scatter(cells.unflip(gradient), cells, data.shape) if need_data else None
+    to_data = torch.zeros_like(data) if need_data else None
+    if to_data is not None:
+        _scatter(cells.unflip(gradient), cells, to_data)
     to_rotations = None
     if need_rotations:
         slope = (gradient.conj()[..., None] * _read_gradient(data, cells)).real
@@ -105,12 +107,11 @@ def slice_backward(
     return to_data, to_rotations
 
 
-def _scatter(values: Tensor, cells: _Cells, shape: torch.Size) -> Tensor:
-    out = torch.zeros(shape.numel(), dtype=values.dtype, device=values.device)
+def _scatter(values: Tensor, cells: _Cells, out: Tensor) -> None:
+    flat = out.view(-1)
     for point in _POINTS:
         wx, wy, wz = cells.factors(*point)
-        out.index_add_(0, cells.point(*point).reshape(-1), (values * (wx * wy * wz)).reshape(-1))
-    return out.reshape(shape)
+        flat.index_add_(0, cells.point(*point).reshape(-1), (values * (wx * wy * wz)).reshape(-1))
 
 
 def insert(
@@ -120,12 +121,13 @@ def insert(
     kx: Tensor,
     ky: Tensor,
     oversampling: int,
-    shape: tuple[int, int, int],
-) -> tuple[Tensor, Tensor]:
-    """Adjoint of ``slice_forward`` on (B, P) values, and the same on real weights without the conjugation."""
-    cells = _Cells(shape, rotations, kx, ky, oversampling)
-    size = torch.Size(shape)
-    return _scatter(cells.unflip(values), cells, size), _scatter(weights, cells, size)
+    numerator: Tensor,
+    weight: Tensor,
+) -> None:
+    """Adjoint of ``slice_forward`` on (B, P) values added to ``numerator``, and on real weights without the conjugation to ``weight``."""
+    cells = _Cells(_shape(numerator), rotations, kx, ky, oversampling)
+    _scatter(cells.unflip(values), cells, numerator)
+    _scatter(weights, cells, weight)
 
 
 def normal_equations(
