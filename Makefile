@@ -57,7 +57,7 @@ $(VENV)/.torch-$(TORCH): $(VENV)/.python
 	    echo "hint: it is a CPU build; start over with: make clean && make demo TORCH=cuda"; exit 1; \
 	  fi; \
 	elif [ "$(TORCH)" = cuda ] || [ "$$(uname -s)" = Darwin ]; then \
-	  echo "Installing PyTorch"; $(PIP) install "torch>=2.6"; \
+	  echo "Installing PyTorch"; $(PIP) install "torch>=2.9"; \
 	else \
 	  echo "Installing PyTorch $(TORCH_VERSION) for the CPU (about 200 MB; GPU: make demo TORCH=cuda)"; \
 	  { $(PIP) install --quiet --no-index --no-deps "torch==$(TORCH_VERSION)" 2>/dev/null || \
@@ -66,7 +66,7 @@ $(VENV)/.torch-$(TORCH): $(VENV)/.python
 	  { $(PY) -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' || { \
 	    echo "The installed PyTorch is a CUDA build or does not start."; false; }; } || { \
 	  echo "No CPU build of PyTorch $(TORCH_VERSION) could be installed, and nothing larger is fetched without your word."; \
-	  echo "hint: check the network and try again, choose another version (make demo TORCH_VERSION=2.6.0),"; \
+	  echo "hint: check the network and try again, choose another version (make demo TORCH_VERSION=2.9.0),"; \
 	  echo "      or take the GPU build (make demo TORCH=cuda, several gigabytes)"; \
 	  $(PIP) uninstall --quiet --yes torch 2>/dev/null; exit 1; }; \
 	fi

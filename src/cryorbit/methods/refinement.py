@@ -43,6 +43,7 @@ _FINAL_SAMPLES, _FINAL_WIDEN = 48, 1.5  # poses drawn around each mode for the l
 _SINGLE = 1.02  # modes per particle: where there are fewer, none are looked for elsewhere at last
 _JUDGED = 500  # particles of a half by which the maps' errors are judged
 _NO_MASS = 1e-3  # of a particle's mass: modes with less are not followed
+_UNKNOWN = torch.finfo(torch.float32).max
 _LEAST_GAIN = 0.05  # nats per particle and sweep: below, the poses move by a seventh of their spread together, or less
 
 
@@ -123,7 +124,7 @@ class Refinement:
             "fsc": torch.zeros(stack.box // 2 + 1),
             "log_likelihood": torch.zeros(len(stack)),
             "pose_change": torch.tensor(float("inf")),
-            "gain": torch.tensor(float("inf")),
+            "gain": torch.tensor(_UNKNOWN),
             "radius": torch.tensor(radius),
             "previous_radius": torch.tensor(0),
             "reach": torch.tensor(0),
@@ -209,7 +210,7 @@ class Refinement:
         t["pose_change"] = torch.stack([change[members_of(self.half_set, half)].median() for half in HALVES]).max()
         t["gain"] = t["log_likelihood"].mean() - likelihood
         if int(t["previous_radius"]) != radius:  # fewer or more Fourier pixels: cannot be compared
-            t["gain"] = torch.tensor(float("inf"))
+            t["gain"] = torch.tensor(_UNKNOWN)
         t["previous_radius"] = t["radius"]
         t["radius"] = torch.tensor(self._next_radius(radius))
         return {

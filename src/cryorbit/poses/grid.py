@@ -112,8 +112,8 @@ def expectation(
     unshift = phase_ramp(shifts.points.to(device), disk).conj()
     log_prior = shifts.log_prior.to(device) - torch.log(torch.tensor(2.0 * halves))
     weighted = slices * precision
-    slice_real, slice_imag = weighted.real.T.contiguous(), weighted.imag.T.contiguous()
-    slice_power = (0.5 * precision * slices.abs().square()).T.contiguous()
+    slice_real, slice_imag = weighted.real.contiguous(), weighted.imag.contiguous()
+    slice_power = 0.5 * precision * slices.abs().square()
     out = (
         torch.zeros(halves, pixels, device=device),
         torch.zeros(halves, pixels, device=device),
@@ -124,10 +124,10 @@ def expectation(
     for y, c in zip(images.split(block), ctf.split(block), strict=True):
         shifted = ((y * c)[:, None, :] * unshift).view(-1, pixels)
         real, imag = shifted.real.contiguous(), shifted.imag.contiguous()
-        even = (real @ slice_real).view(len(y), n_shift, halves)
-        odd = (imag @ slice_imag).view(len(y), n_shift, halves)
+        even = kernel.product(real, slice_real).view(len(y), n_shift, halves)
+        odd = kernel.product(imag, slice_imag).view(len(y), n_shift, halves)
         ctf2 = c.square()
-        power = ctf2 @ slice_power
+        power = kernel.product(ctf2, slice_power)
         parts.append(
             kernel.posterior(
                 even, odd, power, log_prior, real, imag, ctf2, out if sums else None, min(modes, 2 * halves)

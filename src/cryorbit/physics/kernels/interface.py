@@ -10,7 +10,7 @@ Posterior = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 @runtime_checkable
 class Kernels(Protocol):
-    """A backend: a module with these six functions."""
+    """A backend: a module with these seven functions."""
 
     def slice_forward(self, data: Tensor, rotations: Tensor, kx: Tensor, ky: Tensor, oversampling: int) -> Tensor: ...
 
@@ -65,6 +65,8 @@ class Kernels(Protocol):
         oversampling: int,
         box: int,
     ) -> Tensor: ...
+
+    def product(self, left: Tensor, right: Tensor) -> Tensor: ...
 
     def posterior(
         self,

@@ -8,15 +8,15 @@ conjugates (Friedel). Interpolation is by quadratic B-splines without prefilter:
 along each axis. Gradients of complex tensors follow torch: ``dL/dRe + i dL/dIm``.
 """
 
+import itertools
 import math
-from itertools import product
 
 import torch
 from torch import Tensor
 
 from cryorbit.physics.kernels.interface import NormalEquations, Posterior
 
-_POINTS = list(product(range(3), repeat=3))
+_POINTS = list(itertools.product(range(3), repeat=3))
 """(z, y, x) of the 27 points read, from the lowest."""
 
 
@@ -187,6 +187,16 @@ def losses(
 def _shape(data: Tensor) -> tuple[int, int, int]:
     nz, ny, nx = data.shape
     return nz, ny, nx
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right.T`` of (M, K) and (N, K); on CUDA factors in float32 may be rounded to TF32 (``benchmarks/rounding.py``)."""
+    settings = torch.backends.cuda.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "tf32"
+    try:
+        return left @ right.T
+    finally:
+        settings.fp32_precision = before
 
 
 def posterior(
