@@ -32,6 +32,8 @@ QUICK = [
     "--set",
     "abinitio.heats=1",
     "--set",
+    "abinitio.order=1",
+    "--set",
     "refine.sweeps=2",
     "--set",
     "abinitio.batch=200",

@@ -97,7 +97,8 @@ def test_a_symmetry_the_molecule_lacks_is_refused_by_held_out_images(finished):
 
 def test_each_half_keeps_the_likelier_run_of_two_heats_and_a_resumed_run_too(truth, generator):
     """Half 1 learns nothing in the first heat and half 2 nothing in the second: the first must be replaced, the second kept."""
-    made = engine(truth, starts=1, heats=2, order=1)
+    settings = {"starts": 1, "heats": 2, "order": 1, "march_steps": 10, "batch": 100}
+    made = engine(truth, **settings)
     wrong = torch.randn(made.stack.box, made.stack.box, made.stack.box, generator=generator) * made.mask
     steps = itertools.count()
 
@@ -108,7 +109,7 @@ def test_each_half_keeps_the_likelier_run_of_two_heats_and_a_resumed_run_too(tru
 
     while int(made.heat) == 0:
         spoiled(made, 1, next(steps))
-    resumed = engine(truth, starts=1, heats=2, order=1)
+    resumed = engine(truth, **settings)
     resumed.load_state({name: value.clone() for name, value in made.state().items()})
     old = {half: next(iter(made.best[half].values())) for half in HALVES}
     for index in steps:

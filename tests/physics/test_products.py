@@ -19,13 +19,13 @@ def test_products_are_right(device, dtype, rows, columns, transposed, generator)
         left, right = (x.T.contiguous().T for x in (left, right))
     before = torch.backends.cuda.matmul.fp32_precision
     tolerance = {
-        "cpu": {torch.float32: 3e-6, torch.float64: 1e-13},
-        "cuda": {torch.float32: 2e-3, torch.float64: 1e-13},
+        "cpu": {torch.float32: 1e-6, torch.float64: 1e-13},
+        "cuda": {torch.float32: 3e-4, torch.float64: 1e-13},
     }
     for name in kernels.backend_names(device):
         product = kernels.select(torch.device(device), name).product
         found = product(left.to(device), right.to(device))
         assert found.dtype == dtype
-        error = (found.cpu().double() - exact).abs().max() / (left.norm() * right.norm())
+        error = ((found.cpu().double() - exact).abs() / torch.outer(left.norm(dim=1), right.norm(dim=1))).max()
         assert float(error) < tolerance[device][dtype]
     assert torch.backends.cuda.matmul.fp32_precision == before

@@ -29,6 +29,7 @@ QUICK = [
     "mask_diameter=70",
     "abinitio.starts=1",
     "abinitio.heats=1",
+    "abinitio.order=1",
     "abinitio.march_steps=16",
     "abinitio.settle_steps=4",
     "refine.sweeps=3",
@@ -73,7 +74,7 @@ def test_pure_noise_is_not_trusted(tmp_path, generator):
     noise = torch.randn(200, 24, 24, generator=generator).numpy()
     with StackWriter(tmp_path / "noise.mrcs", 200, 24, 4.0) as writer:
         writer.write(noise)
-    config = override(RunConfig(particles=str(tmp_path / "noise.mrcs")), [*QUICK, "abinitio.order=1"])
+    config = override(RunConfig(particles=str(tmp_path / "noise.mrcs")), [*QUICK, "refine.sweeps=1"])
     result = reconstruct(config, tmp_path / "run")
     assert result.status.startswith("Do not trust this map")
 

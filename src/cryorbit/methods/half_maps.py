@@ -52,8 +52,8 @@ def posed_images(
     stack: FourierStack, intensity: Float[Tensor, " n"], samples: PoseSamples, radius: int | None = None
 ) -> Iterator[PosedImages]:
     """The images of ``samples`` (``samples.particle`` counts in the stack) within ``radius`` (None: whole), a bounded number at a time."""
-    disk, keep = stack.at_radius(radius)
-    for part in torch.arange(len(samples.particle)).split(max(1, _PIXELS // len(disk))):
+    keep = stack.at_radius(radius)[1]
+    for part in torch.arange(len(samples.particle)).split(max(1, _PIXELS // len(stack.disk))):
         particle, repeat = samples.particle[part].unique_consecutive(return_inverse=True)
         repeat = repeat.to(stack.device)
         ctf = stack.ctf(particle)[:, keep] * intensity[particle, None].to(stack.device)

@@ -43,7 +43,6 @@ _FINAL_SAMPLES, _FINAL_WIDEN = 48, 1.5  # poses drawn around each mode for the l
 _SINGLE = 1.02  # modes per particle: where there are fewer, none are looked for elsewhere at last
 _JUDGED = 500  # particles of a half by which the maps' errors are judged
 _NO_MASS = 1e-3  # of a particle's mass: modes with less are not followed
-_UNKNOWN = torch.finfo(torch.float32).max
 _LEAST_GAIN = 0.05  # nats per particle and sweep: below, the poses move by a seventh of their spread together, or less
 
 
@@ -124,7 +123,8 @@ class Refinement:
             "fsc": torch.zeros(stack.box // 2 + 1),
             "log_likelihood": torch.zeros(len(stack)),
             "pose_change": torch.tensor(float("inf")),
-            "gain": torch.tensor(_UNKNOWN),
+            "gain": torch.tensor(0.0),
+            "settled": torch.tensor(False),
             "radius": torch.tensor(radius),
             "previous_radius": torch.tensor(0),
             "reach": torch.tensor(0),
@@ -153,23 +153,14 @@ class Refinement:
         return self.config.sweeps
 
     def finished(self) -> bool:
-        """Whether another sweep would change nothing: all Fourier pixels are in the maps, too."""
-        return self._settled() and int(self.tensors["reach"]) == self.limit
-
-    def _settled(self) -> bool:
-        """Whether the radius stays, and the poses of both halves stand still or moving them no longer makes the images likelier."""
-        radius, before, change, gain = (
-            float(self.tensors[x]) for x in ("radius", "previous_radius", "pose_change", "gain")
-        )
-        return radius == before and (change < 0.05 / max(radius, 1) or gain < _LEAST_GAIN)
+        """Whether sweeps no longer change anything, and the last one back-projected everything."""
+        return bool(self.tensors["settled"]) and int(self.tensors["reach"]) == self.limit
 
     def _reach(self, index: int) -> int:
         """How far to back-project: what the next sweep may look at, and everything in the last one."""
-        last = self._settled() or index + 1 == self.config.sweeps
-        ahead = max(self.config.most(int(self.tensors["radius"])) + 2, self.search_radius)
-        return self.limit if last else min(ahead, self.limit)
-
-    # -- one sweep --------------------------------------------------------------------------------------------------------------
+        last = bool(self.tensors["settled"]) or index + 1 == self.config.sweeps
+        ahead = self.config.most(int(self.tensors["radius"])) + 2
+        return self.limit if last else min(max(ahead, self.search_radius), self.limit)
 
     def step(self, index: int) -> dict[str, float | str]:
         """Every particle's posterior under its half's map, both maps again, and how they compare."""
@@ -178,7 +169,7 @@ class Refinement:
         if index == 0:
             t["noise"][: len(self.stack.power)] = self.stack.power  # an upper bound that this sweep replaces
         t["reach"] = torch.tensor(self._reach(index))
-        before, likelihood = self.poses[0].clone(), t["log_likelihood"].mean()
+        before, noise = self.poses[0].clone(), t["noise"].clone()
         every = self.config.search_every
         search = bool(every) and self.config.fit_shift and index > 0 and index % every == 1 % every
         accumulators: list[Accumulator] = []
@@ -204,26 +195,27 @@ class Refinement:
         if motion is not None:
             accumulators[1] = self._inserted(2, samples.moved(*motion))
         self._rebuild(accumulators)
-        inside = torch.arange(len(t["noise"])) <= t["reach"]
-        t["noise"] = torch.where(inside, torch.maximum(power / len(self.stack), 1e-6 * t["noise"]), t["noise"])
+        fresh = torch.maximum(power / len(self.stack), 1e-6 * noise)
+        t["noise"] = torch.where(torch.arange(len(noise)) <= t["reach"], fresh, noise)
         change = so3.distance(before, self.poses[0])
         t["pose_change"] = torch.stack([change[members_of(self.half_set, half)].median() for half in HALVES]).max()
-        t["gain"] = t["log_likelihood"].mean() - likelihood
-        if int(t["previous_radius"]) != radius:  # fewer or more Fourier pixels: cannot be compared
-            t["gain"] = torch.tensor(_UNKNOWN)
+        gain = self._gain(noise, max(1, min(radius, int(t["previous_radius"]))))
         t["previous_radius"] = t["radius"]
         t["radius"] = torch.tensor(self._next_radius(radius))
+        no_gain = min(abs(gain), abs(gain + float(t["gain"])) / 2) < _LEAST_GAIN  # up and down: none
+        still = no_gain or float(t["pose_change"]) < 0.05 / max(radius, 1)
+        t["gain"] = torch.tensor(gain)
+        t["settled"] |= abs(int(t["radius"]) - radius) <= 1 and index > 0 and still
         return {
             "radius": float(radius),
             "resolution_A": self.stack.box * self.stack.pixel_size / max(last_shell(t["fsc"], 0.143), 1e-3),
             "pose_change_deg": float(torch.rad2deg(t["pose_change"])),
+            "gain": gain,
             "modes": float((t["mass"] > _NO_MASS).sum(dim=1).float().mean()),
             "log_likelihood": float(t["log_likelihood"].mean()),
             **({} if self.defocus is None else self.defocus.learn()),
             **self.maps.history(),
         }
-
-    # -- the last word on the poses ---------------------------------------------------------------------------------------------
 
     def posed(self) -> PosedParticles:
         """Every particle's posterior under the map of the *other* half, widened by what the maps themselves do not know.
@@ -367,6 +359,12 @@ class Refinement:
         rotations, shifts = (x[chosen].to(images.device) for x in self.poses)
         residual = images[:, keep] - forward(grid, rotations, shifts, disk, ctf[:, keep])
         return shell_mean(residual.abs().square().sum(dim=0), disk, self.limit + 2).cpu()
+
+    def _gain(self, before: Float[Tensor, " shells"], radius: int) -> float:
+        """By how many nats the mean image has become likelier at its noise level since ``before``, up to a ``radius`` both sweeps looked at."""
+        disk = self.stack.at_radius(radius)[0].to(torch.device("cpu"))
+        fallen = (before.double() / self.tensors["noise"].double()).log()[disk.shell]
+        return float(0.5 * (disk.weight.double() * fallen).sum())
 
     def _inserted(self, half: int, samples: PoseSamples) -> Accumulator:
         accumulator = insert_posed(self.stack, self.intensity, samples, self.symmetry, self._within())

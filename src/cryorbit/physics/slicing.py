@@ -249,9 +249,6 @@ def insert_slices(
     """
     radius = _checked(disk.box, disk.radius, oversampling)
     c = half_width(radius, oversampling)
-    rotations = checked_rotations(rotations.detach(), radius, oversampling, values)
-    disk = disk.to(values.device)
-    run = kernels.select(values.device, backend).insert
     shape = (2 * c + 1, 2 * c + 1, c + 2)
     if out is None:
         numerator = values.new_zeros(shape)
@@ -259,6 +256,9 @@ def insert_slices(
     elif out.numerator.shape != shape or out.box != disk.box:
         found = f"{_describe(out)}; these slices need {_describe(disk)}, oversampling {oversampling}"
         raise ConfigError("CONF102", f"the sums to add to are of {found}")
+    rotations = checked_rotations(rotations.detach(), radius, oversampling, out.numerator)
+    disk = disk.to(values.device)
+    run = kernels.select(values.device, backend).insert
     run(
         values.detach().resolve_conj().to(out.numerator.dtype).contiguous(),
         weights.detach().to(out.weight.dtype).contiguous(),

@@ -34,9 +34,9 @@ def followed_noise(
     return torch.where(inside, (1 - rate) * noise + rate * fresh, noise)
 
 
-def _shell_planes(c: int, oversampling: int, shells: int) -> Iterator[Int[Tensor, " points"]]:
+def _shell_planes(c: int, oversampling: int, shells: int, device: torch.device) -> Iterator[Int[Tensor, " points"]]:
     """Shell (``|k|`` in Fourier pixels, rounded; at most ``shells``) of the points ``x = 1 .. c`` of each plane ``z = 0 .. c``."""
-    axis = torch.arange(-c, c + 1, dtype=torch.float32) / oversampling
+    axis = torch.arange(-c, c + 1, dtype=torch.float32, device=device) / oversampling
     flat = axis[:, None].square() + axis[c + 1 :].square()
     for z in axis[c:]:
         yield (flat + z * z).sqrt().round().to(torch.int64).clamp_(max=shells).flatten()
@@ -44,7 +44,8 @@ def _shell_planes(c: int, oversampling: int, shells: int) -> Iterator[Int[Tensor
 
 @lru_cache
 def _shell_counts(c: int, oversampling: int, shells: int) -> Float[Tensor, " n"]:
-    planes = torch.stack([torch.bincount(s, minlength=shells + 1) for s in _shell_planes(c, oversampling, shells)])
+    every = _shell_planes(c, oversampling, shells, torch.device("cpu"))
+    planes = torch.stack([torch.bincount(s, minlength=shells + 1) for s in every])
     return 2 * planes.sum(dim=0).double() - planes[0]
 
 
@@ -54,9 +55,9 @@ def _radial_mean(values: Float[Tensor, "z y x"], oversampling: int, shells: int)
     """
     c = values.shape[-1] - 1
     total = torch.zeros(shells + 1, dtype=torch.float64, device=values.device)
-    for z, shell in enumerate(_shell_planes(c, oversampling, shells)):
+    for z, shell in enumerate(_shell_planes(c, oversampling, shells, values.device)):
         plane = values[c, :, 1:] if z == 0 else values[c + z, :, 1:] + values[c - z, :, 1:]
-        total += torch.bincount(shell.to(values.device), plane.flatten(), shells + 1)
+        total += torch.bincount(shell, plane.flatten(), shells + 1)
     return (total / _shell_counts(c, oversampling, shells).to(total).clamp_min(1)).to(values.dtype)[:shells]
 
 
