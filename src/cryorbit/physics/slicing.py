@@ -319,6 +319,16 @@ def volume_from_accumulator(
     return _over_window(_central(fourier_to_volume(transform, acc.oversampling * acc.box), acc.box), acc.oversampling)
 
 
+def back_projected(acc: Accumulator) -> Float[Tensor, "d d d"]:
+    """Adjoint of slicing: ``2 Re <slice(v), u> = <v, back_projected(u inserted)>`` over the stored half plane, for all maps v.
+
+    Exact where reads stay below the grid's Nyquist frequency, so up to a pixel from the images' own.
+    """
+    side = acc.oversampling * acc.box
+    wide = fourier_to_volume(uncropped(completed(acc.numerator), side), side) * float(side**3)
+    return _over_window(_central(wide, acc.box), acc.oversampling)
+
+
 def _quotient(acc: Accumulator, regularisation: Tensor | float) -> tuple[Tensor, Tensor]:
     """``numerator / weight`` at the points of :func:`completed`, and the regularised weight; both 0 where images do not reach."""
     weight = torch.where(inside_ball(acc), completed(acc.weight) + on_grid(regularisation, acc), 0.0)
