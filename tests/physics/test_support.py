@@ -18,7 +18,15 @@ def inserted(box: int, views: int, kind: str = "uniform", dtype: torch.dtype = t
     generator, disk = torch.Generator().manual_seed(5), fourier_disk(box)
     rotations = Orientations(kind).sample(views, generator).to(dtype)
     ones = torch.ones(views, len(disk), dtype=dtype)
-    return insert_slices(ones.to(dtype.to_complex()), ones, rotations, disk)
+    return insert_slices(ones.to(dtype.to_complex()), ones, rotations, disk, 4)
+
+
+def white_noise(views: int, generator: torch.Generator) -> torch.Tensor:
+    """Back-projected at the same views."""
+    disk = fourier_disk(BOX)
+    rotations = Orientations("uniform").sample(views, torch.Generator().manual_seed(5))
+    values = torch.randn(views, len(disk), dtype=torch.complex64, generator=generator)
+    return back_projected(insert_slices(values, torch.ones(views, len(disk)), rotations, disk))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +82,7 @@ def test_solution_and_draws_are_those_of_the_matrix(small):
     assert float(off @ matrix @ off) < 0.02 * len(
         off
     )  # a seventh of a standard deviation, were the preconditioner exact a fiftieth
-    drawn = torch.stack([found.draw(generator) for _ in range(600)])
+    drawn = torch.stack([found.draw(white_noise(20, generator), generator) for _ in range(600)])
     assert float(drawn[:, ~found.support].abs().max()) == 0.0
     values = drawn[:, found.support].double()
     white = values @ torch.linalg.cholesky(matrix)

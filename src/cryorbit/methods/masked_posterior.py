@@ -9,24 +9,25 @@ Added to the paper, whose prior knows Fourier space alone. Noise and the prior's
 background of images is unknown, so their Fourier pixel 0 is left out: that density is zero outside the mask is what sets its level inside.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Complex, Float
 from scipy import ndimage
 from torch import Tensor
 
-from cryorbit.methods.half_maps import posed_images
+from cryorbit.methods.half_maps import PosedImages, posed_images
 from cryorbit.physics.cryoem import form_images
-from cryorbit.physics.fourier import fourier_to_volume, volume_to_fourier
+from cryorbit.physics.fourier import FourierDisk, fourier_to_volume, volume_to_fourier
 from cryorbit.physics.linear_gaussian import ball
-from cryorbit.physics.slicing import Accumulator, back_projected, slice_grid, slicing_grid
+from cryorbit.physics.slicing import Accumulator, back_projected, insert_symmetric, slice_grid, slicing_grid
 from cryorbit.physics.support import SupportedGaussian
 from cryorbit.poses.local import PoseSamples
 from cryorbit.training.dataset import FourierStack
 from cryorbit.volumes.gaussian import GaussianVolume
 
+_FINE = 4  # points per Fourier pixel of the grid of the weights
 _ROUNDS = 2  # of solving again with what the last answer leaves of the images
 _SMOOTH_PX = 1.5  # standard deviation of the windows, in voxels and in Fourier pixels, over which squares of few draws are averaged
 
@@ -85,18 +86,17 @@ def masked_posterior(
     """
     symmetry, prior = symmetry.to(stack.device), prior.clone()
     prior[0] = prior[1]  # what images say of shell 0 is their background
-    acc = _inserted(stack, intensity, samples, symmetry, noise, None)
-    found = SupportedGaussian.from_sums(acc, prior / support.float().mean().to(prior), support)
-    force = back_projected(acc) * found.support
+    posed = _Whitened(stack, intensity, samples, symmetry, noise.to(stack.device))
+    found = SupportedGaussian.from_sums(posed.weights(), prior / support.float().mean().to(prior), support)
+    force = posed.back_projected(lambda images: images.images) * found.support
     mean = found.solved(force)
     for _ in range(_ROUNDS):
-        left = back_projected(_inserted(stack, intensity, samples, symmetry, noise, mean)) * found.support
-        force = left + found.images_times(mean)
+        force = posed.left(mean) * found.support + found.images_times(mean)
         mean = found.solved(force, mean)
     if non_negative:
         mean = found.non_negative(force, mean)
     generator = torch.Generator().manual_seed(seed)
-    drawn = (found.draw(generator) for _ in range(draws))
+    drawn = (found.draw(posed.white(generator), generator) for _ in range(draws))
     variance, voxels = _variances(drawn, draws, found.support, stack.disk.radius)
     even = GaussianVolume.from_map(mean, variance=variance)  # of its coefficients, were they independent
     return MaskedPosterior(mean, variance, voxels * even.voxel_variance(symmetry) / even.voxel_variance())
@@ -133,24 +133,58 @@ def _variances(
     )
 
 
-def _inserted(
-    stack: FourierStack,
-    intensity: Float[Tensor, " n"],
-    samples: PoseSamples,
-    symmetry: Float[Tensor, "s 3 3"],
-    noise: Float[Tensor, " shells"],
-    mean: Float[Tensor, "d d d"] | None,
-) -> Accumulator:
-    """Images, or what ``mean`` leaves of them, over the square root of their noise, back-projected without their Fourier pixel 0."""
-    disk = stack.disk.to(stack.device)
-    white = torch.where(disk.shell > 0, noise.to(stack.device)[disk.shell].rsqrt(), 0.0)
-    grid = None if mean is None else slicing_grid(mean, disk.radius)
-    out: Accumulator | None = None
-    for images in posed_images(stack, intensity, samples):
-        posed = replace(images, images=images.images * white, ctf=images.ctf * white)
-        left = posed.images
-        if grid is not None:
-            left = left - form_images(slice_grid(grid, posed.rotations, disk), posed.shifts, disk, posed.ctf)
-        out = posed.inserted(left, symmetry, disk, out)
-    assert out is not None
-    return out
+@dataclass(frozen=True)
+class _Whitened:
+    """Posed images and CTFs over the square root of the noise, without Fourier pixel 0, and what is back-projected of them."""
+
+    stack: FourierStack
+    intensity: Float[Tensor, " n"]
+    samples: PoseSamples
+    symmetry: Float[Tensor, "s 3 3"]
+    noise: Float[Tensor, " shells"]
+
+    @property
+    def disk(self) -> FourierDisk:
+        return self.stack.disk.to(self.stack.device)
+
+    def __iter__(self) -> Iterator[PosedImages]:
+        white = torch.where(self.disk.shell > 0, self.noise[self.disk.shell].rsqrt(), 0.0)
+        for images in posed_images(self.stack, self.intensity, self.samples):
+            yield replace(images, images=images.images * white, ctf=images.ctf * white)
+
+    def weights(self) -> Accumulator:
+        """``CTF^2`` over the noise, on a finer grid than images need."""
+        out: Accumulator | None = None
+        for images in self:
+            weight = images.ctf.square() * images.weight[:, None]
+            values = weight.to(torch.complex64)
+            out = insert_symmetric(values, weight, images.rotations, self.symmetry, self.disk, out, _FINE)
+        assert out is not None
+        return out
+
+    def back_projected(self, of: Callable[[PosedImages], Complex[Tensor, "m p"]]) -> Float[Tensor, "d d d"]:
+        """What ``of`` makes of the images, back-projected."""
+        out: Accumulator | None = None
+        for images in self:
+            out = images.inserted(of(images), self.symmetry, self.disk, out)
+        assert out is not None
+        return back_projected(out)
+
+    def left(self, mean: Float[Tensor, "d d d"]) -> Float[Tensor, "d d d"]:
+        """What ``mean`` leaves of the images, back-projected."""
+        grid = slicing_grid(mean, self.disk.radius)
+
+        def rest(images: PosedImages) -> Complex[Tensor, "m p"]:
+            slices = slice_grid(grid, images.rotations, self.disk)
+            return images.images - form_images(slices, images.shifts, self.disk, images.ctf)
+
+        return self.back_projected(rest)
+
+    def white(self, generator: torch.Generator) -> Float[Tensor, "d d d"]:
+        """White noise in place of the images, back-projected with the covariance that they have at their weights."""
+
+        def noise(images: PosedImages) -> Complex[Tensor, "m p"]:
+            drawn = torch.randn(images.images.shape, dtype=torch.complex64, generator=generator)
+            return drawn.to(images.images) / images.weight[:, None].sqrt()
+
+        return self.back_projected(noise)

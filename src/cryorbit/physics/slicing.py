@@ -279,10 +279,11 @@ def insert_symmetric(
     symmetry: Float[Tensor, "s 3 3"],
     disk: FourierDisk,
     out: Accumulator | None = None,
+    oversampling: int = 2,
 ) -> Accumulator:
     """:func:`insert_slices` at every mate ``R g`` of the rotations under the point group of the map."""
     for element in symmetry:
-        out = insert_slices(values, weights, rotations @ element, disk, out=out)
+        out = insert_slices(values, weights, rotations @ element, disk, oversampling, out=out)
     if out is None:
         raise ConfigError("CONF109", "a point group without elements, expected at least the identity")
     return out

@@ -2,11 +2,15 @@
 voxel is negative.
 
 Posed images and a stationary prior give the map v the density ``exp(-v' P v / 2 + b' v)``, b the back-projected images over their noise and P
-a convolution: diagonal on the twofold oversampled grid, where no voxel of the box is taken for its neighbour, with the inserted ``CTF^2 / N``
-and the prior's ``1 / 8t`` in it. (That images at known poses make a convolution, applied by padded transforms: Wang, Shkolnisky and Singer
-2013, arXiv:1307.5824.) Conditioned on being zero outside the support, v has the rows and columns of P at its voxels. Their inverse has no
-closed form: the mean is found by preconditioned conjugate gradients, and draws are exact, ``P^-1`` of noise whose covariance is P (perturb
-and solve; Papandreou and Yuille 2010, NIPS 23).
+a convolution: diagonal on the twofold oversampled grid, where no voxel of the box is taken for its neighbour, with the ``CTF^2 / N`` of
+images and the prior's ``1 / 8t`` in it. (That images at known poses make a convolution, applied by padded transforms: Wang, Shkolnisky and
+Singer 2013, arXiv:1307.5824.) Conditioned on being zero outside the support, v has the rows and columns of P at its voxels. Their inverse
+has no closed form: the mean is found by preconditioned conjugate gradients, and draws are exact, ``P^-1`` of noise whose covariance is P
+(perturb and solve; Papandreou and Yuille 2010, NIPS 23).
+
+Weights must be inserted finely. What the spline of a coarse grid puts between slices is information that no image has; where views are
+missing it drowns what the mask says (docs/methods/variational.md). Nor may the convolution's transform be cut at zero: cut to a box
+it is negative here and there, which P, on the support, is not.
 """
 
 from dataclasses import dataclass
@@ -60,13 +64,14 @@ class SupportedGaussian:
         """
         if not bool(support.any()):
             raise DataError("DATA233", "the mask of the prior is empty, expected voxels above 0", "give another mask")
-        o, side = acc.oversampling, acc.oversampling * acc.box
-        axis = frequencies(side, prior.device).to(prior) / o
-        norm = (axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis[: side // 2 + 1].abs() ** 2).sqrt()
-        variance = prior[norm.round().to(torch.int64).clamp(max=len(prior) - 1)]
-        support, believed = support.to(prior.device), 1 / (o**3 * variance)
-        seen = uncropped(completed(acc.weight), side).clamp_min(0)
-        return cls(_unblurred(seen, support).clamp_min(0) + believed, believed, 1 / (seen + believed), support)
+        box, side, support = acc.box, 2 * acc.box, support.to(prior.device)
+        axis = frequencies(side, prior.device).to(prior) / 2
+        norm = (axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis[: box + 1].abs() ** 2).sqrt()
+        believed = 1 / (8 * prior[norm.round().to(torch.int64).clamp(max=len(prior) - 1)])
+        fine = acc.oversampling * box
+        near = _unblurred(uncropped(completed(acc.weight), fine), side) * (fine / side) ** 3
+        seen, even = (volume_to_fourier(x).real for x in (near, near * _window(side, side, near)))
+        return cls(seen + believed, believed, 1 / (even.clamp_min(0) + believed), support)
 
     def times(self, values: Float[Tensor, "d d d"]) -> Float[Tensor, "d d d"]:
         """``P v`` on the support; v must be zero outside it."""
@@ -94,15 +99,18 @@ class SupportedGaussian:
             if float(size) <= _NEAR**2 * int(self.support.sum()):
                 return values
             along = self.times(direction)
-            rate = size / (direction * along).sum()
+            bend = (direction * along).sum()
+            if not float(bend) > 0:
+                break
+            rate = size / bend
             values, left = values + rate * direction, left - rate * along
             guess = self._guess(left)
             size, before = (left * guess).sum(), size
             direction = guess + size / before * direction
         raise DataError(
             "DATA234",
-            f"the map within the mask was not found in {_MOST_STEPS} steps of conjugate gradients",
-            "is the mask a mask of this map?",
+            f"the map within the mask was not found by {_MOST_STEPS} steps of conjugate gradients",
+            "a smaller mask makes it easier",
         )
 
     def non_negative(self, force: Float[Tensor, "d d d"], start: Float[Tensor, "d d d"]) -> Float[Tensor, "d d d"]:
@@ -139,12 +147,12 @@ class SupportedGaussian:
         push = push * ((values > 0) | (push > 0))
         return float((push * self._guess(push)).sum()) <= _NEAR**2 * int(self.support.sum())
 
-    def draw(self, generator: torch.Generator) -> Float[Tensor, "d d d"]:
-        """A draw's difference from the mean."""
-        side = self.precision.shape[0]
-        white = torch.randn(side, side, side, generator=generator).to(self.precision)
-        noise = fourier_to_volume(volume_to_fourier(white) * self.precision.sqrt(), side) * side**1.5
-        return self.solved(noise[self._inner] * self.support)
+    def draw(self, noise: Float[Tensor, "d d d"], generator: torch.Generator) -> Float[Tensor, "d d d"]:
+        """A draw's difference from the mean; ``noise`` is white noise back-projected like the images over theirs."""
+        side = self.prior.shape[0]
+        white = torch.randn(side, side, side, generator=generator).to(self.prior)
+        believed = fourier_to_volume(volume_to_fourier(white) * self.prior.sqrt(), side) * side**1.5
+        return self.solved((noise + believed[self._inner]) * self.support)
 
     @property
     def _inner(self) -> tuple[slice, slice, slice]:
@@ -163,14 +171,15 @@ class SupportedGaussian:
         return fourier_to_volume(volume_to_fourier(wide) * gain, side)[self._inner] * self.support
 
 
-def _unblurred(seen: Float[Tensor, "s s h"], support: Bool[Tensor, "d d d"]) -> Float[Tensor, "s s h"]:
-    """Inserted weights without the B-spline they were inserted by, as far apart as two voxels of the support may be."""
-    side = seen.shape[0]
-    density = fourier_to_volume(seen.to(seen.dtype.to_complex()), side)
-    far = (torch.arange(side, device=support.device) - side // 2).abs()
-    for axis in range(3):
-        used = torch.nonzero(support.movedim(axis, 0).flatten(1).any(dim=1)).flatten()
-        extent = int(used.max() - used.min())
-        window = torch.sinc(far.clamp(max=extent).to(density) / side) ** 3
-        density = density / window.reshape([-1 if a == axis else 1 for a in range(3)])
-    return volume_to_fourier(density).real
+def _window(side: int, fine: int, like: Tensor) -> Float[Tensor, "s s s"]:
+    """Transform of the quadratic B-spline of a grid of ``fine`` points a side, over the central ``side`` voxels."""
+    x = torch.arange(side, device=like.device, dtype=like.dtype) - side // 2
+    w = torch.sinc(x / fine) ** 3
+    return w[:, None, None] * w[:, None] * w
+
+
+def _unblurred(seen: Float[Tensor, "s s h"], side: int) -> Float[Tensor, "d d d"]:
+    """The convolution's kernel over the central ``side`` voxels, from inserted weights without the spline they were inserted by."""
+    fine = seen.shape[0]
+    part = slice(fine // 2 - side // 2, fine // 2 - side // 2 + side)
+    return fourier_to_volume(seen.to(seen.dtype.to_complex()), fine)[part, part, part] / _window(side, fine, seen)
