@@ -14,11 +14,10 @@ from cryorbit.simulate.orientations import Orientations
 BOX = 10
 
 
-def inserted(box: int, views: int, kind: str = "uniform", dtype: torch.dtype = torch.float32) -> Accumulator:
+def inserted(box: int, views: int, kind: str = "uniform", oversampling: int = 4) -> Accumulator:
     generator, disk = torch.Generator().manual_seed(5), fourier_disk(box)
-    rotations = Orientations(kind).sample(views, generator).to(dtype)
-    ones = torch.ones(views, len(disk), dtype=dtype)
-    return insert_slices(ones.to(dtype.to_complex()), ones, rotations, disk, 4)
+    rotations, ones = Orientations(kind).sample(views, generator), torch.ones(views, len(disk))
+    return insert_slices(ones.to(torch.complex64), ones, rotations, disk, oversampling)
 
 
 def white_noise(views: int, generator: torch.Generator) -> torch.Tensor:
@@ -58,18 +57,18 @@ def test_back_projection_is_the_adjoint_of_slicing():
 
 @pytest.mark.parametrize("kind", ["uniform", "preferred", "cone"])
 def test_precision_is_what_slicing_and_inserting_do(kind):
-    """Also at the rim of a missing cone, where inserted weights without the spline taken out are off by tens of per cent."""
+    """To better than a thousandth over a support of three quarters of the box; weights on a twofold grid would be off by a hundredth."""
     box, views = 20, 300
     generator, disk = torch.Generator().manual_seed(5), fourier_disk(box)
     rotations = Orientations(kind).sample(views, generator)
-    support = soft_sphere(box, 5.0, 0.0) > 0
+    support = soft_sphere(box, 7.6, 0.0) > 0
     volume = torch.randn(box, box, box, generator=torch.Generator().manual_seed(1)) * support
-    slices = slice_grid(slicing_grid(volume, disk.radius, 3), rotations, disk)
-    ones = torch.ones(views, len(disk))
-    expected = back_projected(insert_slices(slices, ones, rotations, disk)) * support
-    found = SupportedGaussian.from_sums(inserted(box, views, kind), torch.ones(box // 2 + 1), support)
-    off = float((found.images_times(volume) - expected).norm() / expected.norm())
-    assert off < 0.06
+    slices, ones = slice_grid(slicing_grid(volume, disk.radius, 4), rotations, disk), torch.ones(views, len(disk))
+    expected = back_projected(insert_slices(slices, ones, rotations, disk, 4)) * support
+    for oversampling, least, most in ((2, 5e-3, 3e-2), (4, 0.0, 1e-3)):
+        acc = inserted(box, views, kind, oversampling)
+        found = SupportedGaussian.from_sums(acc, torch.ones(box // 2 + 1), support)
+        assert least < float((found.images_times(volume) - expected).norm() / expected.norm()) < most
 
 
 def test_solution_and_draws_are_those_of_the_matrix(small):
