@@ -9,6 +9,7 @@ import mrcfile
 import numpy as np
 import pytest
 import torch
+from processes import cryorbit
 
 from cryorbit.cli.posterior import posterior as command
 from cryorbit.errors import CryorbitError
@@ -187,6 +188,59 @@ def test_refusals_leave_nothing(even, tmp_path, harm, message):
     with pytest.raises(CryorbitError, match=message):
         posterior(run, draws=draws, device=device)
     assert not run.exists() or not any((run / name).is_file() for name in WRITTEN)
+
+
+def test_map_is_zero_outside_the_mask_of_the_prior(even, tmp_path):
+    """With the molecule's mask; then with a mask file, and no voxel negative."""
+    truth, plain = (read_volume(p)[0] for p in (even.parent / "in" / "truth.mrc", even / "map_mean.mrc"))
+    without = json.loads((even / "posterior.json").read_text())
+    assert (without["prior_mask"], without["non_negative"], without["prior_mask_share"]) == ("", False, 1.0)
+    run = tmp_path / "run"
+    shutil.copytree(even, run, ignore=shutil.ignore_patterns(*WRITTEN))
+    done = cryorbit("posterior", run, "--draws", "2", "--prior-mask", "solvent")
+    assert done.returncode == 0, done.stderr
+    mean, spread = (read_volume(run / f"{name}.mrc")[0] for name in ("map_mean", "map_std"))
+    inside = spread > 0
+    values = json.loads((run / "posterior.json").read_text())
+    assert values["prior_mask"] == "solvent"
+    assert values["prior_mask_share"] == pytest.approx(inside.mean())
+    assert 0.05 < inside.mean() < 0.6
+    assert not mean[~inside].any()
+    assert mean.min() < 0
+    assert np.square(mean - truth).sum() < 0.9 * np.square(plain - truth).sum()
+    write_volume(tmp_path / "mask.mrc", inside.astype(np.float32), 4.0)
+    values = posterior(run, draws=2, prior_mask=str(tmp_path / "mask.mrc"), non_negative=True)
+    mean = read_volume(run / "map_mean.mrc")[0]
+    assert mean.min() == 0.0
+    assert not mean[~inside].any()
+    assert values["non_negative"] is True
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ("none", "RUN049"),
+        ("absent", "FILE001"),
+        ("box", "CONF024"),
+        ("elsewhere", "CONF024"),
+        ("symmetry", "CONF027.*C4"),
+    ],
+)
+def test_masks_of_the_prior_that_cannot_be_used(even, tmp_path, mask, message):
+    run, path = tmp_path / "run", tmp_path / "mask.mrc"
+    shutil.copytree(even, run, ignore=shutil.ignore_patterns(*WRITTEN))
+    data = np.zeros((24, 24, 24), dtype=np.float32)
+    if mask == "elsewhere":
+        data[:2] = 1.0
+    elif mask == "symmetry":
+        data[8:16, 8:16, 11:20] = 1.0
+        metrics = json.loads((run / "metrics.json").read_text()) | {"symmetry": "C4"}
+        (run / "metrics.json").write_text(json.dumps(metrics))
+    if mask != "absent":
+        write_volume(path, data[:20, :20, :20] if mask == "box" else data, 4.0)
+    with pytest.raises(CryorbitError, match=message):
+        posterior(run, draws=2, prior_mask="" if mask == "none" else str(path), non_negative=mask == "none")
+    assert not any((run / name).is_file() for name in WRITTEN)
 
 
 def test_symmetric_run_is_less_certain_on_its_axis(even, tmp_path):

@@ -16,6 +16,16 @@ def posterior(
     memory: Annotated[
         float, typer.Option("--memory", help="GiB of Fourier pixels kept in memory (negative: as in the run).")
     ] = -1.0,
+    prior_mask: Annotated[
+        str,
+        typer.Option(
+            "--prior-mask",
+            help="The map is zero outside: sphere (of the mask diameter), solvent (the run's own mask), or a mask file.",
+        ),
+    ] = "",
+    non_negative: Annotated[
+        bool, typer.Option("--non-negative", help="Nor is it negative inside, where the mask's outside is zero.")
+    ] = False,
 ) -> None:
     """Uncertainty of a run's map, resolution without half-sets, and missing views; adds files to the run folder."""
     from rich.console import Console
@@ -23,7 +33,15 @@ def posterior(
     from cryorbit.pipeline.posterior import posterior as compute
     from cryorbit.report.posterior import write_figure
 
-    values = compute(run, draws=draws, seed=seed, device=device, memory_gib=None if memory < 0 else memory)
+    values = compute(
+        run,
+        draws=draws,
+        seed=seed,
+        device=device,
+        memory_gib=None if memory < 0 else memory,
+        prior_mask=prior_mask,
+        non_negative=non_negative,
+    )
     page = write_figure(run)
     console = Console(highlight=False, soft_wrap=True)
     console.print(_words(values))

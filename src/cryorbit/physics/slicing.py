@@ -279,10 +279,11 @@ def insert_symmetric(
     symmetry: Float[Tensor, "s 3 3"],
     disk: FourierDisk,
     out: Accumulator | None = None,
+    oversampling: int = 2,
 ) -> Accumulator:
     """:func:`insert_slices` at every mate ``R g`` of the rotations under the point group of the map."""
     for element in symmetry:
-        out = insert_slices(values, weights, rotations @ element, disk, out=out)
+        out = insert_slices(values, weights, rotations @ element, disk, oversampling, out=out)
     if out is None:
         raise ConfigError("CONF109", "a point group without elements, expected at least the identity")
     return out
@@ -317,6 +318,16 @@ def volume_from_accumulator(
     """
     transform = uncropped(_quotient(acc, regularisation)[0], acc.oversampling * acc.box)
     return _over_window(_central(fourier_to_volume(transform, acc.oversampling * acc.box), acc.box), acc.oversampling)
+
+
+def back_projected(acc: Accumulator) -> Float[Tensor, "d d d"]:
+    """Adjoint of slicing: ``2 Re <slice(v), u> = <v, back_projected(u inserted)>`` over the stored half plane, for all maps v.
+
+    Exact where reads stay below the grid's Nyquist frequency, so up to a pixel from the images' own.
+    """
+    side = acc.oversampling * acc.box
+    wide = fourier_to_volume(uncropped(completed(acc.numerator), side), side) * float(side**3)
+    return _over_window(_central(wide, acc.box), acc.oversampling)
 
 
 def _quotient(acc: Accumulator, regularisation: Tensor | float) -> tuple[Tensor, Tensor]:

@@ -164,7 +164,7 @@ def prepare(config: RunConfig) -> Inputs:
         warnings.append("--init moments takes particles as bright: say --contrast dark if they are dark")
     if config.start == POSES:
         warnings += _check_poses(particles)
-    mask = _read_mask(Path(config.mask), particles, diameter) if config.mask else None
+    mask = read_mask(Path(config.mask), particles, diameter) if config.mask else None
     return Inputs(particles, diameter, symmetry, half_set, device, tuple(warnings), mask)
 
 
@@ -178,8 +178,14 @@ def _check_poses(particles: ParticleSet) -> list[str]:
     return ["the file has no origins: shifts start at 0"] if particles.shifts is None else []
 
 
-def _read_mask(path: Path, particles: ParticleSet, diameter: float) -> Float[Tensor, "d d d"]:
-    """A mask map in the frame of the poses, checked: the particles' box and pixel size, values from 0 to 1."""
+def read_mask(path: Path, particles: ParticleSet, diameter: float) -> Float[Tensor, "d d d"]:
+    """A mask map in the frame of the poses, checked: the particles' box and pixel size, values from 0 to 1.
+
+    Raises
+    ------
+    ConfigError
+        CONF024 it is no mask of these particles.
+    """
     data, pixel_size = read_volume(path)
     hint = "make it with relion_mask_create or cryoSPARC's mask tools from a map of these poses, box and pixel size"
     if data.shape[-1] != particles.box:

@@ -5,20 +5,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy import ndimage
 from torch import Tensor
 
-from cryorbit.errors import RunError
+from cryorbit.errors import ConfigError, RunError
 from cryorbit.groups.point import point_group
 from cryorbit.io.mrc import read_volume, write_volume
 from cryorbit.io.particles import open_particles
 from cryorbit.methods.halves import HALVES, members_of
 from cryorbit.methods.held_out import HeldOut, held_out
 from cryorbit.methods.map_posterior import MapPosterior, map_posterior, pose_variance
+from cryorbit.methods.masked_posterior import MaskedPosterior, masked_posterior
 from cryorbit.metrics.directions import missing_views, spectrum_by_direction, unseen_share
 from cryorbit.metrics.masks import mask_within, soft_sphere
-from cryorbit.metrics.resample import inverted
+from cryorbit.metrics.resample import inverted, move_volume
 from cryorbit.metrics.spectrum import (
     full_set_fsc,
     half_set_fsc,
@@ -31,7 +32,7 @@ from cryorbit.physics.fourier import full_transform, shell_index
 from cryorbit.pipeline import outputs
 from cryorbit.pipeline.config import RunConfig
 from cryorbit.pipeline.finished import inputs_of, open_finished, posterior_of_run
-from cryorbit.pipeline.inputs import Inputs, choose_device
+from cryorbit.pipeline.inputs import Inputs, choose_device, read_mask
 from cryorbit.pipeline.rundir import locked
 from cryorbit.pipeline.start import fourier_stack
 from cryorbit.poses.local import PoseSamples
@@ -41,11 +42,20 @@ from cryorbit.training.dataset import FourierStack
 
 WRITTEN = ("map_mean.mrc", "map_std.mrc", "missing_views.mrc", "ss_snr.csv", "directions.csv", "posterior.json")
 _NO_MASS = 1e-2  # of a particle's posterior: modes with less are left out
+SPHERE, SOLVENT = "sphere", "solvent"
+_ALIKE = 0.9  # of a mask that the point group lays on itself, at least
 _SMOOTH_PX = 1.5  # standard deviation of the window over which voxel variances from few draws are averaged
 
 
 def posterior(
-    run: Path, *, draws: int = 8, seed: int = 0, device: str = "", memory_gib: float | None = None
+    run: Path,
+    *,
+    draws: int = 8,
+    seed: int = 0,
+    device: str = "",
+    memory_gib: float | None = None,
+    prior_mask: str = "",
+    non_negative: bool = False,
 ) -> dict[str, object]:
     """Mean, standard deviation, resolution and missing views of a finished run's map; writes them into its folder.
 
@@ -59,6 +69,11 @@ def posterior(
         Of the draws.
     device, memory_gib
         In place of the run's own.
+    prior_mask
+        Where the map may be other than zero: ``sphere`` (of the run's mask diameter), ``solvent`` (the mask the run's resolution was measured
+        in) or a mask file in the frame of ``map.mrc``; empty: anywhere.
+    non_negative
+        Whether no voxel of the map may be negative.
 
     Returns
     -------
@@ -68,9 +83,17 @@ def posterior(
     ------
     RunError
         The folder is no finished run, its particles or map are not those it was made from, or a folder has the name of a file to write.
+    ConfigError
+        The mask is none of these particles, or has not the symmetry of their map.
     """
     if not 2 <= draws <= 1000:
         raise RunError("RUN042", f"{draws} draws of poses tell no variance", "give 2 to 1000, 8 is usual")
+    if non_negative and not prior_mask:
+        raise RunError(
+            "RUN049",
+            "--non-negative without --prior-mask: images have no level that density could be above",
+            "add --prior-mask solvent: what is outside the molecule is zero",
+        )
     config, metrics = open_finished(run)
     for name in WRITTEN:
         if (run / name).is_dir():
@@ -87,13 +110,22 @@ def posterior(
         inputs = inputs_of(run, config, metrics)
         stack = fourier_stack(config, inputs)
         mask = _mask(run, config, inputs, stack.box, stack.pixel_size)
-        poses = posterior_of_run(run, len(stack)).in_pixels(stack.pixel_size)
-        samples = joint_draws(poses, draws, seed)
         group, equal = point_group(inputs.symmetry).float(), torch.ones(len(stack))
-        found = map_posterior(stack, equal, weighted_modes(poses), group)
+        support = _support(prior_mask, inputs, mask, group) if prior_mask else None
+        poses = posterior_of_run(run, len(stack)).in_pixels(stack.pixel_size)
+        samples, modes = joint_draws(poses, draws, seed), weighted_modes(poses)
+        found = map_posterior(stack, equal, modes, group)
         by_shell, by_voxel = pose_variance(stack, equal, samples, group, found)
         unseen = _unseen(stack, poses, _own_poses(run, stack), inputs.half_set, group, draws, seed)
-        values = _write(run, inputs, stack, mask, found, by_shell.cpu(), by_voxel.cpu(), unseen)
+        masked = None
+        if support is not None:
+            spectra = found.noise, found.prior
+            masked = masked_posterior(
+                stack, equal, modes, group, support, *spectra, draws=draws, seed=seed, non_negative=non_negative
+            )
+        values = _write(run, inputs, stack, mask, found, masked, by_shell.cpu(), by_voxel.cpu(), unseen)
+        values |= {"prior_mask": prior_mask, "non_negative": non_negative}
+        values |= {"prior_mask_share": 1.0 if support is None else float(support.float().mean())}
         values |= {"draws": draws, "seed": seed, "particles": len(stack), "seconds": time.monotonic() - begun}
         outputs.write_json(run / "posterior.json", values)
     return values
@@ -162,29 +194,57 @@ def _mask(run: Path, config: RunConfig, inputs: Inputs, box: int, pixel_size: fl
     return sphere if found is None else found
 
 
+def _support(
+    name: str, inputs: Inputs, mask: Float[Tensor, "d d d"], group: Float[Tensor, "s 3 3"]
+) -> Bool[Tensor, "d d d"]:
+    """Where ``--prior-mask`` lets the map be other than zero: wherever that mask is."""
+    if name == SOLVENT:
+        return mask > 0
+    particles, diameter = inputs.particles, inputs.mask_diameter
+    if name == SPHERE:
+        return soft_sphere(particles.box, 0.5 * diameter / particles.pixel_size) > 0
+    given = read_mask(Path(name), particles, diameter)
+    for element in group[1:]:
+        common = float(torch.minimum(move_volume(given, element, torch.zeros(3)), given).sum() / given.sum())
+        if common < _ALIKE:
+            raise ConfigError(
+                "CONF027",
+                f"{100 * common:.0f} % of the mask {name} is where a rotation of {inputs.symmetry}, the run's symmetry, puts it, expected "
+                f"{100 * _ALIKE:.0f} %",
+                "make it from the run's own map.mrc, or pass --prior-mask solvent",
+            )
+    return given > 0
+
+
 def _write(
     run: Path,
     inputs: Inputs,
     stack: FourierStack,
     mask: Float[Tensor, "d d d"],
     found: MapPosterior,
+    masked: MaskedPosterior | None,
     by_shell: Float[Tensor, " shells"],
     by_voxel: Float[Tensor, "d d d"],
     unseen: HeldOut,
 ) -> dict[str, object]:
     box, apix, scale = stack.box, stack.pixel_size, stack.scale
     group = point_group(inputs.symmetry).float()
-    mean, noise_part, seen = found.mean.cpu(), found.variance.cpu(), found.information.cpu()
-    variance = added_to_shells(noise_part, by_shell)
+    map_, seen = masked or found, found.information.cpu()
+    mean, variance = map_.mean.cpu(), added_to_shells(map_.variance.cpu(), by_shell)
+    filled = (
+        mask if masked is None else torch.ones_like(mask)
+    )  # of what is uncertain of the map, how much a mask would keep
     alpha = ss_snr(mean, variance)
-    masked = in_mask(alpha, mask)
-    resolution, inside = (predicted_resolution(a, box, apix) for a in (alpha, masked))
+    alpha_masked = in_mask(alpha, filled)
+    resolution, inside = (predicted_resolution(a, box, apix) for a in (alpha, alpha_masked))
     pose_part = torch.from_numpy(ndimage.gaussian_filter(by_voxel.numpy(), _SMOOTH_PX))
-    voxels = found.volume.voxel_variance(group).cpu()
+    voxels = (found.volume.voxel_variance(group) if masked is None else masked.voxel_variance).cpu()
+    if masked is not None:
+        pose_part = pose_part * (voxels > 0)
     spread = (voxels + pose_part).sqrt() / scale
     views = missing_views(seen)
     directions, curves = spectrum_by_direction(mean, variance)
-    along = torch.tensor([predicted_resolution(in_mask(c, mask), box, apix) for c in curves])
+    along = torch.tensor([predicted_resolution(in_mask(c, filled), box, apix) for c in curves])
     write_volume(run / "map_mean.mrc", (mean / scale).numpy(), apix)
     write_volume(run / "map_std.mrc", spread.float().numpy(), apix)
     write_volume(run / "missing_views.mrc", full_transform(views).numpy(), apix)
@@ -193,8 +253,8 @@ def _write(
         "fsc_full_set": full_set_fsc(alpha),
         "fsc_half_set": half_set_fsc(alpha),
         "fsc_truth": truth_fsc(alpha),
-        "ss_snr_masked": masked,
-        "fsc_half_set_masked": half_set_fsc(masked),
+        "ss_snr_masked": alpha_masked,
+        "fsc_half_set_masked": half_set_fsc(alpha_masked),
         "held_out_residual": unseen.residual,
     }
     outputs.write_fsc(run / "ss_snr.csv", curves_by_name, box, apix)
