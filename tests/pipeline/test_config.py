@@ -48,6 +48,12 @@ def test_presets_are_valid(name):
     check(preset(RunConfig(particles="x", preset=name)))
 
 
+def test_fast_sweeps_less_and_thorough_more_than_the_default():
+    fast, default, thorough = (preset(RunConfig(particles="x", preset=n)) for n in ("fast", "default", "thorough"))
+    assert fast.refine.sweeps < default.refine.sweeps < thorough.refine.sweeps
+    assert fast.abinitio.starts <= default.abinitio.starts < thorough.abinitio.starts
+
+
 def test_unknown_preset_and_bad_ranges():
     with pytest.raises(ConfigError, match="CONF014"):
         preset(RunConfig(particles="x", preset="fastest"))
