@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from small_stack import APIX, COUNT, small_stack
 
 from cryorbit.groups.point import point_group
 from cryorbit.groups.so3 import distance, exp, healpix_grid, random_rotations
@@ -20,7 +21,7 @@ from cryorbit.poses.posterior import PosePosterior
 from cryorbit.poses.proposals import PoseProposals, proposed, shift_prior
 from cryorbit.simulate.particles import SimulatedParticles, simulate_particles
 from cryorbit.simulate.phantom import phantom
-from cryorbit.training.dataset import ArrayParticles, FourierStack
+from cryorbit.training.dataset import FourierStack
 from cryorbit.volumes.gaussian import GaussianVolume
 
 ONE = torch.eye(3)[None]
@@ -136,22 +137,12 @@ def test_bound_over_poses_approaches_the_integral(generator):
     assert bounds[-1] == pytest.approx(0.0, abs=0.2)
 
 
-COUNT, TRAINED, BOX, APIX = 500, 350, 20, 4.0
+TRAINED = 350
 
 
 @pytest.fixture(scope="module")
 def case() -> tuple[FourierStack, SimulatedParticles, MapPosterior]:
-    truth = simulate_particles(
-        phantom(radius=25.0, width=2.0),
-        count=COUNT,
-        box=BOX,
-        pixel_size=APIX,
-        snr_db=-3.0,
-        shift_sigma_px=0.5,
-        noise="coloured",
-        seed=4,
-    )
-    stack = FourierStack(ArrayParticles(truth.images.numpy(), APIX), BOX / 2, mask_diameter=70.0)
+    stack, truth = small_stack(4)
     return stack, truth, trained(stack, truth, ONE)
 
 

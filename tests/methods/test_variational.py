@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_stack import APIX, BOX, COUNT, small_stack
 
 from cryorbit.errors import ConfigError
 from cryorbit.groups.point import point_group
@@ -14,28 +15,16 @@ from cryorbit.metrics.fsc import fsc, shell_sum
 from cryorbit.metrics.resample import move_volume
 from cryorbit.physics.fourier import shell_index, volume_to_fourier
 from cryorbit.poses.local import PoseSamples
-from cryorbit.simulate.particles import SimulatedParticles, simulate_particles
-from cryorbit.simulate.phantom import phantom
-from cryorbit.training.dataset import ArrayParticles, FourierStack
+from cryorbit.simulate.particles import SimulatedParticles
+from cryorbit.training.dataset import FourierStack
 from cryorbit.training.loop import run
 
-COUNT, BOX, APIX = 500, 20, 4.0
 ONE = torch.eye(3)[None]
 
 
 @pytest.fixture(scope="module")
 def case() -> tuple[FourierStack, SimulatedParticles, PoseSamples, MapPosterior]:
-    truth = simulate_particles(
-        phantom(radius=25.0, width=2.0),
-        count=COUNT,
-        box=BOX,
-        pixel_size=APIX,
-        snr_db=-3.0,
-        shift_sigma_px=0.5,
-        noise="coloured",
-        seed=3,
-    )
-    stack = FourierStack(ArrayParticles(truth.images.numpy(), APIX), BOX / 2, mask_diameter=70.0)
+    stack, truth = small_stack(3)
     poses = PoseSamples(torch.arange(COUNT), truth.poses.rotations, truth.poses.shifts / APIX, torch.ones(COUNT))
     return stack, truth, poses, map_posterior(stack, torch.ones(COUNT), poses, ONE)
 

@@ -319,9 +319,7 @@ class Refinement:
         t["rotations"][chosen], t["shifts"][chosen], t["mass"][chosen] = (
             x.cpu() for x in (modes.rotations, modes.shifts, modes.mass)
         )
-        level = (
-            0.5 * (disk.weight * (torch.pi * disk.weight / precision).log()).sum()
-        )  # of an image that is noise alone
+        level = 0.5 * (disk.weight * (torch.pi * disk.weight / precision).log()).sum()  # of noise alone
         t["log_likelihood"][chosen] = -(loss + level).to(torch.float32).cpu()
         return PoseSamples(
             chosen[samples.particle.cpu()], samples.rotations.cpu(), samples.shifts.cpu(), samples.weight.cpu()

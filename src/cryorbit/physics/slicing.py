@@ -91,15 +91,16 @@ def _checked(box: int, radius: float, oversampling: int) -> float:
     return min(float(radius), box / 2)
 
 
-def _interpolation_window(box: int, oversampling: int, like: Tensor) -> Float[Tensor, " d"]:
-    """Transform of the quadratic B-spline along one axis of the map: ``sinc^3(x / (oversampling * D))``."""
-    x = torch.arange(box, device=like.device, dtype=like.dtype) - box // 2
-    return torch.sinc(x / (oversampling * box)) ** 3
+def spline_window(side: int, fine: int, like: Tensor) -> Float[Tensor, "d d d"]:
+    """Transform of the quadratic B-spline of a grid of ``fine`` points a side, ``sinc^3(x / fine)`` per axis, at the central ``side``."""
+    x = torch.arange(side, device=like.device, dtype=like.dtype) - side // 2
+    w = torch.sinc(x / fine) ** 3
+    return w[:, None, None] * w[:, None] * w
 
 
 def _over_window(volume: Tensor, oversampling: int) -> Tensor:
-    w = _interpolation_window(volume.shape[-1], oversampling, volume)
-    return volume / (w[:, None, None] * w[:, None] * w)
+    side = volume.shape[-1]
+    return volume / spline_window(side, oversampling * side, volume)
 
 
 def slicing_grid(volume: Float[Tensor, "d d d"], radius: float, oversampling: int = 2) -> SlicingGrid:
@@ -317,7 +318,7 @@ def volume_from_accumulator(
     (D, D, D) real map, band-limited to the accumulator's radius.
     """
     transform = uncropped(_quotient(acc, regularisation)[0], acc.oversampling * acc.box)
-    return _over_window(_central(fourier_to_volume(transform, acc.oversampling * acc.box), acc.box), acc.oversampling)
+    return _over_window(central(fourier_to_volume(transform, acc.oversampling * acc.box), acc.box), acc.oversampling)
 
 
 def back_projected(acc: Accumulator) -> Float[Tensor, "d d d"]:
@@ -327,7 +328,7 @@ def back_projected(acc: Accumulator) -> Float[Tensor, "d d d"]:
     """
     side = acc.oversampling * acc.box
     wide = fourier_to_volume(uncropped(completed(acc.numerator), side), side) * float(side**3)
-    return _over_window(_central(wide, acc.box), acc.oversampling)
+    return _over_window(central(wide, acc.box), acc.oversampling)
 
 
 def _quotient(acc: Accumulator, regularisation: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -349,8 +350,8 @@ def misfit(
     """
     best, weight = _quotient(acc, regularisation)
     c = weight.shape[-1] - 1
-    w = _interpolation_window(acc.box, acc.oversampling, volume)
-    transform = _half_grid(volume * w[:, None, None] * w[:, None] * w, acc.oversampling, c)[..., 1:]
+    blurred = volume * spline_window(acc.box, acc.oversampling * acc.box, volume)
+    transform = _half_grid(blurred, acc.oversampling, c)[..., 1:]
     twice = torch.full((c + 1,), 2.0, device=weight.device)  # a point at x > 0 stands for its mate too
     twice[0] = 1.0
     size, off = ((twice * weight * torch.view_as_real(u).square().sum(-1)).sum() for u in (best, transform - best))
@@ -391,7 +392,8 @@ def uncropped(values: Shaped[Tensor, "z y x"], side: int) -> Shaped[Tensor, "s s
     return out
 
 
-def _central(volume: Float[Tensor, "s s s"], box: int) -> Float[Tensor, "d d d"]:
+def central(volume: Float[Tensor, "s s s"], box: int) -> Float[Tensor, "d d d"]:
+    """The ``box`` central voxels a side."""
     start = volume.shape[-1] // 2 - box // 2
     part = slice(start, start + box)
     return volume[part, part, part]

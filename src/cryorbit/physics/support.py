@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cryorbit.errors import DataError
 from cryorbit.physics.fourier import fourier_to_volume, frequencies, volume_to_fourier
-from cryorbit.physics.slicing import Accumulator, completed, uncropped
+from cryorbit.physics.slicing import Accumulator, central, completed, spline_window, uncropped
 
 _NEAR = 0.02  # of a standard deviation: how close to the solution is close enough, root mean square over the voxels
 _MOST_STEPS = 3000
@@ -71,7 +71,7 @@ class SupportedGaussian:
         believed = 1 / (8 * prior[norm.round().to(torch.int64).clamp(max=len(prior) - 1)])
         fine = acc.oversampling * box
         near = _unblurred(uncropped(completed(acc.weight), fine), side) * (fine / side) ** 3
-        seen, even = (volume_to_fourier(x).real for x in (near, near * _window(side, side, near)))
+        seen, even = (volume_to_fourier(x).real for x in (near, near * spline_window(side, side, near)))
         return cls(seen + believed, believed, 1 / (even.clamp_min(0) + believed), support)
 
     def times(self, values: Float[Tensor, "d d d"]) -> Float[Tensor, "d d d"]:
@@ -153,13 +153,7 @@ class SupportedGaussian:
         side = self.prior.shape[0]
         white = torch.randn(side, side, side, generator=generator).to(self.prior)
         believed = fourier_to_volume(volume_to_fourier(white) * self.prior.sqrt(), side) * side**1.5
-        return self.solved((noise + believed[self._inner]) * self.support)
-
-    @property
-    def _inner(self) -> tuple[slice, slice, slice]:
-        side, box = self.precision.shape[0], self.support.shape[0]
-        part = slice(side // 2 - box // 2, side // 2 - box // 2 + box)
-        return part, part, part
+        return self.solved((noise + central(believed, self.support.shape[0])) * self.support)
 
     def _guess(self, values: Float[Tensor, "d d d"]) -> Float[Tensor, "d d d"]:
         """What ``P^-1`` would be without a support."""
@@ -169,18 +163,10 @@ class SupportedGaussian:
         side, box = self.precision.shape[0], self.support.shape[0]
         before = side // 2 - box // 2
         wide = torch.nn.functional.pad(values, [before, side - box - before] * 3)
-        return fourier_to_volume(volume_to_fourier(wide) * gain, side)[self._inner] * self.support
-
-
-def _window(side: int, fine: int, like: Tensor) -> Float[Tensor, "s s s"]:
-    """Transform of the quadratic B-spline of a grid of ``fine`` points a side, over the central ``side`` voxels."""
-    x = torch.arange(side, device=like.device, dtype=like.dtype) - side // 2
-    w = torch.sinc(x / fine) ** 3
-    return w[:, None, None] * w[:, None] * w
+        return central(fourier_to_volume(volume_to_fourier(wide) * gain, side), box) * self.support
 
 
 def _unblurred(seen: Float[Tensor, "s s h"], side: int) -> Float[Tensor, "d d d"]:
     """The convolution's kernel over the central ``side`` voxels, from inserted weights without the spline they were inserted by."""
     fine = seen.shape[0]
-    part = slice(fine // 2 - side // 2, fine // 2 - side // 2 + side)
-    return fourier_to_volume(seen.to(seen.dtype.to_complex()), fine)[part, part, part] / _window(side, fine, seen)
+    return central(fourier_to_volume(seen.to(seen.dtype.to_complex()), fine), side) / spline_window(side, fine, seen)

@@ -231,9 +231,8 @@ def _write(
     group = point_group(inputs.symmetry).float()
     map_, seen = masked or found, found.information.cpu()
     mean, variance = map_.mean.cpu(), added_to_shells(map_.variance.cpu(), by_shell)
-    filled = (
-        mask if masked is None else torch.ones_like(mask)
-    )  # of what is uncertain of the map, how much a mask would keep
+    # of what is uncertain of the map, how much a mask would keep
+    filled = mask if masked is None else torch.ones_like(mask)
     alpha = ss_snr(mean, variance)
     alpha_masked = in_mask(alpha, filled)
     resolution, inside = (predicted_resolution(a, box, apix) for a in (alpha, alpha_masked))
