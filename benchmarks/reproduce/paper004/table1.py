@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cryorbit.io.idx import read_idx
-from cryorbit.methods.invariant import PRESETS, Invariant, InvariantConfig
+from cryorbit.methods.invariant import PRESETS, Invariant
 from cryorbit.methods.spatial_vae import SpatialVAE, SpatialVAEConfig
 from cryorbit.metrics.pictures import angle_errors, picture_errors
 from cryorbit.physics.planar import rotate_images
@@ -33,10 +33,10 @@ from cryorbit.training.loop import run
 
 PAPER = {"mnist": {"paper004": (0.02, 0.18), "spatial-vae": (66.07, 121.82)}}
 PAPER["projections"] = {"paper004": (0.3, 0.81), "spatial-vae": (2.1, 3.29)}
-ROWS = ("default", "paper004", "spatial-vae", "unsupervised", "default with critic")
+ROWS = ("default", "one guess", "paper004", "spatial-vae", "unsupervised", "default with critic")
 EPOCHS = {
-    "mnist": dict(zip(ROWS, (8, 8, 4, 6, 8), strict=True)),
-    "projections": dict(zip(ROWS, (16, 16, 6, 10, 16), strict=True)),
+    "mnist": dict(zip(ROWS, (8, 8, 8, 4, 8, 8), strict=True)),
+    "projections": dict(zip(ROWS, (16, 16, 16, 6, 16, 16), strict=True)),
 }
 SHOWN = 8
 SEED = 4
@@ -61,10 +61,12 @@ def method_of(name: str, pictures: TurnedPictures, epochs: int) -> Invariant | S
     """The method of a row, shortened to ``epochs``."""
     if name == "spatial-vae":
         return SpatialVAE(pictures, SpatialVAEConfig(epochs=epochs, batch=64), seed=SEED)
-    preset, _, _critic = name.partition(" with critic")
-    config: InvariantConfig = PRESETS[preset]
-    weight = 1.0 if name.endswith("critic") else config.critic
-    config = replace(config, epochs=epochs, drop_epoch=2 * epochs // 3, batch=64, critic=weight)
+    config = {
+        "one guess": replace(PRESETS["default"], angle="circle"),
+        "default with critic": replace(PRESETS["default"], critic=1.0),
+        **PRESETS,
+    }[name]
+    config = replace(config, epochs=epochs, drop_epoch=2 * epochs // 3, batch=64)
     return Invariant(pictures, config, seed=SEED)
 
 

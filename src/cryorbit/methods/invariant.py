@@ -9,12 +9,14 @@ Where the paper is silent or cannot be followed: layers are ours (``networks/pic
 which D(G(z)) cancels, so each is given its own, as printed in (3); the critic is made Lipschitz by the gradient penalty of the paper's
 reference [8], weight 10; the exponent of (1) is cut at 6, where a first guess would overflow.
 
-By default instead: the angle is a point on the circle with the loss ``1 - cos``, which has no jump at half a turn, and weighs 30, because (2)
-sums over pixels and drowns it; no critic (docs/methods/invariant.md measures what it brings); Adam at 1e-3.
+By default instead there is no guess of the angle: the encoder is exactly invariant (convolutions around rings, ``PolarEncoder``), the
+picture it decodes to is laid on what is shown at every angle of a grid, and how well each fits, under white noise of a fitted variance and
+the prior of the angles, is the angle's posterior. Its peak is the angle. ``circle``, between the two, guesses a point on the circle with the
+loss ``1 - cos``, which has no jump at half a turn, and weighs 30, because (2) sums over pixels and drowns it. Both are without a critic
+(docs/methods/invariant.md measures what it brings) and at Adam's 1e-3.
 
-``supervised = False`` never sees an unturned picture, which is all that real particles offer. Two turned copies of what is shown must give
-angles that differ by the turn between them (equivariance), and the picture decoded from one, turned by the angle of the other, must be the
-other (a canonical picture). The frame is then free: one turn for all, and possibly another for each kind of picture.
+``supervised = False`` never sees an unturned picture, which is all that real particles offer: what is minimised is minus the log likelihood of
+what is shown, marginal over the angles of the grid. The frame is then free: one turn for all, and possibly another for each kind of picture.
 """
 
 import math
@@ -27,8 +29,8 @@ from torch import Tensor, nn
 from cryorbit.errors import ConfigError
 from cryorbit.groups.so2 import SO2
 from cryorbit.networks.critic import Critic, gradient_penalty
-from cryorbit.networks.pictures import Decoder, Encoder
-from cryorbit.physics.planar import rotate_images
+from cryorbit.networks.pictures import Decoder, Encoder, PolarEncoder
+from cryorbit.physics.planar import PolarGrid
 from cryorbit.simulate.pictures import TurnedPictures
 from cryorbit.training.checkpoint import State
 from cryorbit.training.optimiser import adam_state, epoch_batch, load_adam
@@ -36,6 +38,8 @@ from cryorbit.training.optimiser import adam_state, epoch_batch, load_adam
 _LARGEST_EXPONENT = 6.0
 _PENALTY = 10.0
 _CHUNK = 1000
+_FOLLOW = 0.05  # share of a batch in the running variance
+ANGLES = ("posterior", "circle", "scalar")
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,10 @@ class InvariantConfig:
     Attributes
     ----------
     angle
-        ``circle``: (cos, sin) and the loss 1 - cos; ``scalar``: one number and the loss of papers/004 eq. 1.
+        ``posterior``: over a grid of angles, from the decoded picture; ``circle``: (cos, sin) and the loss 1 - cos; ``scalar``: one number
+        and the loss of papers/004 eq. 1.
     angle_weight
-        Factor on the angle loss: the reconstruction sums over pixels and would drown it (1 in papers/004 eq. 5).
+        Factor on the angle loss of ``circle`` and ``scalar``: the reconstruction sums over pixels and would drown it (1 in papers/004 eq. 5).
     supervised
         Whether the unturned pictures are shown.
     critic
@@ -64,7 +69,7 @@ class InvariantConfig:
         Adam's.
     """
 
-    angle: str = "circle"
+    angle: str = "posterior"
     angle_weight: float = 30.0
     supervised: bool = True
     critic: float = 0.0
@@ -114,35 +119,65 @@ class Invariant:
     name = "invariant"
 
     def __init__(self, pictures: TurnedPictures, config: InvariantConfig, *, seed: int = 0) -> None:
-        if config.angle not in ("circle", "scalar"):
-            raise ConfigError("CONF431", f"angle is {config.angle!r}, expected circle or scalar")
-        if config.angle == "scalar" and not config.supervised:
-            raise ConfigError("CONF432", "one number cannot follow a turn without a truth", "use angle = circle")
+        if config.angle not in ANGLES:
+            raise ConfigError("CONF431", f"angle is {config.angle!r}, expected one of {', '.join(ANGLES)}")
+        if config.angle != "posterior" and not config.supervised:
+            raise ConfigError("CONF432", "a guessed angle cannot be learnt without a truth", "use angle = posterior")
+        if config.critic and not config.supervised:
+            raise ConfigError(
+                "CONF433", "a critic compares with unturned pictures, of which none are shown", "use critic = 0"
+            )
         self.pictures, self.config, self.seed = pictures, config, seed
-        side, numbers = pictures.side, 2 if config.angle == "circle" else 1
+        side, self.grid = pictures.side, PolarGrid(pictures.side)
+        away = SO2().distance(self.grid.steps(), SO2().identity())
+        self.prior = torch.log_softmax(
+            -0.5 * (away / pictures.spread).square(), dim=0
+        )  # uniform for an infinite spread
+        self.variance = pictures.pictures.square().mean() + pictures.noise**2  # of a pixel about its prediction
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.encoder, self.decoder = Encoder(side, config.latent + numbers), Decoder(side, config.latent)
-            self.critic = Critic(side)
+            self.encoder: nn.Module = (
+                PolarEncoder(self.grid.rings, config.latent)
+                if config.angle == "posterior"
+                else Encoder(side, config.latent + (2 if config.angle == "circle" else 1))
+            )
+            self.decoder, self.critic = Decoder(side, config.latent), Critic(side)
         both = [*self.encoder.parameters(), *self.decoder.parameters()]
         self.optimiser = torch.optim.Adam(both, lr=config.rate, weight_decay=config.weight_decay)
         self.critic_optimiser = torch.optim.Adam(
             self.critic.parameters(), lr=config.rate, weight_decay=config.weight_decay, betas=(0.5, 0.9)
         )
 
-    def encode(self, shown: Float[Tensor, "b d d"]) -> tuple[Float[Tensor, " b"], Float[Tensor, "b l"]]:
-        """Angle in radian and invariant features of each picture."""
-        out = self.encoder(shown)
-        z, head = out[:, : self.config.latent], out[:, self.config.latent :]
-        return (torch.atan2(head[:, 1], head[:, 0] + 1e-9) if head.shape[1] == 2 else head[:, 0]), z
+    def features(self, shown: Float[Tensor, "b d d"]) -> Float[Tensor, "b l"]:
+        """z of each picture."""
+        return self._encode(shown)[0]
+
+    def _encode(self, shown: Tensor) -> tuple[Float[Tensor, "b l"], Float[Tensor, "b n"]]:
+        """z, and what the network says of the angle: nothing, one number or a point."""
+        out = self.encoder(self.grid.sample(shown) if self.config.angle == "posterior" else shown)
+        return out[:, : self.config.latent], out[:, self.config.latent :]
+
+    def _guess(self, head: Float[Tensor, "b n"]) -> Float[Tensor, " b"]:
+        """Angle in radian."""
+        return torch.atan2(head[:, 1], head[:, 0] + 1e-9) if head.shape[1] == 2 else head[:, 0]
+
+    def _misfit(self, shown: Tensor, made: Tensor) -> Float[Tensor, "b a"]:
+        """Squared distance of each picture from the one made for it, at every angle of the grid."""
+        both = shown.square().sum(dim=(1, 2)) + made.square().sum(dim=(1, 2))
+        return both[:, None] - 2 * self.grid.overlap(self.grid.sample(shown), self.grid.sample(made))
 
     @torch.no_grad()
     def canonical(self, shown: Float[Tensor, "n d d"]) -> tuple[Float[Tensor, "n d d"], Float[Tensor, " n"]]:
         """Unturned pictures and angles in radian."""
         parts = []
         for part in shown.split(_CHUNK):
-            angle, z = self.encode(part)
-            parts.append((self.decoder(z), angle))
+            z, head = self._encode(part)
+            made = self.decoder(z)
+            if self.config.angle == "posterior":
+                angle = self.grid.peak(self.prior - 0.5 * self._misfit(part, made) / self.variance)
+            else:
+                angle = self._guess(head)
+            parts.append((made, angle))
         pictures, angles = zip(*parts, strict=True)
         return torch.cat(pictures), torch.cat(angles)
 
@@ -168,16 +203,17 @@ class Invariant:
         for group in (*self.optimiser.param_groups, *self.critic_optimiser.param_groups):
             group["lr"] = rate
         values: dict[str, float | str] = {}
+        z, head = self._encode(shown)
+        made = self.decoder(z)
+        losses: dict[str, Tensor] = {}
         if c.supervised:
-            found, z = self.encode(shown)
-            made = self.decoder(z)
-            losses = {
-                "angle": c.angle_weight * angle_loss(found, angles, c.angle),
-                "picture": reconstruction_loss(made, truth),
-            }
+            losses["picture"] = reconstruction_loss(made, truth)
+        if c.angle == "posterior":
+            with torch.set_grad_enabled(not c.supervised):
+                marginal = self._marginal(shown, made)
+            losses |= {} if c.supervised else {"marginal": marginal}
         else:
-            made, losses = self._unsupervised(shown, generator)
-            truth = shown
+            losses["angle"] = c.angle_weight * angle_loss(self._guess(head), angles, c.angle)
         if c.critic and index % c.critic_every == 0:
             values |= self._critic_step(truth, made.detach(), generator)
         if c.critic:
@@ -187,16 +223,14 @@ class Invariant:
         self.optimiser.step()
         return values | {name: float(loss.detach()) for name, loss in losses.items()}
 
-    def _unsupervised(self, shown: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        turns = SO2().random(2 * len(shown), generator)
-        first, second = (rotate_images(shown, t) for t in turns.chunk(2))
-        (angle_1, z_1), (angle_2, z_2) = self.encode(first), self.encode(second)
-        apart = turns[: len(shown)] - turns[len(shown) :]
-        made_1, made_2 = self.decoder(z_1), self.decoder(z_2)
-        crossed = reconstruction_loss(rotate_images(made_1, angle_2), second)
-        crossed = crossed + reconstruction_loss(rotate_images(made_2, angle_1), first)
-        turned = self.config.angle_weight * angle_loss(angle_1 - angle_2, apart, "circle")
-        return made_1, {"angle": turned, "picture": 0.5 * crossed}
+    def _marginal(self, shown: Tensor, made: Tensor) -> Float[Tensor, ""]:
+        """Minus the mean log likelihood of pictures, marginal over the angle, in units of the squared misfit; follows the variance."""
+        misfit = self._misfit(shown, made)
+        likely = self.prior - 0.5 * misfit / self.variance
+        loss = -2 * self.variance * likely.logsumexp(dim=1).mean()
+        left = (likely.softmax(dim=1) * misfit).detach().sum(dim=1).mean() / shown[0].numel()
+        self.variance = (1 - _FOLLOW) * self.variance + _FOLLOW * left
+        return loss
 
     def _critic_step(self, real: Tensor, made: Tensor, generator: torch.Generator) -> dict[str, float | str]:
         penalty = gradient_penalty(self.critic, real, made, generator)
@@ -216,11 +250,13 @@ class Invariant:
         weights = {
             f"{name}.{k}": v.detach().clone() for name, m in self._modules().items() for k, v in m.state_dict().items()
         }
+        weights["variance"] = self.variance.clone()
         return weights | adam_state(self.optimiser) | adam_state(self.critic_optimiser, "critic_adam")
 
     def load_state(self, state: State) -> None:
         """Inverse of :meth:`state`."""
         for name, module in self._modules().items():
             module.load_state_dict({k: state[f"{name}.{k}"] for k in module.state_dict()})
+        self.variance = state["variance"].clone()
         load_adam(self.optimiser, state)
         load_adam(self.critic_optimiser, state, "critic_adam")

@@ -1,4 +1,4 @@
-"""Networks between pictures and latent vectors: a convolutional encoder and decoder, and a decoder that is a function of coordinates."""
+"""Networks between pictures and latent vectors: encoders in the plane and on rings, a decoder, and one that is a function of coordinates."""
 
 import torch
 from jaxtyping import Float
@@ -30,6 +30,31 @@ class Encoder(nn.Module):
 
     def forward(self, pictures: Float[Tensor, "b d d"]) -> Float[Tensor, "b l"]:
         return self.layers(pictures[:, None])
+
+
+class PolarEncoder(nn.Module):
+    """Pictures on rings (``physics/planar.PolarGrid``) to ``outputs`` numbers that a turn by a step of the grid does not change.
+
+    Convolutions run around the rings without stride, so turning the picture shifts what they give; its mean and maximum over the angle
+    are invariant, whatever the weights.
+    """
+
+    def __init__(self, rings: int, outputs: int, channels: int = 32, units: int = 256) -> None:
+        super().__init__()
+        reduced = (((rings + 1) // 2) + 1) // 2
+        self.rings = nn.ModuleList([nn.Conv2d(1, channels, (3, 5), (2, 1), (1, 0))])
+        self.rings.append(nn.Conv2d(channels, 2 * channels, (3, 5), (2, 1), (1, 0)))
+        self.whole = nn.Conv1d(2 * channels * reduced, 4 * channels, 3)
+        self.norms = nn.ModuleList([nn.GroupNorm(4, count * channels) for count in (1, 2, 4)])
+        self.last = nn.Sequential(nn.Linear(8 * channels, units), nn.ReLU(), nn.Linear(units, outputs))
+
+    def forward(self, polar: Float[Tensor, "b r a"]) -> Float[Tensor, "b l"]:
+        x = polar[:, None]
+        for layer, norm in zip(self.rings, self.norms, strict=False):
+            x = torch.relu(norm(layer(nn.functional.pad(x, (2, 2, 0, 0), mode="circular"))))
+        x = self.whole(nn.functional.pad(x.flatten(1, 2), (1, 1), mode="circular"))
+        x = torch.relu(self.norms[2](x))
+        return self.last(torch.cat([x.mean(dim=-1), x.amax(dim=-1)], dim=1))
 
 
 class Decoder(nn.Module):

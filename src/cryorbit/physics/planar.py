@@ -1,5 +1,6 @@
 """An image seen at unknown in-plane angles (papers/004 section 3): the 2-D alignment problem."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from cryorbit.groups.so2 import SO2
+from cryorbit.physics.fourier import circular_correlation
 
 
 def rotate_images(images: Float[Tensor, "b d d"], angle: Float[Tensor, " b"]) -> Float[Tensor, "b d d"]:
@@ -27,11 +29,63 @@ def rotate_images(images: Float[Tensor, "b d d"], angle: Float[Tensor, " b"]) ->
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     target = torch.stack([x, y], dim=-1).reshape(1, d * d, 2)
     source = target @ SO2().matrix(angle.to(images.dtype))  # row vectors: x^T g = (g^T x)^T
-    normalised = (source + d // 2) * (2 / (d - 1)) - 1
-    sampled = grid_sample(
-        images[:, None], normalised.reshape(-1, d, d, 2), mode="bicubic", padding_mode="zeros", align_corners=True
-    )
-    return sampled[:, 0]
+    return _sampled(images, source.reshape(-1, d, d, 2))
+
+
+def _sampled(images: Float[Tensor, "b d d"], points: Float[Tensor, "b r a 2"]) -> Float[Tensor, "b r a"]:
+    """Images at points (x, y) in pixels from their centre, by cubic interpolation."""
+    d = images.shape[-1]
+    at = (points + d // 2) * (2 / (d - 1)) - 1
+    return grid_sample(images[:, None], at, mode="bicubic", padding_mode="zeros", align_corners=True)[:, 0]
+
+
+@dataclass(frozen=True)
+class PolarGrid:
+    """Rings around the centre pixel of images of side D, on which a turn by a step of the grid is a shift along the angle.
+
+    Attributes
+    ----------
+    box
+        D in pixels.
+    angles
+        A, the points of a ring; a multiple of 4 makes quarter turns exact.
+    """
+
+    box: int
+    angles: int = 64
+
+    @property
+    def rings(self) -> int:
+        """R, at radii 0.5, 1.5, ... pixels inside the inscribed circle."""
+        return self.box // 2 - 1
+
+    def steps(self) -> Float[Tensor, " a"]:
+        """The angles in radian, from 0."""
+        return torch.arange(self.angles) * (2 * math.pi / self.angles)
+
+    def sample(self, images: Float[Tensor, "b d d"]) -> Float[Tensor, "b r a"]:
+        """Images on the rings; differentiable. One turned by t holds at angle phi what the image holds at ``phi - t``."""
+        radius, angle = self._radii(images), self.steps().to(images)
+        points = radius[:, None, None] * torch.stack([angle.cos(), angle.sin()], dim=-1)
+        return _sampled(images, points.expand(len(images), -1, -1, -1))
+
+    def overlap(self, shown: Float[Tensor, "b r a"], made: Float[Tensor, "b r a"]) -> Float[Tensor, "b a"]:
+        """Sum over pixels of ``shown`` times ``made`` turned by each angle of the grid: a correlation along the rings, each pixel's area its
+        weight."""
+        area = self._radii(shown) * (2 * math.pi / self.angles)
+        return circular_correlation(made, area[:, None] * shown).sum(dim=-2)
+
+    def peak(self, score: Float[Tensor, "b a"]) -> Float[Tensor, " b"]:
+        """Angle in radian of the highest score, by a parabola through it and its neighbours."""
+        best = score.argmax(dim=-1)
+        low, high, top = (score.gather(-1, ((best + k) % self.angles)[:, None])[:, 0] for k in (-1, 1, 0))
+        bend = (2 * top - low - high).clamp_min(torch.finfo(score.dtype).tiny)
+        return SO2().compose(
+            (best + 0.5 * (high - low) / bend) * (2 * math.pi / self.angles), SO2().identity().to(score)
+        )
+
+    def _radii(self, like: Tensor) -> Float[Tensor, " r"]:
+        return torch.arange(self.rings, dtype=like.dtype, device=like.device) + 0.5
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,57 @@
+"""Images on rings: turning is shifting, overlaps are those of pixels, and the peak is where the picture was turned to."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from cryorbit.groups.so2 import SO2
+from cryorbit.physics.planar import PolarGrid, rotate_images
+
+BOX = 32
+
+
+def blobs(count: int, generator: torch.Generator) -> Tensor:
+    """Sums of four wide Gaussians within half the box."""
+    axis = torch.arange(BOX, dtype=torch.float64) - BOX // 2
+    at = 8 * torch.rand(count, 4, 2, 1, generator=generator, dtype=torch.float64) - 4
+    wide = 2 + torch.rand(count, 4, 1, generator=generator, dtype=torch.float64)
+    x, y = (torch.exp(-0.5 * ((axis - at[:, :, k]) / wide) ** 2) for k in range(2))
+    return torch.einsum("nby,nbx->nyx", y, x)
+
+
+def test_a_turn_is_a_shift_along_the_rings(generator):
+    grid, images = PolarGrid(BOX), blobs(3, generator)
+    step = 2 * math.pi / grid.angles
+    polar = grid.sample(images)
+    quarter = grid.sample(rotate_images(images, torch.full((3,), math.pi / 2)))
+    torch.testing.assert_close(quarter, polar.roll(16, dims=-1), atol=1e-5, rtol=0)  # but for the rim
+    turned = grid.sample(rotate_images(images, torch.full((3,), 5 * step)))
+    assert float((turned - polar.roll(5, dims=-1)).abs().max()) < 0.04 * float(polar.abs().max())
+
+
+def test_overlap_is_that_of_pixels_and_its_peak_the_turn(generator):
+    grid, images = PolarGrid(BOX), blobs(4, generator)
+    angles = SO2().random(4, generator).double()
+    shown = rotate_images(images, angles)
+    score = grid.overlap(grid.sample(shown), grid.sample(images))
+    for j in (0, 9, 40):
+        direct = (shown * rotate_images(images, grid.steps()[j].expand(4))).sum(dim=(1, 2))
+        torch.testing.assert_close(score[:, j], direct, rtol=0.01, atol=0)
+    assert float(SO2().distance(grid.peak(score), angles).max()) < math.radians(0.5)
+
+
+def test_sampling_and_overlaps_are_differentiable(generator):
+    grid = PolarGrid(8, angles=8)
+    images = torch.randn(2, 8, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    other = torch.randn(2, grid.rings, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda a, b: grid.overlap(grid.sample(a), b), (images, other))
+
+
+@pytest.mark.parametrize("best", [0, 3, 7])
+def test_peak_of_a_parabola(best):
+    grid = PolarGrid(8, angles=8)
+    apart = (torch.arange(8.0) - (best + 0.25) + 4) % 8 - 4
+    found = grid.peak(-apart.square()[None])
+    assert float(SO2().distance(found, torch.tensor((best + 0.25) * math.pi / 4))) < 1e-5
