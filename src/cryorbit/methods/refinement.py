@@ -43,6 +43,7 @@ _FINAL_SAMPLES, _FINAL_WIDEN = 48, 1.5  # poses drawn around each mode for the l
 _SINGLE = 1.02  # modes per particle: where there are fewer, none are looked for elsewhere at last
 _JUDGED = 500  # particles of a half by which the maps' errors are judged
 _NO_MASS = 1e-3  # of a particle's mass: modes with less are not followed
+_STILL_PX = 0.01  # Fourier pixels at the rim by which settled poses move in a sweep: what is left is some times that
 _LEAST_GAIN = 0.05  # nats per particle and sweep: below, the poses move by a seventh of their spread together, or less
 
 
@@ -203,7 +204,7 @@ class Refinement:
         t["previous_radius"] = t["radius"]
         t["radius"] = torch.tensor(self._next_radius(radius))
         no_gain = min(abs(gain), abs(gain + float(t["gain"])) / 2) < _LEAST_GAIN  # up and down: none
-        still = no_gain or float(t["pose_change"]) < 0.05 / max(radius, 1)
+        still = no_gain or float(t["pose_change"]) < _STILL_PX / max(radius, 1)
         t["gain"] = torch.tensor(gain)
         t["settled"] |= abs(int(t["radius"]) - radius) <= 1 and index > 0 and still
         return {
