@@ -39,7 +39,8 @@ _BATCH_PIXELS = 2**21  # Fourier pixels read at a time; a particle may need ten 
 # Places of the whole grid from which modes are looked for, and how far apart, in the grid's spacing: in a sweep, where a map holds the noise of
 # the very image and more search finds more of it; and at last, under the other half's map.
 _STARTS, _FINAL_STARTS = (1, 1.2), (8, 0.7)
-_FINAL_SAMPLES, _FINAL_WIDEN = 48, 1.5  # poses drawn around each mode for the last posterior, and how wide
+# Poses drawn around each mode for the last posterior, where particles have several modes and where not; and how wide
+_FINAL_SAMPLES, _FINAL_WIDEN = (48, 16), 1.5
 _SINGLE = 1.02  # modes per particle: where there are fewer, none are looked for elsewhere at last
 _JUDGED = 500  # particles of a half by which the maps' errors are judged
 _NO_MASS = 1e-3  # of a particle's mass: modes with less are not followed
@@ -248,12 +249,13 @@ class Refinement:
                 starts,
                 disk,
                 symmetry=self.symmetry,
-                points=sample_points(len(chosen), _FINAL_SAMPLES, int(chosen[0])),
+                points=sample_points(len(chosen), _FINAL_SAMPLES[not several], int(chosen[0])),
                 modes=self.config.modes,
                 iterations=self.config.iterations,
                 coarse=float(self.search_radius),
                 fit_shift=self.config.fit_shift,
                 widen=_FINAL_WIDEN,
+                sharp=0.0,
             )[0]
             predicted = forward(grids[half], found.rotations[:, 0], found.shifts[:, 0], disk, ctf)
             power = (precision * predicted.abs().square()).sum(dim=1)

@@ -20,7 +20,9 @@ from cryorbit.poses.posterior import PosePosterior
 from cryorbit.poses.table import refine_poses
 
 _PRIOR = (0.3, 3.0)  # radian, pixels: proposals are no wider, whatever an image leaves open
-_SHARP_PX = 0.25  # of standard deviation at the rim of the disk, below which a mode is one pose
+SHARP_PX = (
+    0.25  # of standard deviation at the rim of the disk, below which a map is hardly blurred if a mode is one pose
+)
 _WORSE = 15.0  # of log likelihood below the best, where a mode is dropped
 _LOOK = 2  # Gauss-Newton steps before starts are compared, at the coarse radius and again at the full one
 _ONE_PX = 1.0  # at the rim of the disk or of shift, within which two modes are one
@@ -108,6 +110,7 @@ def local_posterior(
     coarse: float = math.inf,
     fit_shift: bool = True,
     widen: float = 1.2,
+    sharp: float = SHARP_PX,
 ) -> tuple[PosePosterior, PoseSamples, Float[Tensor, " b"]]:
     """Refine every start, keep the distinct modes, weigh them and sample them.
 
@@ -128,6 +131,8 @@ def local_posterior(
         reaches, they come to their mode there.
     widen
         Standard deviations of the proposal over those of the Gauss-Newton matrix: tails must be covered.
+    sharp
+        Standard deviation in pixels, at the rim of the disk or of shift, up to which the mode stands for its samples.
 
     Returns
     -------
@@ -186,8 +191,8 @@ def local_posterior(
     covariance = torch.linalg.inv(hessian + torch.diag_embed(prior))
     variance = covariance.diagonal(dim1=1, dim2=2)
     reach = torch.maximum(disk.radius * variance[:, :3].mean(dim=1).sqrt(), variance[:, 3:].mean(dim=1).sqrt())
-    wide = torch.nonzero(reach > _SHARP_PX)[:, 0]
-    narrow = torch.nonzero(reach <= _SHARP_PX)[:, 0]
+    wide = torch.nonzero(reach > sharp)[:, 0]
+    narrow = torch.nonzero(reach <= sharp)[:, 0]
     volume = 0.5 * torch.linalg.slogdet(covariance)[1]
     # sampled modes, then those that one pose stands for
     factor = widen * torch.linalg.cholesky(covariance[wide])
@@ -203,7 +208,11 @@ def local_posterior(
     sampled = target + over
     log_weight = torch.cat([sampled.flatten(), volume[narrow] - loss[narrow]])
     free = 5 if fit_shift else 3
-    spread = (sampled.softmax(dim=1) * own[..., :free].square().mean(dim=2)).sum(dim=1) * widen**2
+    square = (
+        own[..., :free].square().mean(dim=2)
+    )  # of the same points, had they the weights of the normal distribution: few tell it too
+    normal = 0.5 * (1 - widen**2) * own.square().sum(dim=-1)
+    spread = (sampled.softmax(dim=1) * square).sum(dim=1) / (normal.softmax(dim=1) * square).sum(dim=1)
     covariance[wide] *= spread[:, None, None]
     mode = torch.cat([wide.repeat_interleave(count_k), narrow])
     weight = _normalised(log_weight, owner[mode], count)
