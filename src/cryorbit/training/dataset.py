@@ -170,13 +170,18 @@ class FourierStack:
             out.append(values if self._group is None else values * self.equalisation(part))
         return torch.cat(out)
 
+    @property
+    def is_equalised(self) -> bool:
+        """Whether the particles are of several optics groups whose noise is made equal."""
+        return self._group is not None
+
     def raw(self, indices: Int[Tensor, " b"]) -> Float[Tensor, "b d d"]:
         """The particles ``indices`` as they are on disk."""
         return torch.from_numpy(self.particles.read(indices.cpu().numpy())).to(self.device)
 
     def to_raw(self, values: Complex[Tensor, "b p"]) -> Float[Tensor, "b d d"]:
-        """Images on the grid and the scale of :meth:`raw` from Fourier pixels in the stack's units, without :meth:`equalisation`;
-        differentiable. Their background is 0."""
+        """Images on the grid and the scale of :meth:`raw` from Fourier pixels like those of :meth:`images`, without an
+        :meth:`equalisation`; differentiable. Their background is 0."""
         return disk_to_images(values / self.scale, self._full_disk.to(self.device))
 
     @cached_property
