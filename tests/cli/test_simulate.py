@@ -129,6 +129,19 @@ def test_no_noise_cone_and_slices(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "b" / "simulation.json").read_text())["snr_db"] is None
 
 
+def test_counts(tmp_path: Path) -> None:
+    path = tmp_path / "counts"
+    options = ["--noise", "poisson", "--dose", "2", "--snr-db", "-9", "--output", str(path)]
+    result = subprocess.run([*COMMAND, *SMALL, *options], capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "SNR -9 dB, 2 electrons per pixel, contrast 0.251" in result.stdout
+    images = open_particles(path / "particles.star").read(np.arange(70))
+    np.testing.assert_array_equal(images, images.round())
+    assert images[:, :2].mean() == pytest.approx(2.0, abs=0.1)
+    record = json.loads((path / "simulation.json").read_text())
+    assert (record["settings"]["noise"], record["settings"]["dose"], record["noise_variance"]) == ("poisson", 2.0, 2.0)
+
+
 def test_a_map_gives_its_box_and_pixel_size(tmp_path: Path) -> None:
     data = torch.randn(24, 24, 24, generator=torch.Generator().manual_seed(0)).numpy()
     write_volume(tmp_path / "map.mrc", data, 2.5)
@@ -172,6 +185,11 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("--ctf --phase-shift inf", "CONF321", "phase shift"),
         ("--ctf --defocus 0 1e30", "CONF320", "defocus"),
         ("--ctf --defocus nan 1e4", "CONF320", "defocus"),
+        ("--dose 1", "CONF340", "white noise, dose 1.0"),
+        ("--noise poisson", "CONF340", "poisson noise, dose None"),
+        ("--noise none --dose 1", "CONF340", "SNR None dB"),
+        ("--noise poisson --dose 0", "CONF340", "dose"),
+        ("--noise poisson --dose 1 --ctf", "CONF344", "at a dose of 1 and an SNR of 0 dB"),
     ],
 )
 def test_numbers_out_of_range_are_refused_and_nothing_is_lost(

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from small_stack import APIX, COUNT, small_stack
+from small_stack import APIX, BOX, COUNT, small_stack
 
 from cryorbit.groups.point import point_group
 from cryorbit.groups.so3 import distance, exp, healpix_grid, random_rotations
@@ -14,14 +14,14 @@ from cryorbit.metrics.held_out import effective_samples, importance_weighted
 from cryorbit.physics.cryoem import forward
 from cryorbit.physics.fourier import FourierDisk, fourier_disk, fourier_to_volume, images_to_disk, volume_to_fourier
 from cryorbit.physics.linear_gaussian import ball, slice_variance
-from cryorbit.physics.noise import log_likelihood
+from cryorbit.physics.noise import coloured_spectrum, log_likelihood, radial_noise
 from cryorbit.physics.slicing import slice_grid, slicing_grid
 from cryorbit.poses.local import PoseSamples
 from cryorbit.poses.posterior import PosePosterior
 from cryorbit.poses.proposals import PoseProposals, proposed, shift_prior
 from cryorbit.simulate.particles import SimulatedParticles, simulate_particles
 from cryorbit.simulate.phantom import phantom
-from cryorbit.training.dataset import FourierStack
+from cryorbit.training.dataset import ArrayParticles, FourierStack
 from cryorbit.volumes.gaussian import GaussianVolume
 
 ONE = torch.eye(3)[None]
@@ -192,6 +192,21 @@ def test_worse_models_score_lower(case):
     for other in others:
         off = right.log_density - other.log_density
         assert float(off.mean()) > 5 * float(off.std()) / len(off) ** 0.5
+
+
+@pytest.mark.parametrize("spectrum", ["white", "coloured"])
+def test_noise_predicts_no_noise(case, spectrum, generator):
+    """A map made of images without a particle, at random poses, says nothing of others: no score beyond its standard error.
+    Images that had a part in the map do get one."""
+    _, truth, _ = case
+    power = coloured_spectrum(BOX, APIX) if spectrum == "coloured" else torch.ones(1)
+    for _ in range(3):
+        noise = radial_noise(COUNT, BOX, power, generator)
+        stack = FourierStack(ArrayParticles(noise.numpy(), APIX), BOX / 2, mask_diameter=70.0)
+        found = scored(stack, truth, trained(stack, truth, ONE))
+        assert found.gain < found.gain_error
+        leaked = scored(stack, truth, trained(stack, truth, ONE, COUNT))  # the same images in the map and in the score
+        assert leaked.gain > 3 * leaked.gain_error
 
 
 def test_unknown_poses_cost_what_they_leave_open(case, generator):

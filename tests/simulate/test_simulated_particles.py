@@ -72,6 +72,34 @@ def test_coloured_noise_has_the_stated_spectrum() -> None:
     torch.testing.assert_close(spectrum[1:], expected[1:], rtol=0.1, atol=0)
 
 
+@pytest.mark.parametrize("dose", [0.2, 5.0])
+def test_counts_have_the_stated_rate(dose: float) -> None:
+    """Whole numbers whose mean and variance are the dose plus the clean image, at the SNR asked for."""
+    common = dict(count=300, shift_sigma_px=1.0, seed=3, **SMALL)
+    counted = simulate_particles(phantom(), snr_db=10 * math.log10(0.09 * dose), noise="poisson", dose=dose, **common)
+    clean = simulate_particles(phantom(), snr_db=None, **common).images * 0.3 * dose
+    assert torch.equal(counted.images, counted.images.round())
+    assert float(counted.images.min()) == 0
+    rate = dose + clean
+    standard = (counted.images - rate) / rate.sqrt()
+    assert abs(float(standard.mean())) < 0.01  # 300 x 32^2 samples
+    assert float(standard.var()) == pytest.approx(1.0, abs=0.02)
+    bright = clean > dose
+    assert float(counted.images[bright].mean() / rate[bright].mean()) == pytest.approx(1.0, abs=0.03)
+    assert counted.noise_variance == dose
+    assert counted.noise_spectrum.unique().tolist() == pytest.approx([dose])
+    assert counted.snr == pytest.approx(0.09 * dose, rel=1e-4)
+    assert float(counted.volume.data.sum()) == pytest.approx(float(clean[0].sum()), rel=1e-3)
+
+
+def test_a_contrast_that_leaves_no_electrons_is_refused() -> None:
+    """With a CTF images are dark somewhere; ten times the dose at the same SNR is a third of the contrast."""
+    common = dict(count=4, ctf=CTFSettings(), noise="poisson", snr_db=-6.0, **SMALL)
+    with pytest.raises(ConfigError, match=r"CONF344: a pixel would have -.* electrons: at a dose of 0.5 and an SNR"):
+        simulate_particles(phantom(), dose=0.5, **common)
+    assert float(simulate_particles(phantom(), dose=50.0, **common).images.min()) >= 0
+
+
 def test_images_are_projections_of_the_volume() -> None:
     data = simulate_particles(phantom(), count=8, snr_db=None, **SMALL)
     fast = simulate_particles(data.volume, count=8, snr_db=None, **SMALL)
@@ -136,9 +164,15 @@ def test_defocus_and_astigmatism_are_in_range(generator: torch.Generator) -> Non
         ({"shift_sigma_px": -1.0}, "CONF332"),
         ({"shift_sigma_px": math.nan}, "CONF332"),
         ({"seed": -1}, "CONF334"),
+        ({"noise": "poisson"}, "CONF340"),
+        ({"dose": 1.0}, "CONF340"),
+        ({"noise": "poisson", "dose": 1.0, "snr_db": None}, "CONF340"),
+        ({"noise": "poisson", "dose": 0.0}, "CONF340"),
+        ({"noise": "poisson", "dose": math.nan}, "CONF340"),
+        ({"noise": "poisson", "dose": 1e9}, "CONF340"),
     ],
 )
-def test_settings_that_cannot_be_used(change: dict[str, float], code: str) -> None:
+def test_settings_that_cannot_be_used(change: dict[str, object], code: str) -> None:
     with pytest.raises(ConfigError) as caught:
         SimulationSettings(**({"count": 1} | change))
     assert caught.value.code == code

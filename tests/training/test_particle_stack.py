@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cryorbit.metrics.fsc import crossing, fsc
 from cryorbit.metrics.masks import soft_sphere
-from cryorbit.physics.fourier import FourierDisk, images_to_disk
+from cryorbit.physics.fourier import FourierDisk, disk_to_images, fourier_disk, images_to_disk
 from cryorbit.physics.noise import estimate_spectrum, radial_noise
 from cryorbit.physics.slicing import insert_slices, volume_from_accumulator
 from cryorbit.simulate.particles import CTFSettings, SimulatedParticles, simulate_particles
@@ -131,6 +131,20 @@ def test_particles_without_ctf_get_their_factor_as_ctf(clean: SimulatedParticles
     chosen = torch.tensor([1, 4])
     assert torch.equal(stack.ctf(chosen), stack.equalisation(chosen))
     assert stack.ctf(chosen).shape == stack.images(chosen).shape
+
+
+@pytest.mark.parametrize("radius", [8.0, BOX / 2])
+def test_way_back_to_pixels(clean: SimulatedParticles, radius: float) -> None:
+    """Images from a stack's Fourier pixels, cropped or not, are those on disk less background and what lies beyond the radius."""
+    particles, some = ArrayParticles(clean.images.numpy(), APIX), torch.arange(3, 8)
+    stack = FourierStack(particles, radius, mask_diameter=DIAMETER)
+    raw = stack.raw(some)
+    assert torch.equal(raw, clean.images[some])
+    level = raw[:, stack.background].mean(dim=1)[:, None, None]
+    disk = fourier_disk(BOX, radius)
+    expected = disk_to_images(images_to_disk(raw - level, disk), disk)
+    torch.testing.assert_close(stack.to_raw(stack.images(some)), expected, atol=1e-5, rtol=0)
+    assert not stack.is_equalised
 
 
 def test_small_groups_are_pooled() -> None:

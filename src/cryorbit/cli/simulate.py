@@ -18,7 +18,10 @@ def simulate(
     box: Annotated[int | None, Option("--box", help="Image side in pixels [64, or the map's].")] = None,
     pixel_size: Annotated[float | None, Option("--pixel-size", help="Angstrom per pixel [1.6, or the map's].")] = None,
     snr_db: Annotated[float, Option("--snr-db", help="Signal over noise variance of whole images, in dB.")] = 0.0,
-    noise: Annotated[Literal["white", "coloured", "none"], Option("--noise", help="Kind of noise.")] = "white",
+    noise: Annotated[
+        Literal["white", "coloured", "poisson", "none"], Option("--noise", help="Kind of noise; poisson: counts.")
+    ] = "white",
+    dose: Annotated[float | None, Option("--dose", help="poisson: electrons per pixel without a particle.")] = None,
     ctf: Annotated[bool, Option("--ctf", help="Apply a CTF to each particle (300 kV, Cs 2.7 mm, Q0 0.1).")] = False,
     defocus: Annotated[tuple[float, float], Option("--defocus", help="Lowest and highest, in angstrom.")] = (
         8e3,
@@ -58,8 +61,9 @@ def simulate(
         ctf=CTFSettings(defocus, astigmatism, math.radians(phase_shift), voltage) if ctf else None,
         shift_sigma_px=shift_sigma,
         orientations=Orientations(orientations, concentration, components, math.radians(half_angle), fraction),
-        noise="coloured" if noise == "coloured" else "white",
+        noise="white" if noise == "none" else noise,
         seed=seed,
+        dose=dose,
     )
     source = open_source(model, bfactor=None if -math.inf < bfactor < 0 else bfactor, chains=chains)
     native = (source.box, source.pixel_size) if isinstance(source, Volume) else (64, 1.6)
@@ -81,6 +85,8 @@ def simulate(
             progress=lambda done, _: bar.update(task, completed=done),
         )
     snr = f"SNR {round(10 * math.log10(summary.snr), 2) + 0.0:g} dB" if summary.noise_variance else "no noise"
+    if dose is not None:
+        snr += f", {dose:g} electrons per pixel, contrast {math.sqrt(summary.snr / dose):.3g}"
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"particles  {summary.particles}", markup=False)
     console.print(f"           {count:,} images of {summary.box} px at {summary.pixel_size:g} A, {snr}", markup=False)

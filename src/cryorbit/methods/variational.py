@@ -4,35 +4,49 @@
 * **poses**: known, one per particle.
 * **objective**: the minibatch ELBO of papers/002 eq. 15, written for all N images: ``N / |B|`` times the batch's expected log likelihood
   less the divergence from the prior. The likelihood's gradient is taken by automatic differentiation through a draw of the map (the
-  reparameterisation), the prior's in closed form.
+  reparameterisation). Likelihoods: Gaussian, of Fourier pixels in noise of a spectrum that is learned (``physics/noise.py``), or Poisson, of
+  the electron counts of pixels (papers/002 appendix D; ``physics/counts.py``).
 
-Changed from the paper: steps are natural gradients. The gradient in the mean is divided by the precision of each coefficient; the
-precision, which this model has in closed form, is averaged over batches with weights that fall (Hoffman et al. 2013, J. Mach. Learn.
-Res. 14, 1303). So one pass over the images is nearly the answer. Noise and prior are learned by the same averaging.
+Changed from the paper: steps are natural gradients. With W the inserted ``CTF^2`` of a batch taken for all images, N the noise of a Fourier
+pixel, t the prior and g the likelihood's gradient at the draw v, a batch says ``W v + N g`` of each coefficient, which for the Gaussian
+likelihood is its back-projection. That and W are averaged over batches with weights that fall (Hoffman et al. 2013, J. Mach. Learn. Res. 14,
+1303); the mean is the one over ``W + N / t``, the variance ``1 / (W / N + 1 / t)``. So one pass over the images is nearly the answer.
+
+The N of the Gaussian likelihood is learned from residuals. That of counts is one over their Fisher information at the draw, averaged over
+pixels: the diagonal of what it is in Fourier space. Their dose is the mean of the pixels around the particles, one for all images: of few
+electrons one image has too few to tell.
+
+The prior's power spectrum is the one that makes the averaged back-projections most probable, as in ``map_posterior``. They are linear in the
+images and do not depend on the fit: a spectrum learned from the fit itself (EM) takes hundreds of passes to leave its start where noise is
+strong. Counts are linear in the map as well, and their noise there is their mean.
 """
 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from cryorbit.errors import ConfigError
-from cryorbit.metrics.fsc import shell_sum
+from cryorbit.methods.half_maps import PosedImages
 from cryorbit.metrics.resample import move_volume
+from cryorbit.physics.counts import check_counts, check_dose, count_information, count_log_likelihood
 from cryorbit.physics.cryoem import form_images
 from cryorbit.physics.fourier import fourier_to_volume, shell_index, volume_to_fourier
-from cryorbit.physics.linear_gaussian import ball, information
+from cryorbit.physics.linear_gaussian import ball, information, learned_prior, least_squares
 from cryorbit.physics.noise import log_likelihood
-from cryorbit.physics.slicing import insert_symmetric, slice_grid, slicing_grid
+from cryorbit.physics.slicing import Accumulator, half_width, slice_grid, slicing_grid
 from cryorbit.physics.spectrum import shell_mean
 from cryorbit.poses.local import PoseSamples
 from cryorbit.training.checkpoint import State
 from cryorbit.training.dataset import FourierStack
 from cryorbit.volumes.gaussian import GaussianVolume
 
+LIKELIHOODS = ("gaussian", "poisson")
 POSTERIORS = ("gaussian", "dirac")
 PRIORS = ("learned", "standard")
+_OVERSAMPLING = 2
+_CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,8 @@ class VariationalConfig:
 
     Attributes
     ----------
+    likelihood
+        ``gaussian``, or ``poisson`` for images that are electron counts.
     posterior
         ``gaussian`` or ``dirac``.
     prior
@@ -53,6 +69,7 @@ class VariationalConfig:
         A step's weight is ``(1 + step)^-decay``.
     """
 
+    likelihood: str = "gaussian"
     posterior: str = "gaussian"
     prior: str = "learned"
     epochs: int = 4
@@ -76,10 +93,17 @@ class Variational:
     seed
         Of batches and draws.
 
+    Attributes
+    ----------
+    dose
+        Electrons of a pixel without a particle; None under the Gaussian likelihood.
+
     Raises
     ------
     ConfigError
         A setting no inference can use, or poses that are not one for each particle.
+    DataError
+        Under the Poisson likelihood, images that are not counts, or none around the particles.
     """
 
     name = "variational"
@@ -105,10 +129,17 @@ class Variational:
         self.shells = stack.box // 2 + 1
         self.index = shell_index(stack.box, stack.device)
         self.kept = ball(stack.box, stack.disk.radius, stack.device)
-        d = stack.box
+        self.dose: float | None = None
+        self._mean_count = 0.0
+        if config.likelihood == "poisson":
+            self.dose, self._mean_count = _electrons(stack)
+        d, c = stack.box, half_width(stack.disk.radius, _OVERSAMPLING)
+        grid = (2 * c + 1, 2 * c + 1, c + 2)
         self.tensors: State = {
             "mean": torch.zeros(d, d, d, device=stack.device),
-            "precision": torch.ones(d, d, d // 2 + 1, device=stack.device),
+            "numerator": torch.zeros(d, d, d // 2 + 1, dtype=torch.complex64, device=stack.device),
+            "inserted": torch.zeros(grid, dtype=torch.complex64, device=stack.device),
+            "weight": torch.zeros(grid, device=stack.device),
             "noise": torch.ones(self.shells, device=stack.device),
             "prior": torch.full((self.shells,), 2.0, device=stack.device),
         }
@@ -118,7 +149,9 @@ class Variational:
         """The distribution so far."""
         if self.config.posterior == "dirac":
             return GaussianVolume.from_map(self.tensors["mean"])
-        return GaussianVolume.from_map(self.tensors["mean"], variance=self.kept / self.tensors["precision"])
+        t = self.tensors
+        precision = information(self._sums) / self._of(t["noise"]) + 1 / self._of(t["prior"])
+        return GaussianVolume.from_map(t["mean"], variance=self.kept / precision)
 
     def state(self) -> State:
         """Everything a resumed run needs."""
@@ -137,30 +170,69 @@ class Variational:
         return False
 
     def step(self, index: int) -> dict[str, float | str]:
-        """One batch: precision, noise and prior in closed form, the mean along the natural gradient of a draw."""
+        """One batch: its back-projection and what it makes of the prior, then its natural gradient at a draw of the map."""
         t, rate = self.tensors, (1 + index) ** -self.config.decay
         chosen = self._batch(index)
         scale = len(self.stack) / len(chosen)
         images, ctf = self.stack.images(chosen), self.stack.ctf(chosen)
-        rotations, shifts = (x[chosen].to(images.device) for x in (self.poses.rotations, self.poses.shifts))
+        rotations, shifts = (x[chosen].to(ctf.device) for x in (self.poses.rotations, self.poses.shifts))
+        posed = PosedImages(images, ctf, rotations, shifts, torch.ones(len(chosen), device=ctf.device))
+        batch = posed.inserted(images, self.symmetry, self.disk, None).scaled(scale)
+        t["inserted"] = (1 - rate) * t["inserted"] + rate * batch.numerator
+        t["weight"] = (1 - rate) * t["weight"] + rate * batch.weight
         if index == 0:
-            power = shell_mean(images.abs().square().mean(dim=0), self.disk, self.shells)
-            t["noise"] = torch.where(power > 0, power, power[power > 0][-1])
-            t["prior"] = t["noise"].clone() if self.config.prior == "learned" else t["prior"]
-        t["precision"] = (1 - rate) * t["precision"] + rate * self._precision(rotations, ctf, scale)
+            t["noise"] = self._fit(chosen, torch.zeros_like(images))[1]
+        if self.config.prior == "learned":
+            t["prior"] = self._learned(index)
         volume = self.volume
         draw = volume.draw(torch.Generator().manual_seed(self.seed * 1_000_003 + index))
         slices = slice_grid(slicing_grid(draw, self.disk.radius), rotations, self.disk)
-        predicted = form_images(slices, shifts, self.disk, ctf)
-        noise = t["noise"][self.disk.shell] / self.stack.box**2
-        likelihood = scale * log_likelihood(images, predicted, noise, self.disk).sum()
+        per_image, noise = self._fit(chosen, form_images(slices, shifts, self.disk, ctf))
+        likelihood = scale * per_image.sum()
         (gradient,) = torch.autograd.grad(likelihood, [volume.data])
-        pull = volume_to_fourier(t["mean"]) / t["prior"][self.index.clamp(max=self.shells - 1)]
-        natural = (volume_to_fourier(self._symmetrised(gradient)) / self.stack.box**3 - pull) / t["precision"]
-        t["mean"] = t["mean"] + rate * fourier_to_volume(natural * self.kept, self.stack.box)
+        pull = volume_to_fourier(self._symmetrised(gradient)) / self.stack.box**3
+        around = t["mean"] + self._symmetrised(draw.detach() - t["mean"]) / len(self.symmetry)
+        said = information(batch) * volume_to_fourier(around) + self._of(t["noise"]) * pull
         elbo = float((likelihood - volume.divergence(t["prior"])).detach()) / len(self.stack)
-        self._learn(shell_mean((images - predicted).detach().abs().square().mean(dim=0), self.disk, self.shells), rate)
+        t["numerator"] = (1 - rate) * t["numerator"] + rate * said
+        t["noise"] = (1 - rate) * t["noise"] + rate * noise
+        mean = self.kept * t["numerator"] / (information(self._sums) + self._of(t["noise"] / t["prior"]))
+        t["mean"] = fourier_to_volume(mean, self.stack.box)
         return {"elbo_per_image": elbo, "rate": rate}
+
+    @property
+    def _sums(self) -> Accumulator:
+        """What a pass over all images would insert, as far as batches say."""
+        t = self.tensors
+        return Accumulator(t["inserted"], t["weight"], self.stack.box, _OVERSAMPLING, self.disk.radius)
+
+    def _of(self, spectrum: Float[Tensor, " shells"]) -> Float[Tensor, "d d h"]:
+        """A spectrum at each coefficient of the map."""
+        return spectrum[self.index.clamp(max=self.shells - 1)]
+
+    def _white(self, variance: float) -> Float[Tensor, " shells"]:
+        """``E|n|^2`` of a Fourier pixel, in the stack's units, of noise of that variance in a pixel as it is on disk."""
+        power = variance * (self.stack.particles.box * self.stack.scale) ** 2
+        return torch.full((self.shells,), power, device=self.stack.device)
+
+    def _learned(self, index: int) -> Float[Tensor, " shells"]:
+        """The prior that the sums so far make most probable; in the first pass they have the noise of fewer images."""
+        noise = self.tensors["noise"] if self.dose is None else self._white(self._mean_count)
+        return learned_prior(least_squares(self._sums), noise * max(1.0, self.batches / (index + 1)))
+
+    def _fit(
+        self, chosen: Int[Tensor, " b"], predicted: Complex[Tensor, "b p"]
+    ) -> tuple[Float[Tensor, " b"], Float[Tensor, " shells"]]:
+        """Log-likelihood of each image, and the noise that the batch shows: ``E|n|^2`` of a Fourier pixel per shell."""
+        if self.dose is None:
+            images = self.stack.images(chosen)
+            power = shell_mean((images - predicted).detach().abs().square().mean(dim=0), self.disk, self.shells)
+            noise = self.tensors["noise"][self.disk.shell] / self.stack.box**2
+            filled = torch.where(power > 0, power, power[power > 0][-1])  # shells the disk does not reach
+            return log_likelihood(images, predicted, noise, self.disk), filled
+        counts, excess = self.stack.raw(chosen), self.stack.to_raw(predicted)
+        noise = self._white(1 / float(count_information(excess.detach(), self.dose).mean()))
+        return count_log_likelihood(counts, excess, self.dose).sum(dim=(1, 2)), noise
 
     def _batch(self, index: int) -> Int[Tensor, " b"]:
         """Every image once in each pass, in an order of the pass's own."""
@@ -168,37 +240,35 @@ class Variational:
         order = torch.randperm(len(self.stack), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
         return order[number * self.config.batch : (number + 1) * self.config.batch].sort().values
 
-    def _precision(
-        self, rotations: Float[Tensor, "b 3 3"], ctf: Float[Tensor, "b p"], scale: float
-    ) -> Float[Tensor, "d d h"]:
-        """What the batch, taken for all images, says of the precision's diagonal: inserted CTF^2 over noise, and the prior."""
-        weights = ctf.square()
-        acc = insert_symmetric(weights.to(torch.complex64), weights, rotations, self.symmetry, self.disk)
-        shell = self.index.clamp(max=self.shells - 1)
-        return scale * information(acc) / self.tensors["noise"][shell] + 1 / self.tensors["prior"][shell]
-
-    def _symmetrised(self, gradient: Float[Tensor, "d d d"]) -> Float[Tensor, "d d d"]:
-        """The gradient summed over the group: images show every mate of the map."""
+    def _symmetrised(self, values: Float[Tensor, "d d d"]) -> Float[Tensor, "d d d"]:
+        """A gradient, or what differs from the mean, summed over the group: images show every mate of the map."""
         if len(self.symmetry) == 1:
-            return gradient
+            return values
         still = torch.zeros(3)
-        return torch.stack([move_volume(gradient, element, still) for element in self.symmetry]).sum(dim=0)
+        return torch.stack([move_volume(values, element, still) for element in self.symmetry]).sum(dim=0)
 
-    def _learn(self, power: Float[Tensor, " shells"], rate: float) -> None:
-        """Noise and prior that make the batch's residual and the distribution itself most probable."""
-        t = self.tensors
-        t["noise"] = torch.where(power > 0, (1 - rate) * t["noise"] + rate * power, t["noise"])
-        if self.config.prior == "standard":
-            return
-        variance = self.kept / t["precision"]
-        second = (volume_to_fourier(t["mean"]).abs().square() + variance) * self.kept
-        count = shell_sum(self.kept, self.index, self.stack.box)
-        found = shell_sum(second, self.index, self.stack.box) / count.clamp_min(1)
-        t["prior"] = torch.where(count > 0, (1 - rate) * t["prior"] + rate * found.clamp_min(1e-12), t["prior"])
+
+def _electrons(stack: FourierStack) -> tuple[float, float]:
+    """Mean of the pixels around the particles, and of all, over all images; refuses what is not counts of one dose."""
+    if stack.is_equalised:
+        raise ConfigError(
+            "CONF116",
+            "the particles are of several optics groups made equal in noise, expected counts as they were found",
+            "make the FourierStack with equalise=False, or of the particles of one group",
+        )
+    around = whole = 0.0
+    for part in torch.arange(len(stack)).split(_CHUNK):
+        counts = stack.raw(part)
+        check_counts(counts, first=int(part[0]))
+        around += float(counts[:, stack.background.to(counts.device)].double().mean(dim=1).sum())
+        whole += float(counts.double().mean(dim=(1, 2)).sum())
+    check_dose(around / len(stack))
+    return around / len(stack), whole / len(stack)
 
 
 def _check(config: VariationalConfig) -> None:
     fine = {
+        "likelihood": config.likelihood in LIKELIHOODS,
         "posterior": config.posterior in POSTERIORS,
         "prior": config.prior in PRIORS,
         "epochs": config.epochs > 0,
@@ -210,5 +280,6 @@ def _check(config: VariationalConfig) -> None:
             raise ConfigError(
                 "CONF106",
                 f"{name} = {getattr(config, name)!r} is out of range",
-                f"posterior: {', '.join(POSTERIORS)}; prior: {', '.join(PRIORS)}; epochs and batch at least 1; decay above 0.5, at most 1",
+                f"likelihood: {', '.join(LIKELIHOODS)}; posterior: {', '.join(POSTERIORS)}; prior: {', '.join(PRIORS)}; "
+                "epochs and batch at least 1; decay above 0.5, at most 1",
             )

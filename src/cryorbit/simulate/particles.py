@@ -4,6 +4,10 @@ The SNR is defined once, here: the mean over images of the variance of the clean
 its pixels, divided by the noise variance of a pixel; in decibels ``10 log10`` of it (papers/001 table 1; papers/002
 section 6). Images are scaled so that the noise has variance 1, as in extracted particles; without noise, so that the
 mean clean variance is 1.
+
+Counts (``noise="poisson"``, papers/002 appendix D) are on the scale of a detector: a pixel has the rate ``dose + clean image``, and where
+no particle is its noise has the variance ``dose``. That is the noise of the SNR, ``dose * contrast^2``, the contrast being the standard
+deviation of the clean image over the dose.
 """
 
 import math
@@ -65,7 +69,7 @@ class SimulatedParticles:
     clean_variance
         Mean over images of the clean image's variance.
     noise_variance
-        Of a pixel: 1, or 0 without noise.
+        Of a pixel: 1, or 0 without noise; of counts the dose.
     noise_spectrum
         (S,) variance per shell.
     """
@@ -135,12 +139,14 @@ class Simulation:
             raise ConfigError(
                 "CONF335", "the images have no signal", "the model or map is constant, or wider than the box"
             )
-        wanted = 1.0 if settings.snr_db is None else snr_from_db(settings.snr_db)
+        wanted = 1.0 if settings.snr_db is None else snr_from_db(settings.snr_db) * self.noise_variance
         self.gain = math.sqrt(wanted / power)
 
     @property
     def noise_variance(self) -> float:
-        """Of a pixel: 1, or 0 without noise."""
+        """Of a pixel: 1, or 0 without noise; of counts the dose."""
+        if self.settings.dose is not None:
+            return self.settings.dose
         return 0.0 if self.settings.snr_db is None else 1.0
 
     @property
@@ -155,17 +161,31 @@ class Simulation:
         for start in range(0, self.settings.count, CHUNK):
             values = self._clean(start) * self.gain
             images = disk_to_images(values, self.projector.disk)
-            if self.settings.snr_db is not None and self.settings.noise == "white":
+            if self.settings.dose is not None:
+                images = torch.poisson(self._rates(images, self.settings.dose), generator=generator)
+            elif self.settings.snr_db is not None and self.settings.noise == "white":
                 images = images + white_noise(len(images), box, 1.0, generator)
             elif self.settings.snr_db is not None:
                 images = images + radial_noise(len(images), box, self.noise_spectrum, generator)
             yield images, self._variance(values)
 
+    def _rates(self, clean: Tensor, dose: float) -> Tensor:
+        """Electrons expected in each pixel."""
+        rates = dose + clean
+        if float(rates.min()) < 0:
+            raise ConfigError(
+                "CONF344",
+                f"a pixel would have {float(rates.min()):.3g} electrons: at a dose of {dose:g} and an SNR of "
+                f"{self.settings.snr_db:g} dB the clean images fall to {float(clean.min()) / dose:.3g} of the dose, expected -1 or more",
+                "lower --snr-db or raise --dose: the contrast is the square root of SNR / dose",
+            )
+        return rates
+
     def _spectrum(self) -> Tensor:
         spectrum = coloured_spectrum(self.projector.box, self.projector.pixel_size)
-        if self.settings.snr_db is None:
-            return torch.zeros_like(spectrum)
-        return spectrum if self.settings.noise == "coloured" else torch.ones_like(spectrum)
+        if self.settings.noise == "coloured" and self.settings.snr_db is not None:
+            return spectrum
+        return torch.full_like(spectrum, self.noise_variance)
 
     def _clean(self, start: int) -> Tensor:
         """Transforms of clean images ``start`` .. ``start + CHUNK`` before scaling."""
@@ -237,9 +257,10 @@ def simulate_particles(
     ctf: CTFSettings | None = None,
     shift_sigma_px: float = 0.0,
     orientations: Orientations | None = None,
-    noise: Literal["white", "coloured"] = "white",
+    noise: Literal["white", "coloured", "poisson"] = "white",
     fast: bool = False,
     seed: int = 0,
+    dose: float | None = None,
 ) -> SimulatedParticles:
     """Simulate ``count`` particles in memory.
 
@@ -249,7 +270,7 @@ def simulate_particles(
         Atoms (projected exactly; ``fast``: by slices of their map), or a map.
     count, box, pixel_size
         Images, pixels, angstrom.
-    snr_db, ctf, shift_sigma_px, orientations, noise, seed
+    snr_db, ctf, shift_sigma_px, orientations, noise, seed, dose
         See :class:`SimulationSettings`.
     fast
         Slice the map instead of summing over atoms.
@@ -257,9 +278,9 @@ def simulate_particles(
     Raises
     ------
     ConfigError, DataError
-        A value that cannot be used, or a model that does not fit the box.
+        A value that cannot be used, a model that does not fit the box, or a contrast at which a pixel would have fewer than no electrons.
     """
-    settings = SimulationSettings(count, snr_db, ctf, shift_sigma_px, orientations or Orientations(), noise, seed)
+    settings = SimulationSettings(count, snr_db, ctf, shift_sigma_px, orientations or Orientations(), noise, seed, dose)
     simulation = Simulation(make_projector(source, box, pixel_size, fast), settings)
     images = torch.empty(count, box, box)
     variance = torch.empty(count)

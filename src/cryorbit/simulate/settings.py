@@ -15,6 +15,8 @@ from cryorbit.types import CTFParams
 MAX_COUNT = 10_000_000
 MAX_DEFOCUS = 200_000.0
 """Angstrom."""
+MIN_DOSE, MAX_DOSE = 1e-3, 1e6
+"""Electrons per pixel; float32 counts to 1.6e7."""
 
 
 def in_range(
@@ -101,8 +103,9 @@ class CTFSettings:
 class SimulationSettings:
     """What is drawn for each particle. See the module for the SNR; ``snr_db`` None means no noise.
 
-    ``shift_sigma_px``: standard deviation in pixels of each coordinate of the Gaussian shift. ``noise``: white, or
-    coloured with the spectrum of :func:`cryorbit.physics.noise.coloured_spectrum`. ``seed`` fixes every draw.
+    ``shift_sigma_px``: standard deviation in pixels of each coordinate of the Gaussian shift. ``noise``: white,
+    coloured with the spectrum of :func:`cryorbit.physics.noise.coloured_spectrum`, or poisson: images are counts of
+    electrons, ``dose`` of them in a pixel without a particle (and None for other noise). ``seed`` fixes every draw.
     """
 
     count: int
@@ -110,15 +113,24 @@ class SimulationSettings:
     ctf: CTFSettings | None = None
     shift_sigma_px: float = 0.0
     orientations: Orientations = field(default_factory=Orientations)
-    noise: Literal["white", "coloured"] = "white"
+    noise: Literal["white", "coloured", "poisson"] = "white"
     seed: int = 0
+    dose: float | None = None
 
     def __post_init__(self) -> None:
         in_range("CONF330", "number of particles", self.count, 1, MAX_COUNT, "", "--count")
         if self.snr_db is not None:
             snr_from_db(self.snr_db)
         in_range("CONF332", "shifts' standard deviation", self.shift_sigma_px, 0, 1000, " px", "--shift-sigma")
-        if self.noise not in ("white", "coloured"):
-            raise ConfigError("CONF333", f"noise is white or coloured, found {self.noise!r}")
+        if self.noise not in ("white", "coloured", "poisson"):
+            raise ConfigError("CONF333", f"noise is white, coloured or poisson, found {self.noise!r}")
+        if (self.noise == "poisson") != (self.dose is not None) or (self.dose is not None and self.snr_db is None):
+            raise ConfigError(
+                "CONF340",
+                f"{self.noise} noise, dose {self.dose}, SNR {self.snr_db} dB: counts have a dose and an SNR, other noise no dose",
+                "give --noise poisson, --dose and --snr-db together, or leave --dose out",
+            )
+        if self.dose is not None:
+            in_range("CONF340", "dose", self.dose, MIN_DOSE, MAX_DOSE, " electrons per pixel", "--dose")
         if self.seed < 0:
             raise ConfigError("CONF334", f"the seed must be zero or more, found {self.seed}")

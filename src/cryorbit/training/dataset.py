@@ -13,13 +13,20 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Complex, Float, Int
+from jaxtyping import Bool, Complex, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
 from cryorbit.errors import ConfigError
 from cryorbit.physics.ctf import ctf_on_disk, ctf_phase, frequencies_of, wavelength
-from cryorbit.physics.fourier import Columns, FourierDisk, disk_subset, fourier_disk, image_to_fourier
+from cryorbit.physics.fourier import (
+    Columns,
+    FourierDisk,
+    disk_subset,
+    disk_to_images,
+    fourier_disk,
+    image_to_fourier,
+)
 from cryorbit.physics.spectrum import shell_mean
 from cryorbit.training.equalise import (
     background_spectrum,
@@ -134,7 +141,8 @@ class FourierStack:
         self._full_disk = fourier_disk(particles.box, float(radius))
         half = 0.5 * mask_diameter / particles.pixel_size
         axis = torch.arange(particles.box, dtype=torch.float32) - particles.box // 2
-        self._background = torch.hypot(axis[:, None], axis) > min(half, 0.5 * particles.box - 1)
+        self.background: Bool[Tensor, "d d"] = torch.hypot(axis[:, None], axis) > min(half, 0.5 * particles.box - 1)
+        """Which pixels of an image are outside the mask diameter."""
         self._window = background_window(particles.box, half)
         self._group: Int[Tensor, " n"] | None = None
         if equalise and particles.optics_group is not None:
@@ -155,13 +163,26 @@ class FourierStack:
     def _transform(self, indices: Int[Tensor, " b"]) -> Complex[Tensor, "b p"]:
         out = []
         for part in indices.split(_CHUNK):
-            images = torch.from_numpy(self.particles.read(part.numpy())).to(self.device)
-            background = self._background.to(self.device)
-            images = images - images[:, background].mean(dim=1)[:, None, None]
+            images = self.raw(part)
+            images = images - images[:, self.background.to(self.device)].mean(dim=1)[:, None, None]
             rows, columns = self._full_disk.ky % self.particles.box, self._full_disk.kx
             values = image_to_fourier(images)[:, rows, columns] * self.scale
             out.append(values if self._group is None else values * self.equalisation(part))
         return torch.cat(out)
+
+    @property
+    def is_equalised(self) -> bool:
+        """Whether the particles are of several optics groups whose noise is made equal."""
+        return self._group is not None
+
+    def raw(self, indices: Int[Tensor, " b"]) -> Float[Tensor, "b d d"]:
+        """The particles ``indices`` as they are on disk."""
+        return torch.from_numpy(self.particles.read(indices.cpu().numpy())).to(self.device)
+
+    def to_raw(self, values: Complex[Tensor, "b p"]) -> Float[Tensor, "b d d"]:
+        """Images on the grid and the scale of :meth:`raw` from Fourier pixels like those of :meth:`images`, without an
+        :meth:`equalisation`; differentiable. Their background is 0."""
+        return disk_to_images(values / self.scale, self._full_disk.to(self.device))
 
     @cached_property
     def _factors(self) -> Float[Tensor, "g s"]:
