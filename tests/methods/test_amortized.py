@@ -10,10 +10,13 @@ from cryorbit.groups import so3
 from cryorbit.methods.amortized import Amortized, TablePoses, Tomo
 from cryorbit.methods.amortized_config import AmortizedConfig, DecoderConfig, TableConfig, checked
 from cryorbit.methods.distillation import Distillation, DistillationConfig, Structure
+from cryorbit.methods.pose_objectives import Observed, best_candidate
 from cryorbit.metrics.align import align_poses
 from cryorbit.metrics.fsc import fsc
+from cryorbit.physics.slicing import slicing_grid
 from cryorbit.pipeline.config import RunConfig, check, preset
 from cryorbit.poses.density import log_mixture
+from cryorbit.poses.encoder import EncodedPoses
 from cryorbit.poses.posterior import PosePosterior
 from cryorbit.simulate.particles import SimulatedParticles, simulate_particles
 from cryorbit.simulate.phantom import phantom
@@ -66,19 +69,42 @@ def test_half_a_turn_of_the_image_changes_nothing(stack):
     method.encoder.eval()
     one, other = (method._proposed(chosen, x, ctf) for x in (images, images.conj().resolve_conj()))
     heads = method.config.heads
-    torch.testing.assert_close(other[0], so3.half_turn(one[0].roll(heads, dims=1)), atol=1e-5, rtol=0)
-    torch.testing.assert_close(other[1], -one[1].roll(heads, dims=1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(other.rotations, so3.half_turn(one.rotations.roll(heads, dims=1)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(other.shifts, -one.shifts.roll(heads, dims=1), atol=1e-5, rtol=0)
 
 
-def test_only_the_best_head_is_followed_and_its_weight_grows(stack):
-    method = Amortized(stack, AmortizedConfig(heads=3, symmetrised=False), mask_diameter=DIAMETER)
-    losses = torch.tensor([[3.0, 1.0, 2.0], [0.5, 1.0, 2.0]], requires_grad=True)
-    log_weight = torch.zeros(2, 3).log_softmax(dim=1).requires_grad_()
-    loss, best = method._objective(losses, log_weight)
+def observed(truth: SimulatedParticles, stack: FourierStack, count: int) -> Observed:
+    """The first images beside the map they were drawn from."""
+    chosen, disk = torch.arange(count), stack.disk
+    grid = slicing_grid((truth.volume.data * stack.scale).requires_grad_(), disk.radius)
+    noise = (16 * stack.scale) ** 2 * truth.noise_variance
+    weight = disk.weight / disk.weight.sum() / noise
+    return Observed(grid, stack.images(chosen), stack.ctf(chosen), weight, disk)
+
+
+def candidates(rotations: torch.Tensor) -> EncodedPoses:
+    """Unshifted and equally likely, as leaves that take gradients."""
+    shape = rotations.shape[:2]
+    weight = torch.zeros(shape).log_softmax(dim=1).requires_grad_()
+    shifts, concentration = torch.zeros(*shape, 2).requires_grad_(), torch.full(shape, 20.0).requires_grad_()
+    return EncodedPoses(rotations.clone().requires_grad_(), shifts, weight, concentration)
+
+
+def test_only_the_best_head_is_followed_and_its_weight_grows(truth, stack):
+    right = truth.poses.rotations[:2]
+    wrong = [so3.exp(torch.tensor([[0.0, angle, 0.3]])) @ right for angle in (1.0, 2.0)]
+    rotations = torch.stack(
+        [torch.stack([wrong[0][0], right[0], wrong[1][0]]), torch.stack([right[1], *(w[1] for w in wrong)])]
+    )
+    seen, found = observed(truth, stack, 2), candidates(rotations)
+    loss, left = best_candidate(seen, found)
     loss.backward()
-    assert best.tolist() == [1, 0]
-    assert torch.equal(losses.grad != 0, torch.tensor([[False, True, False], [True, False, False]]))
-    assert (log_weight.grad[[0, 1], best] < 0).all()
+    best = torch.tensor([1, 0])
+    moved = found.rotations.grad.flatten(2).norm(dim=2) > 0
+    assert torch.equal(moved, torch.tensor([[False, True, False], [True, False, False]]))
+    assert (found.log_weight.grad[[0, 1], best] < 0).all()
+    expected = seen.squares(right[:, None], torch.zeros(2, 1, 2))[:, 0].mean(dim=0)
+    torch.testing.assert_close(left, expected)
 
 
 def test_every_image_is_shown_once_in_a_pass(stack):

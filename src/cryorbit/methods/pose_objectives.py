@@ -1,0 +1,64 @@
+"""What maps and encoders learnt together descend on: images against a map at the poses that were proposed for them (papers/001 eq. 10, 11).
+
+Each objective takes a batch and its candidates and returns a loss, differentiable in map and candidates, and the mean squared residual that it
+leaves per Fourier pixel.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor
+
+from cryorbit.physics.cryoem import forward
+from cryorbit.physics.fourier import FourierDisk
+from cryorbit.physics.slicing import SlicingGrid
+from cryorbit.poses.encoder import EncodedPoses
+
+Objective = tuple[Float[Tensor, ""], Float[Tensor, " p"]]
+_SURPRISE = 0.1  # of the image's loss: what a candidate costs that was not expected to be the best
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A batch of images and the map they are compared with.
+
+    Attributes
+    ----------
+    grid
+        The map.
+    images, ctf
+        (B, P) Fourier pixels and CTF.
+    weight
+        (P,) by which a pixel's squared residual counts in an image's mean.
+    disk
+        The Fourier pixels.
+    """
+
+    grid: SlicingGrid
+    images: Complex[Tensor, "b p"]
+    ctf: Float[Tensor, "b p"]
+    weight: Float[Tensor, " p"]
+    disk: FourierDisk
+
+    def squares(self, rotations: Float[Tensor, "b c 3 3"], shifts: Float[Tensor, "b c 2"]) -> Float[Tensor, "b c p"]:
+        """Squared residuals of every image at each of its candidates (shifts in pixels)."""
+        count = rotations.shape[1]
+        images, ctf = (x.repeat_interleave(count, dim=0) for x in (self.images, self.ctf))
+        predicted = forward(self.grid, rotations.flatten(0, 1), shifts.flatten(0, 1), self.disk, ctf)
+        squares = torch.view_as_real(images - predicted).square().sum(dim=-1)
+        return squares.view(-1, count, len(self.disk))
+
+    def losses(self, squares: Float[Tensor, "b c p"]) -> Float[Tensor, "b c"]:
+        """Their weighted means."""
+        return (squares * self.weight).sum(dim=2)
+
+
+def best_candidate(seen: Observed, found: EncodedPoses) -> Objective:
+    """Mean over images of the best candidate's loss, with the surprise that it was this one (winner takes all)."""
+    squares = seen.squares(found.rotations, found.shifts)
+    losses = seen.losses(squares)
+    row, best = torch.arange(len(losses), device=losses.device), losses.detach().argmin(dim=1)
+    winner = losses[row, best].mean()
+    surprise = -found.log_weight[row, best].mean()
+    return winner + _SURPRISE * winner.detach() * surprise, squares.detach()[row, best].mean(dim=0)
