@@ -20,7 +20,14 @@ from cryorbit.training.dataset import ArrayParticles, FourierStack
 from cryorbit.training.loop import Method, run
 
 APIX, DIAMETER = 5.0, 70.0
-CASES = [*METHODS, "refine neural"]  # a method, and the volume where it takes one
+SWITCHES: dict[str, dict[str, object]] = {
+    "d4": {"copies": "d4", "augmented": False},
+}  # of the autoencoder
+CASES = [
+    *METHODS,
+    "refine neural",
+    *(f"amortized {name}" for name in SWITCHES),
+]  # a method, and what is not its default
 
 
 @pytest.fixture(scope="module", params=[16, 17], ids=["even", "odd"])
@@ -29,7 +36,7 @@ def truth(request: pytest.FixtureRequest) -> SimulatedParticles:
 
 
 def build(case: str, truth: SimulatedParticles, seed: int = 0) -> Method:
-    name, _, volume = case.partition(" ")
+    name, _, switch = case.partition(" ")
     cls, config = method(name)
     particles = ArrayParticles(truth.images.numpy(), APIX)
     stack = FourierStack(particles, truth.volume.box / 2, mask_diameter=DIAMETER)
@@ -42,7 +49,7 @@ def build(case: str, truth: SimulatedParticles, seed: int = 0) -> Method:
         candidates = (random_rotations(120, generator).view(60, 2, 3, 3), torch.zeros(60, 2, 2))
         start = (truth.volume.data, truth.volume.data)
         settings = config(sweeps=3, iterations=2, field_width=16, field_steps=5)
-        kind = {"volume": volume} if volume else {}
+        kind = {"volume": switch} if switch else {}
         return cls(stack, settings, start=start, radius=5, candidates=candidates, **common, **kind)
     if name == "align2d":
         settings = config(classes=2, batch=20, march_steps=4, settle_steps=2)
@@ -62,7 +69,8 @@ def build(case: str, truth: SimulatedParticles, seed: int = 0) -> Method:
         return cls(stack, settings, poses=poses, symmetry=common["symmetry"], seed=seed)
     if name in ("amortized", "ad", "tomo"):
         given = {"poses": truth.poses} if name == "tomo" else {}
-        settings = config(steps=6, batch=25) if name != "amortized" else config(steps=6, batch=25, side=16, heads=2)
+        own = {"side": 16, "heads": 2} if name == "amortized" else {}
+        settings = config(steps=6, batch=25, **own, **SWITCHES.get(switch, {}))
         return cls(stack, settings, mask_diameter=DIAMETER, seed=seed, **given)
     raise AssertionError(f"tests/contracts/test_methods.py builds no {name}: add it")
 

@@ -13,6 +13,7 @@ from cryorbit.methods.distillation import Distillation, DistillationConfig, Stru
 from cryorbit.methods.pose_objectives import Observed, best_candidate
 from cryorbit.metrics.align import align_poses
 from cryorbit.metrics.fsc import fsc
+from cryorbit.physics.copies import Copies
 from cryorbit.physics.slicing import slicing_grid
 from cryorbit.pipeline.config import RunConfig, check, preset
 from cryorbit.poses.density import log_mixture
@@ -61,22 +62,59 @@ def test_a_table_of_almost_true_poses_moves_towards_them(truth, stack):
     assert error() < 0.4 * before
 
 
-def test_half_a_turn_of_the_image_changes_nothing(stack):
-    """The loss that is followed is that of the better of an image and the image turned: the same for both."""
-    method = Amortized(stack, AmortizedConfig(steps=2, batch=20, side=16, bfloat16=False), mask_diameter=DIAMETER)
-    chosen = torch.arange(20)
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["c2", "c4", "d4"])
+def test_what_is_proposed_turns_with_the_image(stack, name):
+    """The candidates of a copy are those of the image, moved, in another order: so are the losses, and the pose that is followed."""
+    config = AmortizedConfig(steps=2, batch=20, side=16, bfloat16=False, copies=name, augmented=False)
+    method = Amortized(stack, config, mask_diameter=DIAMETER)
+    chosen = torch.arange(12)
+    images, ctf = stack.images(chosen), stack.ctf(chosen)
+    copies = Copies.of(name, stack.disk)
+    method.encoder.eval()
+    one = method._proposed(chosen, images, ctf)
+    for which, move in enumerate(copies.moves):
+        other = method._proposed(chosen, copies.images(images, torch.full((12,), which)), ctf)
+        expected, moved = move @ one.rotations, (move[:2, :2] @ one.shifts[..., None])[..., 0]
+        apart = (other.rotations[:, :, None] - expected[:, None]).abs().amax(dim=(-2, -1))
+        same = apart.argmin(dim=2)
+        assert torch.equal(same.sort(dim=1).values, torch.arange(same.shape[1]).expand_as(same))
+        assert float(apart.amin(dim=2).max()) < 1e-5
+        torch.testing.assert_close(other.shifts, moved.gather(1, same[..., None].expand(-1, -1, 2)), atol=1e-5, rtol=0)
+        torch.testing.assert_close(other.log_weight, one.log_weight.gather(1, same), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_network_that_sees_one_copy_does_not_turn_with_the_image(stack):
+    method = Amortized(stack, AmortizedConfig(side=16, bfloat16=False, copies="c1"), mask_diameter=DIAMETER)
+    chosen, copies = torch.arange(12), Copies.of("c4", stack.disk)
     images, ctf = stack.images(chosen), stack.ctf(chosen)
     method.encoder.eval()
-    one, other = (method._proposed(chosen, x, ctf) for x in (images, images.conj().resolve_conj()))
-    heads = method.config.heads
-    torch.testing.assert_close(other.rotations, so3.half_turn(one.rotations.roll(heads, dims=1)), atol=1e-5, rtol=0)
-    torch.testing.assert_close(other.shifts, -one.shifts.roll(heads, dims=1), atol=1e-5, rtol=0)
+    one, other = (method._proposed(chosen, copies.images(images, torch.full((12,), w)), ctf) for w in (0, 1))
+    assert float(so3.distance(other.rotations, copies.moves[1] @ one.rotations).median()) > 0.3
 
 
-def observed(truth: SimulatedParticles, stack: FourierStack, count: int) -> Observed:
-    """The first images beside the map they were drawn from."""
+@torch.no_grad()
+def test_drawn_copies_propose_poses_of_the_image_itself(stack):
+    """An encoder whose candidates turn with the image proposes the same ones, whatever copy is drawn."""
+    config = AmortizedConfig(steps=2, batch=20, side=16, bfloat16=False, copies="c4")
+    method = Amortized(stack, config, mask_diameter=DIAMETER)
+    method.moved = Copies.of("c4", method.encoder.view.disk)
+    chosen = torch.arange(12)
+    images, ctf = stack.images(chosen), stack.ctf(chosen)
+    method.encoder.eval()
+    plain, drawn = (method._proposed(chosen, images, ctf, g) for g in (None, torch.Generator().manual_seed(1)))
+    apart = (drawn.rotations[:, :, None] - plain.rotations[:, None]).abs().amax(dim=(-2, -1)).amin(dim=2)
+    assert float(apart.max()) < 1e-5
+    assert not torch.equal(drawn.rotations, plain.rotations)
+
+
+def observed(
+    truth: SimulatedParticles, stack: FourierStack, count: int, volume: torch.Tensor | None = None
+) -> Observed:
+    """The first images beside the map they were drawn from, or another."""
     chosen, disk = torch.arange(count), stack.disk
-    grid = slicing_grid((truth.volume.data * stack.scale).requires_grad_(), disk.radius)
+    grid = slicing_grid(truth.volume.data * stack.scale if volume is None else volume, disk.radius)
     noise = (16 * stack.scale) ** 2 * truth.noise_variance
     weight = disk.weight / disk.weight.sum() / noise
     return Observed(grid, stack.images(chosen), stack.ctf(chosen), weight, disk)
@@ -169,13 +207,32 @@ def test_an_encoder_knows_more_of_images_it_never_saw_than_chance(truth, stack):
 
 @pytest.mark.parametrize(
     "change",
-    [{"likelihood": "huber"}, {"heads": 0}, {"parametrisation": "axis"}, {"side": 5}, {"batch": 1}, {"march": 2.0}],
+    [
+        {"likelihood": "huber"},
+        {"heads": 0},
+        {"parametrisation": "axis"},
+        {"side": 5},
+        {"batch": 1},
+        {"march": 2.0},
+        {"copies": "c3"},
+    ],
 )
 def test_settings_that_cannot_work_are_refused(change):
     with pytest.raises(ConfigError, match="CONF502"):
         checked(dataclasses.replace(AmortizedConfig(), **change))
     with pytest.raises(ConfigError, match="CONF502"):
         check(dataclasses.replace(RunConfig(particles="x"), amortized=dataclasses.replace(AmortizedConfig(), **change)))
+
+
+@pytest.mark.parametrize(
+    ("code", "change"),
+    [
+        ("CONF505", {"copies": "d4"}),
+    ],
+)
+def test_settings_of_which_one_leaves_the_other_nothing_to_do_are_refused(code, change):
+    with pytest.raises(ConfigError, match=code):
+        checked(dataclasses.replace(AmortizedConfig(), **change))
 
 
 def test_the_printed_model_goes_by_name_and_an_imposed_symmetry_is_refused():

@@ -27,10 +27,13 @@ from cryorbit.training.loop import Method, run
 RADIUS, TRAINED, HELD_OUT = 15.0, 2000, 500
 ROWS: dict[str, dict[str, object]] = {
     "all": {},
-    "without the symmetrised loss": {"symmetrised": False},
+    "without the symmetrised loss": {"copies": "c1"},
     "one head": {"heads": 1},
     "plain L2": {"likelihood": "l2"},
     "no batch normalisation, PyTorch's start": {"normalised": False, "he": False},
+    "no copies drawn": {"augmented": False},
+    "quarter turns": {"copies": "c4"},
+    "quarter turns and mirror images": {"copies": "d4", "augmented": False},
     "no march": {"radius_start": 8.0},
     "no shifts": {"fit_shift": False},
 }

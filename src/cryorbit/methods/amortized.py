@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
-from cryorbit.groups import so3
 from cryorbit.methods.amortized_config import AmortizedConfig, DecoderConfig, TableConfig
 from cryorbit.methods.decoding import Decoding
+from cryorbit.physics.copies import Copies
 from cryorbit.physics.slicing import slicing_grid
 from cryorbit.poses.encoder import PARAMETRISATIONS, EncodedPoses, PoseEncoder, View, rotations_of
 from cryorbit.training.dataset import FourierStack
@@ -47,7 +47,11 @@ class Tomo(Decoding):
         self.known = poses
 
     def _proposed(
-        self, chosen: Int[Tensor, " b"], images: Complex[Tensor, "b p"], ctf: Float[Tensor, "b p"]
+        self,
+        chosen: Int[Tensor, " b"],
+        images: Complex[Tensor, "b p"],
+        ctf: Float[Tensor, "b p"],
+        generator: torch.Generator | None = None,
     ) -> EncodedPoses:
         found = self.known[chosen]
         return EncodedPoses.certain(found.rotations.to(ctf), (found.shifts / self.stack.pixel_size).to(ctf))
@@ -89,7 +93,11 @@ class TablePoses(Decoding):
         return Poses(found, torch.zeros(len(found), 2))
 
     def _proposed(
-        self, chosen: Int[Tensor, " b"], images: Complex[Tensor, "b p"], ctf: Float[Tensor, "b p"]
+        self,
+        chosen: Int[Tensor, " b"],
+        images: Complex[Tensor, "b p"],
+        ctf: Float[Tensor, "b p"],
+        generator: torch.Generator | None = None,
     ) -> EncodedPoses:
         rotations = rotations_of(self.parametrisation, self.table(chosen.to(ctf.device)))
         return EncodedPoses.certain(rotations, ctf.new_zeros(len(chosen), 2))
@@ -138,6 +146,7 @@ class Amortized(Decoding):
             seed=seed,
         ).to(stack.device)
         self.seen = view.columns(stack.disk).to(stack.device)
+        self.copies, self.moved = (Copies.of(name, view.disk.to(stack.device)) for name in (config.copies, "d4"))
         self.optimisers.append((torch.optim.Adam(self.encoder.parameters()), config.encoder_rate))
 
     def _modules(self) -> dict[str, nn.Module]:
@@ -148,20 +157,24 @@ class Amortized(Decoding):
         return (images * ctf if self.config.matched else images)[:, self.seen]
 
     def _proposed(
-        self, chosen: Int[Tensor, " b"], images: Complex[Tensor, "b p"], ctf: Float[Tensor, "b p"]
+        self,
+        chosen: Int[Tensor, " b"],
+        images: Complex[Tensor, "b p"],
+        ctf: Float[Tensor, "b p"],
+        generator: torch.Generator | None = None,
     ) -> EncodedPoses:
         shown = self._shown(images, ctf)
-        if not self.config.symmetrised:
-            return self.encoder(shown)
-        both = self.encoder(torch.cat([shown, shown.conj().resolve_conj()]))  # turned by 180 degrees: the conjugate
-        rotations, turned = both.rotations.chunk(2)
-        shifts, moved = both.shifts.chunk(2)
-        return EncodedPoses(
-            torch.cat([rotations, so3.half_turn(turned)], dim=1),
-            torch.cat([shifts, -moved], dim=1),
-            torch.cat(both.log_weight.chunk(2), dim=1),
-            torch.cat(both.concentration.chunk(2), dim=1),
-        )
+        count, drawn = len(self.copies), None
+        if self.config.augmented and generator is not None:
+            drawn = torch.randint(len(self.moved), (len(shown),), generator=generator).to(shown.device)
+            shown = self.moved.images(shown, drawn)
+        which = torch.arange(count, device=shown.device).repeat_interleave(len(shown))
+        found = self.encoder(self.copies.images(shown.repeat(count, 1), which))
+        rotations, shifts = self.copies.back(found.rotations, found.shifts, which)
+        every = [torch.cat(x.chunk(count), dim=1) for x in (rotations, shifts, found.log_weight, found.concentration)]
+        if drawn is not None:
+            every[:2] = self.moved.back(every[0], every[1], drawn)
+        return EncodedPoses(*every)
 
     def poses(self, chosen: Int[Tensor, " b"]) -> Poses:
         """Poses of the particles ``chosen``, seen in training or not: the likeliest that the network proposes; shifts in pixels."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from cryorbit.errors import ConfigError
+from cryorbit.physics.copies import GROUPS
 from cryorbit.poses.encoder import PARAMETRISATIONS
 
 LIKELIHOODS = ("noise", "l2")
@@ -62,8 +63,11 @@ class AmortizedConfig(DecoderConfig):
         ``euler``, ``quaternion`` or ``s2s2``.
     heads
         Poses proposed per image; the best of them is followed (winner takes all), and the network learns which it will be.
-    symmetrised
-        Show the network each image and the image turned by 180 degrees in plane, and follow the better.
+    copies
+        Copies of each image that the network is shown, of which the best candidate is followed: ``c1`` the image alone (papers/001), ``c2`` it
+        and its half turn, ``c4`` its quarter turns, ``d4`` these and their mirror images. What is found turns with the image exactly.
+    augmented
+        Show the network each image turned by a random quarter turn and mirrored or not, at every step anew.
     normalised, he
         Batch normalisation, and He's starting weights.
     matched
@@ -80,7 +84,8 @@ class AmortizedConfig(DecoderConfig):
 
     parametrisation: str = "s2s2"
     heads: int = 4
-    symmetrised: bool = True
+    copies: str = "c2"
+    augmented: bool = True
     normalised: bool = True
     he: bool = True
     matched: bool = True
@@ -88,6 +93,16 @@ class AmortizedConfig(DecoderConfig):
     side: int = 16
     encoder_rate: float = 1e-3
     bfloat16: bool = True
+
+
+def _checked_together(config: AmortizedConfig) -> None:
+    """Refuse settings of which one leaves the other nothing to do."""
+    if config.augmented and config.copies == "d4":
+        raise ConfigError(
+            "CONF505",
+            "augmented with copies d4: every turned and mirrored copy is shown already",
+            "set augmented=false, or copies to c1, c2 or c4",
+        )
 
 
 def checked(config: DecoderConfig) -> None:
@@ -109,6 +124,7 @@ def checked(config: DecoderConfig) -> None:
         fine |= {
             "batch": config.batch > 1 or not config.normalised,
             "heads": 1 <= config.heads <= 64,
+            "copies": config.copies in GROUPS,
             "side": config.side == 0 or config.side >= 8,
             "encoder_rate": config.encoder_rate > 0,
         }
@@ -117,7 +133,10 @@ def checked(config: DecoderConfig) -> None:
             raise ConfigError(
                 "CONF502",
                 f"{name} = {getattr(config, name)!r} is out of range",
-                f"likelihood: {', '.join(LIKELIHOODS)}; parametrisation: {', '.join(PARAMETRISATIONS)}; radii not negative and the last at "
-                "least the first; march 0 to 1; heads 1 to 64; side 0 or at least 8; counts and rates positive, batches of 2 or more where "
-                "they are normalised",
+                f"likelihood: {', '.join(LIKELIHOODS)}; parametrisation: {', '.join(PARAMETRISATIONS)}; copies: {', '.join(GROUPS)}; "
+                f"radii not negative and the last at least the first; march 0 to 1; heads 1 to 64; "
+                "side 0 or at least 8; counts and rates positive, batches of 2 or "
+                "more where they are normalised",
             )
+    if isinstance(config, AmortizedConfig):
+        _checked_together(config)

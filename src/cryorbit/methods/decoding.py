@@ -79,13 +79,17 @@ class Decoding:
     # -- what a method adds -----------------------------------------------------------------------------------------------------
 
     def _proposed(
-        self, chosen: Int[Tensor, " b"], images: Complex[Tensor, "b p"], ctf: Float[Tensor, "b p"]
+        self,
+        chosen: Int[Tensor, " b"],
+        images: Complex[Tensor, "b p"],
+        ctf: Float[Tensor, "b p"],
+        generator: torch.Generator | None = None,
     ) -> EncodedPoses:
-        """Candidate poses of the particles ``chosen``."""
+        """Candidate poses of the particles ``chosen``; a ``generator`` where what is drawn in training may be."""
         raise NotImplementedError
 
-    def _objective(self, seen: Observed, found: EncodedPoses) -> Objective:
-        """What a step descends on."""
+    def _objective(self, seen: Observed, found: EncodedPoses, index: int, generator: torch.Generator) -> Objective:
+        """What step ``index`` descends on; what is drawn for it comes from the ``generator``."""
         return best_candidate(seen, found)
 
     def _modules(self) -> dict[str, nn.Module]:
@@ -126,7 +130,8 @@ class Decoding:
             optimiser.zero_grad()
         grid = slicing_grid(self.volume.data * self.mask, float(radius))
         seen = self._observed(grid, images[:, keep], ctf[:, keep], disk)
-        loss, left = self._objective(seen, self._proposed(chosen, images, ctf))
+        generator = torch.Generator().manual_seed((self.seed + 1) * 1_000_003 - 1 - index)
+        loss, left = self._objective(seen, self._proposed(chosen, images, ctf, generator), index, generator)
         loss.backward()
         if "encoder" in (modules := self._modules()):
             nn.utils.clip_grad_norm_(modules["encoder"].parameters(), _CLIP)
