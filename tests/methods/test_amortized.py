@@ -10,7 +10,7 @@ from cryorbit.groups import so3
 from cryorbit.methods.amortized import Amortized, TablePoses, Tomo
 from cryorbit.methods.amortized_config import AmortizedConfig, DecoderConfig, TableConfig, checked
 from cryorbit.methods.distillation import Distillation, DistillationConfig, Structure
-from cryorbit.methods.pose_objectives import Observed, best_candidate
+from cryorbit.methods.pose_objectives import Observed, best_candidate, refined_candidate
 from cryorbit.metrics.align import align_poses
 from cryorbit.metrics.fsc import fsc
 from cryorbit.physics.copies import Copies
@@ -19,6 +19,7 @@ from cryorbit.pipeline.config import RunConfig, check, preset
 from cryorbit.poses.density import log_mixture
 from cryorbit.poses.encoder import EncodedPoses
 from cryorbit.poses.posterior import PosePosterior
+from cryorbit.poses.table import refine_poses
 from cryorbit.simulate.particles import SimulatedParticles, simulate_particles
 from cryorbit.simulate.phantom import phantom
 from cryorbit.training.dataset import ArrayParticles, FourierStack
@@ -145,6 +146,32 @@ def test_only_the_best_head_is_followed_and_its_weight_grows(truth, stack):
     torch.testing.assert_close(left, expected)
 
 
+def test_map_follows_the_refined_pose_and_candidates_are_taught_it(truth, stack):
+    """Each gradient is that of its own objective at the poses of a Gauss-Newton step, and of nothing else."""
+    turn = so3.exp(torch.tensor([[0.0, 0.15, 0.1], [0.2, 0.0, -1.0]]))
+    rotations = turn @ truth.poses.rotations[:6, None]
+    volume = (truth.volume.data * stack.scale).requires_grad_()
+    seen, found = observed(truth, stack, 6, volume), candidates(rotations)
+    loss, left = refined_candidate(seen, found, steps=1, fit_shift=True, shift_sd=0.5)
+    loss.backward()
+    precision = seen.weight * seen.disk.weight.sum()
+    start = (rotations[:, 0], torch.zeros(6, 2))
+    refined = refine_poses(seen.grid, seen.images, seen.ctf, precision, *start, seen.disk, iterations=1, shift_only=0)[
+        :2
+    ]
+    again = volume.detach().requires_grad_()
+    squares = observed(truth, stack, 6, again).squares(refined[0][:, None], refined[1][:, None])
+    seen.losses(squares).mean().backward()
+    torch.testing.assert_close(volume.grad, again.grad)
+    torch.testing.assert_close(left, squares[:, 0].mean(dim=0).detach())
+    same = candidates(rotations)
+    (-log_mixture(same, *refined, EYE, 0.5).mean()).backward()
+    for name in ("rotations", "shifts", "log_weight", "concentration"):
+        torch.testing.assert_close(getattr(found, name).grad, getattr(same, name).grad)
+    error = [so3.distance(r, truth.poses.rotations[:6]).median() for r in (start[0], refined[0])]
+    assert float(error[1]) < 0.5 * float(error[0])
+
+
 def test_every_image_is_shown_once_in_a_pass(stack):
     members = torch.arange(10, 80)
     method = Tomo(
@@ -215,6 +242,8 @@ def test_an_encoder_knows_more_of_images_it_never_saw_than_chance(truth, stack):
         {"batch": 1},
         {"march": 2.0},
         {"copies": "c3"},
+        {"gauss_newton": -1},
+        {"gauss_newton_from": 1.0},
     ],
 )
 def test_settings_that_cannot_work_are_refused(change):

@@ -34,6 +34,8 @@ ROWS: dict[str, dict[str, object]] = {
     "no copies drawn": {"augmented": False},
     "quarter turns": {"copies": "c4"},
     "quarter turns and mirror images": {"copies": "d4", "augmented": False},
+    "a Gauss-Newton step": {"gauss_newton": 1},
+    "a Gauss-Newton step from the start": {"gauss_newton": 1, "gauss_newton_from": 0.0},
     "no march": {"radius_start": 8.0},
     "no shifts": {"fit_shift": False},
 }

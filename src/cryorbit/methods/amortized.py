@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from cryorbit.methods.amortized_config import AmortizedConfig, DecoderConfig, TableConfig
 from cryorbit.methods.decoding import Decoding
+from cryorbit.methods.pose_objectives import Objective, Observed, best_candidate, refined_candidate
 from cryorbit.physics.copies import Copies
 from cryorbit.physics.slicing import slicing_grid
+from cryorbit.poses.density import SHIFT_SD
 from cryorbit.poses.encoder import PARAMETRISATIONS, EncodedPoses, PoseEncoder, View, rotations_of
 from cryorbit.training.dataset import FourierStack
 from cryorbit.types import Poses
@@ -175,6 +177,18 @@ class Amortized(Decoding):
         if drawn is not None:
             every[:2] = self.moved.back(every[0], every[1], drawn)
         return EncodedPoses(*every)
+
+    def _objective(self, seen: Observed, found: EncodedPoses, index: int, generator: torch.Generator) -> Objective:
+        c = self.config
+        if c.gauss_newton and index >= c.gauss_newton_from * c.steps:
+            return refined_candidate(
+                seen,
+                found,
+                steps=c.gauss_newton,
+                fit_shift=c.fit_shift,
+                shift_sd=SHIFT_SD * self.stack.box / self.encoder.view.box,
+            )
+        return best_candidate(seen, found)
 
     def poses(self, chosen: Int[Tensor, " b"]) -> Poses:
         """Poses of the particles ``chosen``, seen in training or not: the likeliest that the network proposes; shifts in pixels."""

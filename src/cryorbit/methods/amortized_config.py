@@ -74,6 +74,11 @@ class AmortizedConfig(DecoderConfig):
         Show the network images multiplied by their CTF.
     fit_shift
         Whether the network says where the particle is.
+    gauss_newton
+        Gauss-Newton steps that each image's best pose is moved by under the map before the map's gradient is taken; the network learns
+        the pose they come to. 0: map and network follow the proposed pose.
+    gauss_newton_from
+        Share of the steps before the first of these.
     side
         Pixels across what the network sees, 1.25 particle diameters; 0 shows whole images as they are.
     encoder_rate
@@ -90,6 +95,8 @@ class AmortizedConfig(DecoderConfig):
     he: bool = True
     matched: bool = True
     fit_shift: bool = True
+    gauss_newton: int = 0
+    gauss_newton_from: float = 0.5
     side: int = 16
     encoder_rate: float = 1e-3
     bfloat16: bool = True
@@ -124,6 +131,8 @@ def checked(config: DecoderConfig) -> None:
         fine |= {
             "batch": config.batch > 1 or not config.normalised,
             "heads": 1 <= config.heads <= 64,
+            "gauss_newton": 0 <= config.gauss_newton <= 20,
+            "gauss_newton_from": 0 <= config.gauss_newton_from < 1,
             "copies": config.copies in GROUPS,
             "side": config.side == 0 or config.side >= 8,
             "encoder_rate": config.encoder_rate > 0,
@@ -135,7 +144,7 @@ def checked(config: DecoderConfig) -> None:
                 f"{name} = {getattr(config, name)!r} is out of range",
                 f"likelihood: {', '.join(LIKELIHOODS)}; parametrisation: {', '.join(PARAMETRISATIONS)}; copies: {', '.join(GROUPS)}; "
                 f"radii not negative and the last at least the first; march 0 to 1; heads 1 to 64; "
-                "side 0 or at least 8; counts and rates positive, batches of 2 or "
+                "gauss_newton 0 to 20, from a share of the steps below 1; side 0 or at least 8; counts and rates positive, batches of 2 or "
                 "more where they are normalised",
             )
     if isinstance(config, AmortizedConfig):

@@ -13,7 +13,9 @@ from torch import Tensor
 from cryorbit.physics.cryoem import forward
 from cryorbit.physics.fourier import FourierDisk
 from cryorbit.physics.slicing import SlicingGrid
+from cryorbit.poses.density import log_mixture
 from cryorbit.poses.encoder import EncodedPoses
+from cryorbit.poses.table import refine_poses
 
 Objective = tuple[Float[Tensor, ""], Float[Tensor, " p"]]
 _SURPRISE = 0.1  # of the image's loss: what a candidate costs that was not expected to be the best
@@ -62,3 +64,42 @@ def best_candidate(seen: Observed, found: EncodedPoses) -> Objective:
     winner = losses[row, best].mean()
     surprise = -found.log_weight[row, best].mean()
     return winner + _SURPRISE * winner.detach() * surprise, squares.detach()[row, best].mean(dim=0)
+
+
+def refined_candidate(
+    seen: Observed, found: EncodedPoses, *, steps: int, fit_shift: bool, shift_sd: float
+) -> Objective:
+    """The map follows each image at its best candidate moved by ``steps`` Gauss-Newton steps; the candidates follow that pose.
+
+    Semi-amortised inference: the encoder proposes, each image corrects its own pose under the map as it stands. Map and encoder share no
+    gradient: the first descends on the mean loss at the corrected poses, the second on minus their log density under its candidates.
+
+    Parameters
+    ----------
+    seen, found
+        Batch and candidates.
+    steps
+        Of Levenberg-Marquardt (:func:`~cryorbit.poses.table.refine_poses`).
+    fit_shift
+        Whether shifts are moved.
+    shift_sd
+        Pixels within which a shift counts as found.
+    """
+    with torch.no_grad():
+        losses = seen.losses(seen.squares(found.rotations, found.shifts))
+    row, best = torch.arange(len(losses), device=losses.device), losses.argmin(dim=1)
+    rotations, shifts, _, _ = refine_poses(
+        seen.grid,
+        seen.images,
+        seen.ctf,
+        seen.weight * seen.disk.weight.sum(),
+        found.rotations.detach()[row, best],
+        found.shifts.detach()[row, best],
+        seen.disk,
+        iterations=steps,
+        shift_only=0,
+        fit_shift=fit_shift,
+    )
+    squares = seen.squares(rotations[:, None], shifts[:, None])
+    taught = log_mixture(found, rotations, shifts, torch.eye(3).to(rotations)[None], shift_sd)
+    return seen.losses(squares).mean() - taught.mean().to(squares), squares.detach()[:, 0].mean(dim=0)

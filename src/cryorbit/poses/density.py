@@ -6,6 +6,9 @@ from torch import Tensor
 
 from cryorbit.poses.encoder import EncodedPoses
 
+SHIFT_SD = 0.5
+"""Pixels of what the encoder sees, within which a shift counts as found."""
+
 
 def log_concentrated(cosine: Float[Tensor, "*b"], concentration: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
     """Log density at an angle from the centre, relative to the uniform distribution (isotropic matrix Fisher).
