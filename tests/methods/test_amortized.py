@@ -48,6 +48,13 @@ def test_known_poses_give_the_map(truth, stack):
     assert float(fsc(method.map(), truth.volume.data)[1:6].min()) > 0.95
 
 
+def test_known_poses_give_the_map_to_a_neural_field_too(truth, stack):
+    config = DecoderConfig(steps=160, batch=40, volume="neural", field_width=32)
+    method = Tomo(stack, config, poses=truth.poses, mask_diameter=DIAMETER)
+    run(method)
+    assert float(fsc(method.map(), truth.volume.data)[1:6].min()) > 0.9
+
+
 def test_a_table_of_almost_true_poses_moves_towards_them(truth, stack):
     method = TablePoses(stack, TableConfig(steps=120, batch=60), mask_diameter=DIAMETER)
     turn = so3.exp(0.25 * torch.randn(300, 3, generator=torch.Generator().manual_seed(1)))
@@ -244,6 +251,7 @@ def test_an_encoder_knows_more_of_images_it_never_saw_than_chance(truth, stack):
         {"copies": "c3"},
         {"gauss_newton": -1},
         {"gauss_newton_from": 1.0},
+        {"field_rate": 0.0},
     ],
 )
 def test_settings_that_cannot_work_are_refused(change):
@@ -256,6 +264,7 @@ def test_settings_that_cannot_work_are_refused(change):
 @pytest.mark.parametrize(
     ("code", "change"),
     [
+        ("CONF031", {"volume": "gaussian"}),
         ("CONF505", {"copies": "d4"}),
     ],
 )

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from cryorbit.errors import ConfigError
+from cryorbit.methods.refinement_config import checked_volume
 from cryorbit.physics.copies import GROUPS
 from cryorbit.poses.encoder import PARAMETRISATIONS
 
@@ -24,8 +25,12 @@ class DecoderConfig:
         Fourier radius at the first step and after ``march`` of the steps, in periods per particle diameter; 0 takes all there is.
     march
         Share of the steps in which the radius grows.
+    volume
+        What the map is made of: ``voxel``, or ``neural``, a coordinate network on top of the first map.
     volume_rate
         Adam's step for a voxel, in units of a voxel's own spread.
+    field_width, field_rate
+        Of a neural map: hidden units per layer, and Adam's step for a weight.
     """
 
     steps: int = 1400
@@ -34,7 +39,10 @@ class DecoderConfig:
     radius_start: float = 2.0
     radius_end: float = 8.0
     march: float = 0.9
+    volume: str = "voxel"
     volume_rate: float = 0.15
+    field_width: int = 64
+    field_rate: float = 0.03
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,7 @@ def _checked_together(config: AmortizedConfig) -> None:
 
 def checked(config: DecoderConfig) -> None:
     """Refuse settings no run can use."""
+    checked_volume(config.volume)
     fine = {
         "steps": config.steps > 0,
         "batch": config.batch > 0,
@@ -122,6 +131,8 @@ def checked(config: DecoderConfig) -> None:
         "radius_end": config.radius_end == 0 or config.radius_end >= max(config.radius_start, 1),
         "march": 0 <= config.march <= 1,
         "volume_rate": config.volume_rate > 0,
+        "field_width": 0 < config.field_width <= 4096,
+        "field_rate": config.field_rate > 0,
     }
     if isinstance(config, TableConfig | AmortizedConfig):
         fine["parametrisation"] = config.parametrisation in PARAMETRISATIONS

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cryorbit.methods.amortized_config import DecoderConfig, checked
 from cryorbit.methods.pose_objectives import Objective, Observed, best_candidate
+from cryorbit.methods.refinement_config import checked_volume
 from cryorbit.metrics.masks import soft_sphere
 from cryorbit.physics.fourier import FourierDisk
 from cryorbit.physics.slicing import SlicingGrid, slicing_grid
@@ -17,6 +18,7 @@ from cryorbit.poses.encoder import EncodedPoses
 from cryorbit.training.checkpoint import State
 from cryorbit.training.dataset import FourierStack
 from cryorbit.training.optimiser import adam_state, load_adam, warm_cosine
+from cryorbit.volumes.neural import NeuralVolume
 from cryorbit.volumes.voxel import VoxelVolume
 
 _NOISE_RATE = 0.05
@@ -59,11 +61,18 @@ class Decoding:
         device, diameter = stack.device, mask_diameter / stack.pixel_size
         self.mask = soft_sphere(stack.box, 0.5 * diameter, 3.0).to(device)
         self.unit = stack.box**-1.5  # spread of a voxel, where a Fourier pixel of an image has power 1
-        self.volume = VoxelVolume.from_map(self._first_map(diameter))
+        self.volume, rate = self._first_volume(diameter)
         self.noise = stack.power.to(device).clone()
         self.optimisers: list[tuple[torch.optim.Optimizer, float]] = [
-            (torch.optim.Adam(self.volume.parameters()), config.volume_rate * self.unit)
+            (torch.optim.Adam(self.volume.parameters()), rate)
         ]
+
+    def _first_volume(self, diameter: float) -> tuple[VoxelVolume | NeuralVolume, float]:
+        """And how far Adam's steps in it go."""
+        c, start = self.decoder, self._first_map(diameter)
+        if checked_volume(c.volume) == "neural":
+            return NeuralVolume.from_map(start, width=c.field_width, seed=self.seed, unit=self.unit), c.field_rate
+        return VoxelVolume.from_map(start), c.volume_rate * self.unit
 
     def _first_map(self, diameter: float) -> Float[Tensor, "d d d"]:
         """A ball with a soft rim and a little noise; only noise where the radius does not march (papers/001 algorithm 1)."""
@@ -117,7 +126,7 @@ class Decoding:
 
     def map(self) -> Float[Tensor, "d d d"]:
         """The map as it stands, inside the sphere."""
-        return (self.volume.data * self.mask).detach()
+        return self.volume.density(self.mask).detach()
 
     def step(self, index: int) -> dict[str, float | str]:
         """One batch: poses, predicted images, and a step of everything that is learnt."""
@@ -128,7 +137,7 @@ class Decoding:
         for optimiser, rate in self.optimisers:
             optimiser.param_groups[0]["lr"] = rate * pace
             optimiser.zero_grad()
-        grid = slicing_grid(self.volume.data * self.mask, float(radius))
+        grid = slicing_grid(self.volume.density(self.mask), float(radius))
         seen = self._observed(grid, images[:, keep], ctf[:, keep], disk)
         generator = torch.Generator().manual_seed((self.seed + 1) * 1_000_003 - 1 - index)
         loss, left = self._objective(seen, self._proposed(chosen, images, ctf, generator), index, generator)
