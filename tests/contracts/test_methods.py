@@ -24,6 +24,7 @@ SWITCHES: dict[str, dict[str, object]] = {
     "d4": {"copies": "d4", "augmented": False},
     "gauss-newton": {"gauss_newton": 1, "gauss_newton_from": 0.3},
     "neural": {"volume": "neural", "field_width": 16},
+    "elbo": {"objective": "elbo"},
 }  # of the autoencoder
 CASES = [
     *METHODS,

@@ -1,6 +1,7 @@
 """The autoencoder and its yardsticks: maps at known poses, what the symmetrised loss follows, teaching of a known structure, and refusals."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from cryorbit.groups import so3
 from cryorbit.methods.amortized import Amortized, TablePoses, Tomo
 from cryorbit.methods.amortized_config import AmortizedConfig, DecoderConfig, TableConfig, checked
 from cryorbit.methods.distillation import Distillation, DistillationConfig, Structure
-from cryorbit.methods.pose_objectives import Observed, best_candidate, refined_candidate
+from cryorbit.methods.pose_objectives import Observed, best_candidate, evidence_bound, refined_candidate
 from cryorbit.metrics.align import align_poses
 from cryorbit.metrics.fsc import fsc
 from cryorbit.physics.copies import Copies
@@ -179,6 +180,49 @@ def test_map_follows_the_refined_pose_and_candidates_are_taught_it(truth, stack)
     assert float(error[1]) < 0.5 * float(error[0])
 
 
+def test_bound_is_below_the_evidence_and_near_it_for_a_posterior_that_fits(truth, stack):
+    """Evidence by a sum over a grid of all rotations, in noise where a pose is known to some 20 degrees."""
+    seen = observed(truth, stack, 4)
+    seen = dataclasses.replace(seen, weight=0.03 * seen.weight)
+    pixels = 0.5 * seen.disk.weight.sum()
+    grid = so3.healpix_grid(2)
+    with torch.no_grad():
+        scores = -pixels * torch.cat(
+            [seen.losses(seen.squares(r.expand(4, -1, 3, 3), torch.zeros(4, len(r), 2))) for r in grid.split(512)],
+            dim=1,
+        )
+    evidence = scores.logsumexp(dim=1) - math.log(len(grid))
+    mode = grid[scores.argmax(dim=1)][:, None]
+
+    def bound(rotations: torch.Tensor, concentration: float) -> float:
+        found = dataclasses.replace(candidates(rotations), concentration=torch.full((4, 1), concentration))
+        generator = torch.Generator().manual_seed(4)
+        with torch.no_grad():
+            every = [evidence_bound(seen, found, copies=1, generator=generator)[0] for _ in range(100)]
+        return -float(pixels * torch.stack(every).mean())
+
+    best = max(bound(mode, x) for x in (25.0, 50.0))
+    assert best < float(evidence.mean()) + 0.02
+    assert best > float(evidence.mean()) - 1.0
+    assert bound(mode, 0.1) < best - 2.0
+    assert bound(mode, 2000.0) < best - 2.0
+    assert bound(so3.exp(torch.tensor([0.0, 1.5, 0.0])) @ mode, 50.0) < best - 2.0
+
+
+def test_bound_moves_everything_and_takes_the_better_copy(truth, stack):
+    right = truth.poses.rotations[:3]
+    wrong = so3.exp(torch.tensor([0.0, 2.0, 0.0])) @ right
+    volume = (truth.volume.data * stack.scale).requires_grad_()
+    seen, found = observed(truth, stack, 3, volume), candidates(torch.stack([wrong, wrong, right, wrong], dim=1))
+    found = dataclasses.replace(found, log_weight=(found.log_weight.detach() + math.log(2)).requires_grad_())
+    evidence_bound(seen, found, copies=2, generator=torch.Generator().manual_seed(0))[0].backward()
+    for name in ("rotations", "log_weight", "concentration"):
+        gradient = getattr(found, name).grad.flatten(2) if name == "rotations" else getattr(found, name).grad[..., None]
+        assert torch.equal(gradient.norm(dim=2) > 0, torch.tensor([[False, False, True, True]]).expand(3, 4)), name
+    assert (found.log_weight.grad[:, 2] < found.log_weight.grad[:, 3]).all()
+    assert float(volume.grad.norm()) > 0
+
+
 def test_every_image_is_shown_once_in_a_pass(stack):
     members = torch.arange(10, 80)
     method = Tomo(
@@ -252,6 +296,7 @@ def test_an_encoder_knows_more_of_images_it_never_saw_than_chance(truth, stack):
         {"gauss_newton": -1},
         {"gauss_newton_from": 1.0},
         {"field_rate": 0.0},
+        {"objective": "iwae"},
     ],
 )
 def test_settings_that_cannot_work_are_refused(change):
@@ -266,6 +311,8 @@ def test_settings_that_cannot_work_are_refused(change):
     [
         ("CONF031", {"volume": "gaussian"}),
         ("CONF505", {"copies": "d4"}),
+        ("CONF506", {"objective": "elbo", "likelihood": "l2"}),
+        ("CONF507", {"objective": "elbo", "gauss_newton": 1}),
     ],
 )
 def test_settings_of_which_one_leaves_the_other_nothing_to_do_are_refused(code, change):

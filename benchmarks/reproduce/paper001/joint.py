@@ -37,6 +37,7 @@ ROWS: dict[str, dict[str, object]] = {
     "a Gauss-Newton step": {"gauss_newton": 1},
     "a Gauss-Newton step from the start": {"gauss_newton": 1, "gauss_newton_from": 0.0},
     "neural field": {"volume": "neural"},
+    "evidence bound": {"objective": "elbo"},
     "no march": {"radius_start": 8.0},
     "no shifts": {"fit_shift": False},
 }

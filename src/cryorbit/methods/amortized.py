@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cryorbit.methods.amortized_config import AmortizedConfig, DecoderConfig, TableConfig
 from cryorbit.methods.decoding import Decoding
-from cryorbit.methods.pose_objectives import Objective, Observed, best_candidate, refined_candidate
+from cryorbit.methods.pose_objectives import Objective, Observed, best_candidate, evidence_bound, refined_candidate
 from cryorbit.physics.copies import Copies
 from cryorbit.physics.slicing import slicing_grid
 from cryorbit.poses.density import SHIFT_SD
@@ -180,6 +180,8 @@ class Amortized(Decoding):
 
     def _objective(self, seen: Observed, found: EncodedPoses, index: int, generator: torch.Generator) -> Objective:
         c = self.config
+        if c.objective == "elbo":
+            return evidence_bound(seen, found, copies=len(self.copies), generator=generator)
         if c.gauss_newton and index >= c.gauss_newton_from * c.steps:
             return refined_candidate(
                 seen,

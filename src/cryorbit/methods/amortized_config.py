@@ -8,6 +8,7 @@ from cryorbit.physics.copies import GROUPS
 from cryorbit.poses.encoder import PARAMETRISATIONS
 
 LIKELIHOODS = ("noise", "l2")
+OBJECTIVES = ("best", "elbo")
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,9 @@ class AmortizedConfig(DecoderConfig):
         Show the network images multiplied by their CTF.
     fit_shift
         Whether the network says where the particle is.
+    objective
+        ``best``: the best candidate of each image is followed and its weight grows; ``elbo``: the candidates are a posterior, whose
+        evidence lower bound is climbed.
     gauss_newton
         Gauss-Newton steps that each image's best pose is moved by under the map before the map's gradient is taken; the network learns
         the pose they come to. 0: map and network follow the proposed pose.
@@ -103,6 +107,7 @@ class AmortizedConfig(DecoderConfig):
     he: bool = True
     matched: bool = True
     fit_shift: bool = True
+    objective: str = "best"
     gauss_newton: int = 0
     gauss_newton_from: float = 0.5
     side: int = 16
@@ -117,6 +122,18 @@ def _checked_together(config: AmortizedConfig) -> None:
             "CONF505",
             "augmented with copies d4: every turned and mirrored copy is shown already",
             "set augmented=false, or copies to c1, c2 or c4",
+        )
+    if config.objective == "elbo" and config.likelihood != "noise":
+        raise ConfigError(
+            "CONF506",
+            f"objective elbo with likelihood {config.likelihood}: a posterior needs the noise",
+            "set likelihood=noise, or objective=best",
+        )
+    if config.objective == "elbo" and config.gauss_newton:
+        raise ConfigError(
+            "CONF507",
+            f"objective elbo with gauss_newton {config.gauss_newton}: the bound has no single pose to refine",
+            "set gauss_newton=0, or objective=best",
         )
 
 
@@ -144,6 +161,7 @@ def checked(config: DecoderConfig) -> None:
             "heads": 1 <= config.heads <= 64,
             "gauss_newton": 0 <= config.gauss_newton <= 20,
             "gauss_newton_from": 0 <= config.gauss_newton_from < 1,
+            "objective": config.objective in OBJECTIVES,
             "copies": config.copies in GROUPS,
             "side": config.side == 0 or config.side >= 8,
             "encoder_rate": config.encoder_rate > 0,
@@ -154,7 +172,7 @@ def checked(config: DecoderConfig) -> None:
                 "CONF502",
                 f"{name} = {getattr(config, name)!r} is out of range",
                 f"likelihood: {', '.join(LIKELIHOODS)}; parametrisation: {', '.join(PARAMETRISATIONS)}; copies: {', '.join(GROUPS)}; "
-                f"radii not negative and the last at least the first; march 0 to 1; heads 1 to 64; "
+                f"objective: {', '.join(OBJECTIVES)}; radii not negative and the last at least the first; march 0 to 1; heads 1 to 64; "
                 "gauss_newton 0 to 20, from a share of the steps below 1; side 0 or at least 8; counts and rates positive, batches of 2 or "
                 "more where they are normalised",
             )

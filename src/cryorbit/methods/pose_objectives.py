@@ -13,7 +13,7 @@ from torch import Tensor
 from cryorbit.physics.cryoem import forward
 from cryorbit.physics.fourier import FourierDisk
 from cryorbit.physics.slicing import SlicingGrid
-from cryorbit.poses.density import log_mixture
+from cryorbit.poses.density import drawn, log_concentrated, log_mixture
 from cryorbit.poses.encoder import EncodedPoses
 from cryorbit.poses.table import refine_poses
 
@@ -103,3 +103,39 @@ def refined_candidate(
     squares = seen.squares(rotations[:, None], shifts[:, None])
     taught = log_mixture(found, rotations, shifts, torch.eye(3).to(rotations)[None], shift_sd)
     return seen.losses(squares).mean() - taught.mean().to(squares), squares.detach()[:, 0].mean(dim=0)
+
+
+def evidence_bound(seen: Observed, found: EncodedPoses, *, copies: int, generator: torch.Generator) -> Objective:
+    """Minus the evidence lower bound of a mixture of isotropic matrix-Fisher densities about the candidates, per Fourier pixel.
+
+    ``log p(y) >= sum_h w_h E_h [log p(y | R) - log q(R)]`` with the density q of the whole mixture relative to uniform rotations: the
+    expectation over heads is exact, that within a head is one draw, differentiable in rotation and concentration. Shifts are as proposed,
+    without a density. Of the copies of an image the one with the highest bound counts.
+
+    Parameters
+    ----------
+    seen
+        Batch, weighted by the noise.
+    found
+        Candidates of the copies one after another; weights sum to one over each copy's.
+    copies
+        How many copies.
+    generator
+        Of the draws.
+    """
+    turned = drawn(found.rotations, found.concentration, generator)
+    squares = seen.squares(turned, found.shifts)
+    own, centres, weight, concentration = (
+        x.unflatten(1, (copies, -1)) for x in (turned, found.rotations, found.log_weight, found.concentration)
+    )
+    cosine = 0.5 * (torch.einsum("bchij,bckij->bchk", own, centres) - 1)
+    log_density = (
+        weight[:, :, None] + log_concentrated(cosine, concentration[:, :, None].expand_as(cosine))
+    ).logsumexp(dim=3)
+    pixels = 0.5 * seen.disk.weight.sum()
+    each = pixels * seen.losses(squares).unflatten(1, (copies, -1)) + log_density
+    bound = (weight.exp() * each).sum(dim=2)
+    row, best = torch.arange(len(bound), device=bound.device), bound.detach().argmin(dim=1)
+    share = weight.detach().exp()[row, best]
+    left = (share[..., None] * squares.detach().unflatten(1, (copies, -1))[row, best]).sum(dim=1).mean(dim=0)
+    return (bound[row, best].mean() / pixels).to(squares), left
