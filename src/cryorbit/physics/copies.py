@@ -47,20 +47,20 @@ class Copies:
             raise ConfigError("CONF504", f"unknown group of copies {name}", f"known: {', '.join(GROUPS)}")
         turns, mirrored = GROUPS[name]
         quarter, mirror = torch.tensor([[0, -1], [1, 0]]), torch.tensor([[-1, 0], [0, 1]])
-        plane = [torch.linalg.matrix_power(quarter, i * 4 // turns) for i in range(turns)]
-        moves = [torch.block_diag(q, torch.tensor(1)) for q in plane]
-        if mirrored:
-            plane, moves = (
-                plane + [q @ mirror for q in plane],
-                moves + [torch.block_diag(q @ mirror, torch.tensor(-1)) for q in plane],
-            )
-        k = torch.stack([disk.kx, disk.ky])
-        width = 2 * disk.box + 1
-        lookup = torch.full((width * width,), -1, dtype=torch.int64, device=k.device)
-        lookup[(disk.ky + disk.box) * width + disk.kx + disk.box] = torch.arange(len(disk), device=k.device)
-        x, y = (torch.stack(plane).mT.to(k) @ k).unbind(dim=1)
-        own, mate = (lookup[(s * y + disk.box) * width + s * x + disk.box] for s in (1, -1))
-        return Copies(torch.stack(moves).float().to(k.device), torch.where(own < 0, mate, own), own < 0)
+        turned = [torch.linalg.matrix_power(quarter, i * 4 // turns) for i in range(turns)]
+        both = [(q, 1) for q in turned] + [(q @ mirror, -1) for q in turned if mirrored]
+        moves = torch.stack([torch.block_diag(q, torch.tensor(sign)) for q, sign in both])
+        k, width = torch.stack([disk.kx, disk.ky]).cpu(), 2 * disk.box + 1
+
+        def place(x: Int[Tensor, "*b p"], y: Int[Tensor, "*b p"]) -> Int[Tensor, "*b p"]:
+            return (y + disk.box) * width + x + disk.box
+
+        lookup = torch.full((width * width,), -1, dtype=torch.int64)
+        lookup[place(*k)] = torch.arange(len(disk))
+        x, y = (moves[:, :2, :2].mT @ k).unbind(dim=1)
+        own, mate = lookup[place(x, y)], lookup[place(-x, -y)]
+        device = disk.kx.device
+        return Copies(moves.float().to(device), torch.where(own < 0, mate, own).to(device), (own < 0).to(device))
 
     def __len__(self) -> int:
         return len(self.moves)
