@@ -71,8 +71,9 @@ def refined_candidate(
 ) -> Objective:
     """The map follows each image at its best candidate moved by ``steps`` Gauss-Newton steps; the candidates follow that pose.
 
-    Semi-amortised inference: the encoder proposes, each image corrects its own pose under the map as it stands. Map and encoder share no
-    gradient: the first descends on the mean loss at the corrected poses, the second on minus their log density under its candidates.
+    Semi-amortised inference (after Kim et al. 2018): the encoder proposes, each image corrects its own pose under the map as it stands. Map
+    and encoder share no gradient: the first descends on the mean loss at the corrected poses, the second on minus their log density under
+    its candidates.
 
     Parameters
     ----------
@@ -108,9 +109,9 @@ def refined_candidate(
 def evidence_bound(seen: Observed, found: EncodedPoses, *, copies: int, generator: torch.Generator) -> Objective:
     """Minus the evidence lower bound of a mixture of isotropic matrix-Fisher densities about the candidates, per Fourier pixel.
 
-    ``log p(y) >= sum_h w_h E_h [log p(y | R) - log q(R)]`` with the density q of the whole mixture relative to uniform rotations: the
-    expectation over heads is exact, that within a head is one draw, differentiable in rotation and concentration. Shifts are as proposed,
-    without a density. Of the copies of an image the one with the highest bound counts.
+    ``log p(y) >= sum_h w_h E_h [log p(y | R) - log q(R)]`` (Kingma and Welling 2014) with the density q of the whole mixture relative to
+    uniform rotations: the expectation over heads is exact, that within a head is one draw, differentiable in rotation and concentration.
+    Shifts are as proposed, without a density. Of the copies of an image the one with the highest bound counts.
 
     Parameters
     ----------

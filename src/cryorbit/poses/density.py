@@ -38,6 +38,13 @@ def drawn(
 
     The axis is uniform. The angle's distribution function, of ``exp(x (cos angle - 1)) (1 - cos angle)``, is summed on a grid of angles as wide
     as x leaves it and inverted at a uniform number, so gradients pass through the table.
+
+    Parameters
+    ----------
+    rotations, concentration
+        (..., 3, 3) centres, and x (...), 1 / radian^2, positive.
+    generator
+        Of axes and uniform numbers, on the CPU.
     """
     x = concentration[..., None]
     share = torch.linspace(0, 1, _ANGLES, device=x.device, dtype=x.dtype)
