@@ -35,6 +35,8 @@ METHODS_SHARED = {
     "online_em",
     "marginal_config",
     "amortized_config",
+    "decoding",
+    "pose_objectives",
     "refinement_config",
     "symmetric",
     "halves",

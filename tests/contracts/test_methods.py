@@ -20,7 +20,18 @@ from cryorbit.training.dataset import ArrayParticles, FourierStack
 from cryorbit.training.loop import Method, run
 
 APIX, DIAMETER = 5.0, 70.0
-CASES = [*METHODS, "refine neural", "variational poisson"]  # a method, and the volume or likelihood where it takes one
+SWITCHES: dict[str, dict[str, object]] = {
+    "d4": {"copies": "d4", "augmented": False},
+    "gauss-newton": {"gauss_newton": 1, "gauss_newton_from": 0.3},
+    "neural": {"volume": "neural", "field_width": 16},
+    "elbo": {"objective": "elbo"},
+}  # of the autoencoder
+CASES = [
+    *METHODS,
+    "refine neural",
+    "variational poisson",
+    *(f"amortized {name}" for name in SWITCHES),
+]  # a method, and what is not its default
 
 
 @pytest.fixture(scope="module", params=[16, 17], ids=["even", "odd"])
@@ -29,9 +40,9 @@ def truth(request: pytest.FixtureRequest) -> SimulatedParticles:
 
 
 def build(case: str, truth: SimulatedParticles, seed: int = 0) -> Method:
-    name, _, variant = case.partition(" ")
+    name, _, switch = case.partition(" ")
     cls, config = method(name)
-    if variant == "poisson":
+    if switch == "poisson":
         known = {"count": 60, "box": truth.volume.box, "pixel_size": APIX, "snr_db": 0.0, "seed": 1}
         truth = simulate_particles(phantom(), noise="poisson", dose=2.0, **known)
     particles = ArrayParticles(truth.images.numpy(), APIX)
@@ -45,7 +56,7 @@ def build(case: str, truth: SimulatedParticles, seed: int = 0) -> Method:
         candidates = (random_rotations(120, generator).view(60, 2, 3, 3), torch.zeros(60, 2, 2))
         start = (truth.volume.data, truth.volume.data)
         settings = config(sweeps=3, iterations=2, field_width=16, field_steps=5)
-        kind = {"volume": variant} if variant else {}
+        kind = {"volume": switch} if switch else {}
         return cls(stack, settings, start=start, radius=5, candidates=candidates, **common, **kind)
     if name == "align2d":
         settings = config(classes=2, batch=20, march_steps=4, settle_steps=2)
@@ -61,11 +72,12 @@ def build(case: str, truth: SimulatedParticles, seed: int = 0) -> Method:
         return cls(TurnedPictures(truth.images, noise=0.1), config(epochs=2, batch=32, latent=4, units=8), seed=seed)
     if name == "variational":
         poses = PoseSamples(torch.arange(60), truth.poses.rotations, truth.poses.shifts / APIX, torch.ones(60))
-        settings = config(epochs=2, batch=25, likelihood=variant or "gaussian")
+        settings = config(epochs=2, batch=25, likelihood=switch or "gaussian")
         return cls(stack, settings, poses=poses, symmetry=common["symmetry"], seed=seed)
     if name in ("amortized", "ad", "tomo"):
         given = {"poses": truth.poses} if name == "tomo" else {}
-        settings = config(steps=6, batch=25) if name != "amortized" else config(steps=6, batch=25, side=16, heads=2)
+        own = {"side": 16, "heads": 2} if name == "amortized" else {}
+        settings = config(steps=6, batch=25, **own, **SWITCHES.get(switch, {}))
         return cls(stack, settings, mask_diameter=DIAMETER, seed=seed, **given)
     raise AssertionError(f"tests/contracts/test_methods.py builds no {name}: add it")
 

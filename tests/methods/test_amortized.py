@@ -1,6 +1,7 @@
 """The autoencoder and its yardsticks: maps at known poses, what the symmetrised loss follows, teaching of a known structure, and refusals."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -10,11 +11,16 @@ from cryorbit.groups import so3
 from cryorbit.methods.amortized import Amortized, TablePoses, Tomo
 from cryorbit.methods.amortized_config import AmortizedConfig, DecoderConfig, TableConfig, checked
 from cryorbit.methods.distillation import Distillation, DistillationConfig, Structure
+from cryorbit.methods.pose_objectives import Observed, best_candidate, evidence_bound, refined_candidate
 from cryorbit.metrics.align import align_poses
 from cryorbit.metrics.fsc import fsc
+from cryorbit.physics.copies import Copies
+from cryorbit.physics.slicing import slicing_grid
 from cryorbit.pipeline.config import RunConfig, check, preset
 from cryorbit.poses.density import log_mixture
+from cryorbit.poses.encoder import EncodedPoses
 from cryorbit.poses.posterior import PosePosterior
+from cryorbit.poses.table import refine_poses
 from cryorbit.simulate.particles import SimulatedParticles, simulate_particles
 from cryorbit.simulate.phantom import phantom
 from cryorbit.training.dataset import ArrayParticles, FourierStack
@@ -43,6 +49,13 @@ def test_known_poses_give_the_map(truth, stack):
     assert float(fsc(method.map(), truth.volume.data)[1:6].min()) > 0.95
 
 
+def test_known_poses_give_the_map_to_a_neural_field_too(truth, stack):
+    config = DecoderConfig(steps=160, batch=40, volume="neural", field_width=32)
+    method = Tomo(stack, config, poses=truth.poses, mask_diameter=DIAMETER)
+    run(method)
+    assert float(fsc(method.map(), truth.volume.data)[1:6].min()) > 0.9
+
+
 def test_a_table_of_almost_true_poses_moves_towards_them(truth, stack):
     method = TablePoses(stack, TableConfig(steps=120, batch=60), mask_diameter=DIAMETER)
     turn = so3.exp(0.25 * torch.randn(300, 3, generator=torch.Generator().manual_seed(1)))
@@ -58,27 +71,156 @@ def test_a_table_of_almost_true_poses_moves_towards_them(truth, stack):
     assert error() < 0.4 * before
 
 
-def test_half_a_turn_of_the_image_changes_nothing(stack):
-    """The loss that is followed is that of the better of an image and the image turned: the same for both."""
-    method = Amortized(stack, AmortizedConfig(steps=2, batch=20, side=16, bfloat16=False), mask_diameter=DIAMETER)
-    chosen = torch.arange(20)
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["c2", "c4", "d4"])
+def test_what_is_proposed_turns_with_the_image(stack, name):
+    """The candidates of a copy are those of the image, moved, in another order: so are the losses, and the pose that is followed."""
+    config = AmortizedConfig(steps=2, batch=20, side=16, bfloat16=False, copies=name, augmented=False)
+    method = Amortized(stack, config, mask_diameter=DIAMETER)
+    chosen = torch.arange(12)
+    images, ctf = stack.images(chosen), stack.ctf(chosen)
+    copies = Copies.of(name, stack.disk)
+    method.encoder.eval()
+    one = method._proposed(chosen, images, ctf)
+    for which, move in enumerate(copies.moves):
+        other = method._proposed(chosen, copies.images(images, torch.full((12,), which)), ctf)
+        expected, moved = move @ one.rotations, (move[:2, :2] @ one.shifts[..., None])[..., 0]
+        apart = (other.rotations[:, :, None] - expected[:, None]).abs().amax(dim=(-2, -1))
+        same = apart.argmin(dim=2)
+        assert torch.equal(same.sort(dim=1).values, torch.arange(same.shape[1]).expand_as(same))
+        assert float(apart.amin(dim=2).max()) < 1e-5
+        torch.testing.assert_close(other.shifts, moved.gather(1, same[..., None].expand(-1, -1, 2)), atol=1e-5, rtol=0)
+        torch.testing.assert_close(other.log_weight, one.log_weight.gather(1, same), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_network_that_sees_one_copy_does_not_turn_with_the_image(stack):
+    method = Amortized(stack, AmortizedConfig(side=16, bfloat16=False, copies="c1"), mask_diameter=DIAMETER)
+    chosen, copies = torch.arange(12), Copies.of("c4", stack.disk)
     images, ctf = stack.images(chosen), stack.ctf(chosen)
     method.encoder.eval()
-    one, other = (method._proposed(chosen, x, ctf) for x in (images, images.conj().resolve_conj()))
-    heads = method.config.heads
-    torch.testing.assert_close(other[0], so3.half_turn(one[0].roll(heads, dims=1)), atol=1e-5, rtol=0)
-    torch.testing.assert_close(other[1], -one[1].roll(heads, dims=1), atol=1e-5, rtol=0)
+    one, other = (method._proposed(chosen, copies.images(images, torch.full((12,), w)), ctf) for w in (0, 1))
+    assert float(so3.distance(other.rotations, copies.moves[1] @ one.rotations).median()) > 0.3
 
 
-def test_only_the_best_head_is_followed_and_its_weight_grows(stack):
-    method = Amortized(stack, AmortizedConfig(heads=3, symmetrised=False), mask_diameter=DIAMETER)
-    losses = torch.tensor([[3.0, 1.0, 2.0], [0.5, 1.0, 2.0]], requires_grad=True)
-    log_weight = torch.zeros(2, 3).log_softmax(dim=1).requires_grad_()
-    loss, best = method._objective(losses, log_weight)
+@torch.no_grad()
+def test_drawn_copies_propose_poses_of_the_image_itself(stack):
+    """An encoder whose candidates turn with the image proposes the same ones, whatever copy is drawn."""
+    config = AmortizedConfig(steps=2, batch=20, side=16, bfloat16=False, copies="c4")
+    method = Amortized(stack, config, mask_diameter=DIAMETER)
+    method.moved = Copies.of("c4", method.encoder.view.disk)
+    chosen = torch.arange(12)
+    images, ctf = stack.images(chosen), stack.ctf(chosen)
+    method.encoder.eval()
+    plain, drawn = (method._proposed(chosen, images, ctf, g) for g in (None, torch.Generator().manual_seed(1)))
+    apart = (drawn.rotations[:, :, None] - plain.rotations[:, None]).abs().amax(dim=(-2, -1)).amin(dim=2)
+    assert float(apart.max()) < 1e-5
+    assert not torch.equal(drawn.rotations, plain.rotations)
+
+
+def observed(
+    truth: SimulatedParticles, stack: FourierStack, count: int, volume: torch.Tensor | None = None
+) -> Observed:
+    """The first images beside the map they were drawn from, or another."""
+    chosen, disk = torch.arange(count), stack.disk
+    grid = slicing_grid(truth.volume.data * stack.scale if volume is None else volume, disk.radius)
+    noise = (16 * stack.scale) ** 2 * truth.noise_variance
+    weight = disk.weight / disk.weight.sum() / noise
+    return Observed(grid, stack.images(chosen), stack.ctf(chosen), weight, disk)
+
+
+def candidates(rotations: torch.Tensor) -> EncodedPoses:
+    """Unshifted and equally likely, as leaves that take gradients."""
+    shape = rotations.shape[:2]
+    weight = torch.zeros(shape).log_softmax(dim=1).requires_grad_()
+    shifts, concentration = torch.zeros(*shape, 2).requires_grad_(), torch.full(shape, 20.0).requires_grad_()
+    return EncodedPoses(rotations.clone().requires_grad_(), shifts, weight, concentration)
+
+
+def test_only_the_best_head_is_followed_and_its_weight_grows(truth, stack):
+    right = truth.poses.rotations[:2]
+    wrong = [so3.exp(torch.tensor([[0.0, angle, 0.3]])) @ right for angle in (1.0, 2.0)]
+    rotations = torch.stack(
+        [torch.stack([wrong[0][0], right[0], wrong[1][0]]), torch.stack([right[1], *(w[1] for w in wrong)])]
+    )
+    seen, found = observed(truth, stack, 2), candidates(rotations)
+    loss, left = best_candidate(seen, found)
     loss.backward()
-    assert best.tolist() == [1, 0]
-    assert torch.equal(losses.grad != 0, torch.tensor([[False, True, False], [True, False, False]]))
-    assert (log_weight.grad[[0, 1], best] < 0).all()
+    best = torch.tensor([1, 0])
+    moved = found.rotations.grad.flatten(2).norm(dim=2) > 0
+    assert torch.equal(moved, torch.tensor([[False, True, False], [True, False, False]]))
+    assert (found.log_weight.grad[[0, 1], best] < 0).all()
+    expected = seen.squares(right[:, None], torch.zeros(2, 1, 2))[:, 0].mean(dim=0)
+    torch.testing.assert_close(left, expected)
+
+
+def test_map_follows_the_refined_pose_and_candidates_are_taught_it(truth, stack):
+    """Each gradient is that of its own objective at the poses of a Gauss-Newton step, and of nothing else."""
+    turn = so3.exp(torch.tensor([[0.0, 0.15, 0.1], [0.2, 0.0, -1.0]]))
+    rotations = turn @ truth.poses.rotations[:6, None]
+    volume = (truth.volume.data * stack.scale).requires_grad_()
+    seen, found = observed(truth, stack, 6, volume), candidates(rotations)
+    loss, left = refined_candidate(seen, found, steps=1, fit_shift=True, shift_sd=0.5)
+    loss.backward()
+    precision = seen.weight * seen.disk.weight.sum()
+    start = (rotations[:, 0], torch.zeros(6, 2))
+    refined = refine_poses(seen.grid, seen.images, seen.ctf, precision, *start, seen.disk, iterations=1, shift_only=0)[
+        :2
+    ]
+    again = volume.detach().requires_grad_()
+    squares = observed(truth, stack, 6, again).squares(refined[0][:, None], refined[1][:, None])
+    seen.losses(squares).mean().backward()
+    torch.testing.assert_close(volume.grad, again.grad)
+    torch.testing.assert_close(left, squares[:, 0].mean(dim=0).detach())
+    same = candidates(rotations)
+    (-log_mixture(same, *refined, EYE, 0.5).mean()).backward()
+    for name in ("rotations", "shifts", "log_weight", "concentration"):
+        torch.testing.assert_close(getattr(found, name).grad, getattr(same, name).grad)
+    error = [so3.distance(r, truth.poses.rotations[:6]).median() for r in (start[0], refined[0])]
+    assert float(error[1]) < 0.5 * float(error[0])
+
+
+def test_bound_is_below_the_evidence_and_near_it_for_a_posterior_that_fits(truth, stack):
+    """Evidence by a sum over a grid of all rotations, in noise where a pose is known to some 20 degrees."""
+    seen = observed(truth, stack, 4)
+    seen = dataclasses.replace(seen, weight=0.03 * seen.weight)
+    pixels = 0.5 * seen.disk.weight.sum()
+    grid = so3.healpix_grid(2)
+    with torch.no_grad():
+        scores = -pixels * torch.cat(
+            [seen.losses(seen.squares(r.expand(4, -1, 3, 3), torch.zeros(4, len(r), 2))) for r in grid.split(512)],
+            dim=1,
+        )
+    evidence = scores.logsumexp(dim=1) - math.log(len(grid))
+    mode = grid[scores.argmax(dim=1)][:, None]
+
+    def bound(rotations: torch.Tensor, concentration: float) -> float:
+        found = dataclasses.replace(candidates(rotations), concentration=torch.full((4, 1), concentration))
+        generator = torch.Generator().manual_seed(4)
+        with torch.no_grad():
+            every = [evidence_bound(seen, found, copies=1, generator=generator)[0] for _ in range(100)]
+        return -float(pixels * torch.stack(every).mean())
+
+    best = max(bound(mode, x) for x in (25.0, 50.0))
+    assert best < float(evidence.mean()) + 0.02
+    assert best > float(evidence.mean()) - 1.0
+    assert bound(mode, 0.1) < best - 2.0
+    assert bound(mode, 2000.0) < best - 2.0
+    assert bound(so3.exp(torch.tensor([0.0, 1.5, 0.0])) @ mode, 50.0) < best - 2.0
+
+
+def test_bound_moves_everything_and_takes_the_better_copy(truth, stack):
+    right = truth.poses.rotations[:3]
+    wrong = so3.exp(torch.tensor([0.0, 2.0, 0.0])) @ right
+    volume = (truth.volume.data * stack.scale).requires_grad_()
+    seen, found = observed(truth, stack, 3, volume), candidates(torch.stack([wrong, wrong, right, wrong], dim=1))
+    found = dataclasses.replace(found, log_weight=(found.log_weight.detach() + math.log(2)).requires_grad_())
+    evidence_bound(seen, found, copies=2, generator=torch.Generator().manual_seed(0))[0].backward()
+    for name in ("rotations", "log_weight", "concentration"):
+        gradient = getattr(found, name).grad.flatten(2) if name == "rotations" else getattr(found, name).grad[..., None]
+        assert torch.equal(gradient.norm(dim=2) > 0, torch.tensor([[False, False, True, True]]).expand(3, 4)), name
+    assert (found.log_weight.grad[:, 2] < found.log_weight.grad[:, 3]).all()
+    assert float(volume.grad.norm()) > 0
 
 
 def test_every_image_is_shown_once_in_a_pass(stack):
@@ -143,13 +285,39 @@ def test_an_encoder_knows_more_of_images_it_never_saw_than_chance(truth, stack):
 
 @pytest.mark.parametrize(
     "change",
-    [{"likelihood": "huber"}, {"heads": 0}, {"parametrisation": "axis"}, {"side": 5}, {"batch": 1}, {"march": 2.0}],
+    [
+        {"likelihood": "huber"},
+        {"heads": 0},
+        {"parametrisation": "axis"},
+        {"side": 5},
+        {"batch": 1},
+        {"march": 2.0},
+        {"copies": "c3"},
+        {"gauss_newton": -1},
+        {"gauss_newton_from": 1.0},
+        {"field_rate": 0.0},
+        {"objective": "iwae"},
+    ],
 )
 def test_settings_that_cannot_work_are_refused(change):
     with pytest.raises(ConfigError, match="CONF502"):
         checked(dataclasses.replace(AmortizedConfig(), **change))
     with pytest.raises(ConfigError, match="CONF502"):
         check(dataclasses.replace(RunConfig(particles="x"), amortized=dataclasses.replace(AmortizedConfig(), **change)))
+
+
+@pytest.mark.parametrize(
+    ("code", "change"),
+    [
+        ("CONF031", {"volume": "gaussian"}),
+        ("CONF505", {"copies": "d4"}),
+        ("CONF506", {"objective": "elbo", "likelihood": "l2"}),
+        ("CONF507", {"objective": "elbo", "gauss_newton": 1}),
+    ],
+)
+def test_settings_of_which_one_leaves_the_other_nothing_to_do_are_refused(code, change):
+    with pytest.raises(ConfigError, match=code):
+        checked(dataclasses.replace(AmortizedConfig(), **change))
 
 
 def test_the_printed_model_goes_by_name_and_an_imposed_symmetry_is_refused():

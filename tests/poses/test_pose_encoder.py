@@ -13,7 +13,7 @@ from cryorbit.groups.point import point_group
 from cryorbit.networks.cnn import ConvEncoder
 from cryorbit.physics.fourier import disk_to_images, fourier_disk, images_to_disk
 from cryorbit.physics.shift import phase_ramp
-from cryorbit.poses.density import cosines, log_concentrated, log_mixture
+from cryorbit.poses.density import cosines, drawn, log_concentrated, log_mixture
 from cryorbit.poses.encoder import PARAMETRISATIONS, EncodedPoses, PoseEncoder, View, euler_rotations, rotations_of
 
 SINGULAR = {
@@ -149,6 +149,34 @@ def test_concentration_is_one_over_the_variance_about_each_axis():
     angle = torch.linspace(0, math.pi, 200_001, dtype=torch.float64)
     density = log_concentrated(angle.cos(), torch.full_like(angle, 900.0)).exp() * (1 - angle.cos()) / math.pi
     assert float(torch.trapezoid(density * angle**2, angle)) / 3 == pytest.approx(1 / 900, rel=0.01)
+
+
+@pytest.mark.parametrize("concentration", [0.1, 3.0, 400.0])
+def test_rotations_are_drawn_from_the_density_and_so_is_the_gradient(concentration, generator):
+    """Mean cosine of the angle: that of the density, and its derivative by the concentration, which is the variance of the cosine."""
+    angle = torch.linspace(0, math.pi, 200_001, dtype=torch.float64)
+    density = log_concentrated(angle.cos(), torch.full_like(angle, concentration)).exp() * (1 - angle.cos()) / math.pi
+    mean = float(torch.trapezoid(density * angle.cos(), angle))
+    variance = float(torch.trapezoid(density * (angle.cos() - mean).square(), angle))
+    x = torch.tensor(concentration, dtype=torch.float64, requires_grad=True)
+    centre = so3.random_rotations(1, generator).double()
+    found = drawn(centre.expand(10_000, 3, 3), x.expand(10_000), generator)
+    cosine = 0.5 * (torch.einsum("bij,ij->b", found, centre[0]) - 1)
+    assert float(cosine.mean().detach()) == pytest.approx(mean, abs=4 * (variance / 10_000) ** 0.5)
+    cosine.mean().backward()
+    assert float(x.grad) == pytest.approx(variance, rel=0.05)
+    lopsided = (found @ centre.mT).mean(dim=0).detach()
+    torch.testing.assert_close(lopsided, lopsided.diagonal().mean() * torch.eye(3).double(), atol=0.03, rtol=0)
+
+
+def test_gradients_of_draws_are_the_derivatives(generator):
+    x = torch.tensor([0.4, 20.0], dtype=torch.float64, requires_grad=True)
+    centres = so3.random_rotations(2, generator).double().requires_grad_()
+
+    def found(r: torch.Tensor, concentration: torch.Tensor) -> torch.Tensor:
+        return drawn(r, concentration, torch.Generator().manual_seed(3))
+
+    assert torch.autograd.gradcheck(found, (centres, x))
 
 
 def test_equivalent_poses_are_equally_near(generator):

@@ -66,16 +66,17 @@ def measured(run: Path, data: Data, truth: Volume) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Both levels, as many seeds as asked for."""
+    """The levels and as many seeds of each as asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--levels", nargs="+", default=["0 dB", "clean"], choices=["0 dB", "clean"])
     parser.add_argument("--only-finished", action="store_true", help="Measure runs that are there, start none.")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/paper001_handover.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows: dict[str, dict[str, Any]] = {}
-    for name in ("0 dB", "clean"):
+    for name in arguments.levels:
         folder = arguments.work / name.replace(" ", "").lower()
         star = simulated(folder / "sim", 3000, name, 1)
         data, rows[name] = Data.of(star, 0.5 * BOX), {}

@@ -1,20 +1,23 @@
 """Joint training from a random start: what each addition to the paper's model is worth, and the curves of its Fig. 2.
 
     python benchmarks/reproduce/paper001/joint.py --work DIR --what ablation
+    python benchmarks/reproduce/paper001/joint.py --work DIR --what ablation --rows all "one head" --seeds 2
     python benchmarks/reproduce/paper001/joint.py --work DIR --what figure2
 
-Particles the network has not seen are posed by it; errors are after the best common rotation and hand. ``figure2`` trains the paper's model
+Particles the network has not seen are posed by it; errors are after the best common rotation and hand. Rows of the ablation
+that are not run again stay in the JSON as they are; each run names its seed and commit. ``figure2`` trains the paper's model
 (Euler angles, quaternions, S2 x S2) and its yardsticks on what 64 px images hold up to 15 Fourier pixels (6.8 A), for far fewer steps.
 """
 
 import argparse
 import dataclasses
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import DIAMETER, Data, simulated, summary, write
+from common import DIAMETER, Data, commit, simulated, summary, write
 
 from cryorbit.methods.amortized import Amortized, TablePoses, Tomo
 from cryorbit.methods.amortized_config import AmortizedConfig, DecoderConfig, TableConfig
@@ -22,12 +25,19 @@ from cryorbit.pipeline.config import RunConfig, preset
 from cryorbit.training.loop import Method, run
 
 RADIUS, TRAINED, HELD_OUT = 15.0, 2000, 500
-WITHOUT: dict[str, dict[str, object]] = {
+ROWS: dict[str, dict[str, object]] = {
     "all": {},
-    "without the symmetrised loss": {"symmetrised": False},
+    "without the symmetrised loss": {"copies": "c1"},
     "one head": {"heads": 1},
     "plain L2": {"likelihood": "l2"},
     "no batch normalisation, PyTorch's start": {"normalised": False, "he": False},
+    "no copies drawn": {"augmented": False},
+    "quarter turns": {"copies": "c4"},
+    "quarter turns and mirror images": {"copies": "d4", "augmented": False},
+    "a Gauss-Newton step": {"gauss_newton": 1},
+    "a Gauss-Newton step from the start": {"gauss_newton": 1, "gauss_newton_from": 0.0},
+    "neural field": {"volume": "neural"},
+    "evidence bound": {"objective": "elbo"},
     "no march": {"radius_start": 8.0},
     "no shifts": {"fit_shift": False},
 }
@@ -55,17 +65,24 @@ def trained(method: Method, data: Data, looks: int) -> list[dict[str, float]]:
     return rows
 
 
-def ablation(data: Data, steps: int, seeds: int, keep: Callable[[dict[str, object]], None]) -> None:
-    """The default and the default less one addition at a time."""
-    members, out = torch.arange(TRAINED), {}
-    for name, change in WITHOUT.items():
-        config = dataclasses.replace(AmortizedConfig(steps=steps), **change)
-        ends = [
-            trained(Amortized(data.stack, config, mask_diameter=DIAMETER, members=members, seed=s), data, 1)[-1]
-            for s in range(seeds)
-        ]
+def ablation(
+    data: Data,
+    steps: int,
+    seeds: int,
+    names: list[str],
+    out: dict[str, object],
+    keep: Callable[[dict[str, object]], None],
+) -> None:
+    """The rows ``names``: the default, and the default with one setting changed; added to ``out``."""
+    members = torch.arange(TRAINED)
+    for name in names:
+        config = dataclasses.replace(AmortizedConfig(steps=steps), **ROWS[name])
+        ends = []
+        for seed in range(seeds):
+            method = Amortized(data.stack, config, mask_diameter=DIAMETER, members=members, seed=seed)
+            ends.append({"seed": seed, "commit": commit(), **trained(method, data, 1)[-1]})
+            print(name, ends[-1], flush=True)
         out[name] = ends
-        print(name, ends, flush=True)
         keep(out)
 
 
@@ -97,6 +114,7 @@ def main() -> None:
     parser.add_argument("--level", default="clean", choices=("clean", "0 dB"))
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), help="Of the ablation.")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -104,9 +122,22 @@ def main() -> None:
     data = Data.of(star, RADIUS)
     output = arguments.output or Path(f"benchmarks/results/paper001_{arguments.what}.json")
     sizes = {"level": arguments.level, "trained": TRAINED, "held_out": HELD_OUT, "radius_px": RADIUS}
-    sizes |= {"steps": arguments.steps, "seeds": arguments.seeds}
-    measure = {"ablation": ablation, "figure2": figure2}[arguments.what]
-    measure(data, arguments.steps, arguments.seeds, lambda rows: write(output, sizes | {"rows": rows}))
+    sizes["steps"] = arguments.steps
+    if arguments.what == "figure2":
+        sizes["seeds"] = arguments.seeds
+        figure2(data, arguments.steps, arguments.seeds, lambda rows: write(output, sizes | {"rows": rows}))
+        return
+    before = json.loads(output.read_text()) if output.exists() else sizes | {"rows": {}}
+    if {name: before[name] for name in sizes} != sizes:
+        parser.error(f"{output} holds runs of other sizes, give another --output")
+    ablation(
+        data,
+        arguments.steps,
+        arguments.seeds,
+        arguments.rows,
+        before["rows"],
+        lambda rows: write(output, sizes | {"rows": rows}),
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from cryorbit.errors import ConfigError
 from cryorbit.groups import so3
 from cryorbit.physics.cryoem import forward
 from cryorbit.physics.slicing import slicing_grid
-from cryorbit.poses.density import cosines, log_mixture
+from cryorbit.poses.density import SHIFT_SD, cosines, log_mixture
 from cryorbit.poses.encoder import PoseEncoder, View
 from cryorbit.poses.posterior import PosePosterior
 from cryorbit.training.checkpoint import State
@@ -25,7 +25,6 @@ from cryorbit.training.dataset import FourierStack
 from cryorbit.training.optimiser import adam_state, load_adam, warm_cosine
 
 _CLIP = 1.0  # norm of a step's gradient
-_SHIFT_SD = 0.5  # pixels of what the encoder sees, within which a shift counts as found
 _WEAKEST = 0.3  # strength of an image drawn
 
 
@@ -141,7 +140,7 @@ class Distillation:
         self.columns = view.columns(stack.disk).to(stack.device)
         self.disk = view.disk.to(stack.device)
         self.grid = slicing_grid(structure.volume, view.disk.radius)
-        self.shift_sd = _SHIFT_SD * stack.box / view.box
+        self.shift_sd = SHIFT_SD * stack.box / view.box
         self.optimiser = torch.optim.Adam(self.encoder.parameters())
 
     def total_steps(self) -> int:

@@ -152,6 +152,12 @@ class EncodedPoses:
     log_weight: Float[Tensor, "b h"]
     concentration: Float[Tensor, "b h"]
 
+    @staticmethod
+    def certain(rotations: Float[Tensor, "b 3 3"], shifts: Float[Tensor, "b 2"]) -> "EncodedPoses":
+        """One candidate per image, beyond doubt."""
+        none = shifts.new_zeros(len(shifts), 1)
+        return EncodedPoses(rotations[:, None], shifts[:, None], none, none + math.inf)
+
     def best(self) -> tuple[Float[Tensor, "b 3 3"], Float[Tensor, "b 2"]]:
         """Rotation and shift of each image's likeliest candidate."""
         row, head = torch.arange(len(self.log_weight), device=self.log_weight.device), self.log_weight.argmax(dim=1)

@@ -39,8 +39,8 @@ class NeuralVolume(nn.Module):
     base
         (D, D, D) map in zyx order that the field is added to, kept as it is; zero at first.
     unit
-        () density that one unit of the network's output stands for: the spread of the map it started from; of an empty volume, that of noise
-        with transform values about 1.
+        () density that one unit of the network's output stands for: as given, or the spread of the map it started from; of an empty volume,
+        that of noise with transform values about 1.
     field
         Position in pixels (x, y, z) from the centre to density; zero at first.
     """
@@ -59,12 +59,20 @@ class NeuralVolume(nn.Module):
 
     @classmethod
     def from_map(
-        cls, data: Float[Tensor, "d d d"], oversampling: int = 2, *, width: int = 128, depth: int = 2, seed: int = 0
+        cls,
+        data: Float[Tensor, "d d d"],
+        oversampling: int = 2,
+        *,
+        width: int = 128,
+        depth: int = 2,
+        seed: int = 0,
+        unit: float | None = None,
     ) -> "NeuralVolume":
-        """A volume that starts as a copy of ``data``, in its type and on its device."""
+        """A volume that starts as a copy of ``data``, in its type and on its device; ``unit`` is the spread of ``data`` if None."""
         volume = cls(data.shape[-1], oversampling, width=width, depth=depth, seed=seed).to(data)
         volume.base.copy_(data.detach())
-        volume.unit.copy_(data.detach().std().clamp_min(torch.finfo(data.dtype).tiny))
+        spread = data.detach().std() if unit is None else volume.unit.new_tensor(unit)
+        volume.unit.copy_(spread.clamp_min(torch.finfo(data.dtype).tiny))
         return volume
 
     def density(self, mask: Float[Tensor, "d d d"] | None = None) -> Float[Tensor, "d d d"]:

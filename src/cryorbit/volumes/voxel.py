@@ -37,6 +37,10 @@ class VoxelVolume(nn.Module):
         volume.data = nn.Parameter(data.detach().clone())
         return volume
 
+    def density(self, mask: Float[Tensor, "d d d"]) -> Float[Tensor, "d d d"]:
+        """The map inside ``mask`` (0 to 1), zero outside."""
+        return self.data * mask
+
     def forward(self, rotations: Float[Tensor, "b 3 3"], disk: FourierDisk) -> Complex[Tensor, "b p"]:
         """Central slices ``v^(R^T (kx, ky, 0))`` at the pixels of ``disk``, which must be of the same box."""
         return slice_grid(slicing_grid(self.data, disk.radius, self.oversampling), rotations, disk)
