@@ -69,7 +69,7 @@ def simulate(
 ) -> Data:
     """Projections of the model's map by slices; ``snr`` is signal variance over noise variance, None no noise."""
     begun = time.perf_counter()
-    source = open_source(name if name == "4ake" else str(data / "models" / f"{name}.pdb.gz"))
+    source = open_source("4ake" if name == "4ake" else str(next((data / "models").glob(f"{name}.*"))))
     truth = simulate_particles(
         source,
         count=count,

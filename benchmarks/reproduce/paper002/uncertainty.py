@@ -23,7 +23,7 @@ from cryorbit.metrics.fsc import fsc, resolution
 from cryorbit.metrics.spectrum import half_set_fsc, predicted_resolution, ss_snr, truth_fsc
 from cryorbit.physics.fourier import shell_index
 
-SETS = {"4ake": (64, 1.6), "1aon": (64, 5.6)}
+SETS = {"4ake": (64, 1.6), "1aon": (64, 5.6), "1igy": (64, 3.2)}
 
 
 def figure4(data: Data, cell: dict[str, object]) -> dict[str, object]:
