@@ -1,12 +1,12 @@
 """Continuous per-particle poses: Levenberg-Marquardt on so(3) x R^2 with the slice's exact derivatives, shift first, then both."""
 
 import torch
-from jaxtyping import Bool, Complex, Float
+from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor
 
 from cryorbit.groups import so3
 from cryorbit.physics.fourier import FourierDisk
-from cryorbit.physics.posing import pose_normal_equations
+from cryorbit.physics.posing import pose_losses, pose_normal_equations
 from cryorbit.physics.slicing import SlicingGrid
 
 _MAX_ROTATION = 0.25
@@ -31,6 +31,11 @@ def _solve(
     rotation = rotation * (_MAX_ROTATION / rotation.norm(dim=1, keepdim=True).clamp_min(_MAX_ROTATION))
     shift = shift * (_MAX_SHIFT_PX / shift.norm(dim=1, keepdim=True).clamp_min(_MAX_SHIFT_PX))
     return torch.cat([rotation, shift], dim=1)
+
+
+def _rows(which: Int[Tensor, " r"], *arrays: Tensor) -> tuple[Tensor, ...]:
+    """Those rows of every array; the arrays themselves where they are all."""
+    return arrays if len(which) == len(arrays[0]) else tuple(a[which] for a in arrays)
 
 
 def refine_poses(
@@ -70,7 +75,8 @@ def refine_poses(
 
     Returns
     -------
-    Rotations, shifts, the loss (B,) and the Gauss-Newton matrix (B, 5, 5) there; the loss is never above that of the start.
+    Rotations, shifts, the loss (B,), never above that of the start, and the Gauss-Newton matrix (B, 5, 5) there, or a third of a standard
+    deviation or less away.
     """
     best_r, best_s = rotations.clone(), shifts_px.clone()
     loss, gradient, hessian = pose_normal_equations(grid, images, ctf, precision, best_r, best_s, disk)
@@ -78,6 +84,7 @@ def refine_poses(
     free = torch.ones(5, dtype=torch.bool, device=images.device)
     free[3:] = fit_shift
     moving = torch.arange(len(images), device=images.device)
+    last_r, last_s, ended = best_r.clone(), best_s.clone(), torch.zeros_like(moving, dtype=torch.bool)
     for index in range(iterations):
         first = fit_shift and index < shift_only
         stepping = free & (torch.arange(5, device=images.device) >= 3) if first else free
@@ -87,8 +94,13 @@ def refine_poses(
         step = step.to(best_r.dtype)
         trial_r = so3.exp(step[:, :3]) @ best_r[moving]
         trial_s = best_s[moving] + step[:, 3:]
-        whole = len(moving) == len(images)
-        y, c = (images, ctf) if whole else (images[moving], ctf[moving])
+        if not first:
+            last = gain < _LAST_GAIN
+            last_r[moving[last]], last_s[moving[last]], ended[moving[last]] = trial_r[last], trial_s[last], True
+            moving, trial_r, trial_s = moving[~last], trial_r[~last], trial_s[~last]
+        if not len(moving):
+            break
+        y, c = _rows(moving, images, ctf)
         new = pose_normal_equations(grid, y, c, precision, trial_r, trial_s, disk)
         better = new[0] < loss[moving]
         won = moving[better]
@@ -96,7 +108,12 @@ def refine_poses(
         loss[won], gradient[won], hessian[won] = (part[better] for part in new)
         damping[moving] = torch.where(better, damping[moving] * 0.2, damping[moving] * 6.0).clamp(1e-6, 1e3)
         if not first:
-            moving = moving[~(better & (gain < _LAST_GAIN)) & (damping[moving] < _HOPELESS)]
-        if not len(moving):
-            break
+            moving = moving[damping[moving] < _HOPELESS]
+    # of the last steps only the loss is asked for: on so short a way the matrix hardly changes
+    ended_rows = torch.nonzero(ended)[:, 0]
+    y, c = _rows(ended_rows, images, ctf)
+    after = pose_losses(grid, y, c, precision, last_r[ended_rows, None], last_s[ended_rows, None], disk)[:, 0]
+    better = after < loss[ended_rows]
+    won = ended_rows[better]
+    best_r[won], best_s[won], loss[won] = last_r[won], last_s[won], after[better]
     return so3.orthonormalise(best_r), best_s, loss, hessian
