@@ -153,5 +153,8 @@ def test_errors_are_of_each_definition(generator):
 def test_settings_that_cannot_work_are_refused(settings):
     with pytest.raises(ConfigError, match="CONF43"):
         Invariant(TurnedPictures(bars(2)), InvariantConfig(**settings))
+    for pictures in (torch.empty(0, 16, 16), torch.ones(3, 4, 4), torch.zeros(3, 16, 16)):
+        with pytest.raises(ConfigError, match="CONF434"):
+            TurnedPictures(pictures)
     with pytest.raises(ConfigError, match="CONF430"):
         TurnedPictures(bars(2), noise=-1.0)

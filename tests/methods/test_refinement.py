@@ -62,7 +62,7 @@ def test_images_are_as_likely_as_their_noise_allows_and_no_sweep_is_made_for_not
         told.append(refinement.step(len(told)))
         unseen.append(float(shell_power(refinement.tensors["half_1"])[11]))
     assert 3 < len(told) < 30
-    still = math.degrees(0.05 / 8)
+    still = math.degrees(0.02 / 8)
     assert told[-1]["pose_change_deg"] > still  # the poses are drawn anew in each sweep: they never stand still
     gains = [row["gain"] for row in told[:-1]]
     left = [min(abs(now), abs(now + before) / 2) for before, now in pairwise(gains)]

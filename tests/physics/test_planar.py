@@ -42,6 +42,27 @@ def test_overlap_is_that_of_pixels_and_its_peak_the_turn(generator):
     assert float(SO2().distance(grid.peak(score), angles).max()) < math.radians(0.5)
 
 
+def test_distance_is_that_of_pixels_and_never_negative(generator):
+    grid, images = PolarGrid(BOX), blobs(4, generator)
+    shown = rotate_images(images, grid.steps()[[3, 11, 30, 50]].double())
+    found = grid.distance(shown, images)
+    for j in (0, 20):
+        direct = (shown - rotate_images(images, grid.steps()[j].expand(4).double())).square().sum(dim=(1, 2))
+        torch.testing.assert_close(found[:, j], direct, rtol=0.05, atol=0)
+    dot = torch.zeros(1, BOX, BOX, dtype=torch.float64)
+    dot[0, BOX // 2, BOX // 2] = 1.0  # what rings sample worst
+    itself = grid.distance(dot, dot)
+    assert abs(float(itself[0, 0])) < 1e-12
+    assert float(itself.min()) > -1e-12
+    rough = torch.randn(4, BOX, BOX, generator=generator, dtype=torch.float64)
+    assert float(grid.distance(rough, rough.flip(0)).min()) > 0
+    corner = torch.zeros(1, BOX, BOX, dtype=torch.float64)
+    corner[0, 0, 0] = 2.0
+    torch.testing.assert_close(
+        grid.distance(corner, 0 * corner), torch.full((1, grid.angles), 4.0, dtype=torch.float64)
+    )
+
+
 def test_sampling_and_overlaps_are_differentiable(generator):
     grid = PolarGrid(8, angles=8)
     images = torch.randn(2, 8, 8, generator=generator, dtype=torch.float64, requires_grad=True)

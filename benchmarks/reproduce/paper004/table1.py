@@ -115,7 +115,6 @@ def main() -> None:
     }
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     record: dict[str, object] = {
-        "commit": commit,
         "device": "cpu",
         "threads": torch.get_num_threads(),
         "train": {kind: len(pair[0]) for kind, pair in sets.items()},
@@ -124,6 +123,11 @@ def main() -> None:
         "paper": PAPER,
         "rows": {kind: {} for kind in sets},
     }
+    if a.json.exists():  # rows that are not run again stay
+        before = json.loads(a.json.read_text())
+        record["rows"] = before.pop("rows")
+        if before != {k: v for k, v in record.items() if k != "rows"}:
+            parser.error(f"{a.json} is of other sizes, threads or noise: name another file")
     pictures: dict[str, dict[str, Tensor]] = {kind: {} for kind in sets}
     for name in a.rows:
         for kind, (train, test) in sets.items():
@@ -133,7 +137,13 @@ def main() -> None:
             seconds = time.process_time() - started
             free = name in ("spatial-vae", "unsupervised")
             result, pictures[kind][name] = measured(method, test, free)
-            row = {"config": asdict(method.config), "cpu_seconds": seconds, "steps": method.total_steps(), **result}
+            row = {
+                "commit": commit,
+                "config": asdict(method.config),
+                "cpu_seconds": seconds,
+                "steps": method.total_steps(),
+                **result,
+            }
             record["rows"][kind][name] = row  # type: ignore[index]
             a.json.write_text(json.dumps(record, indent=2) + "\n")
             print(kind, name, f"{seconds:.0f} s", json.dumps(result), flush=True)

@@ -38,6 +38,7 @@ from cryorbit.training.optimiser import adam_state, epoch_batch, load_adam
 _LARGEST_EXPONENT = 6.0
 _PENALTY = 10.0
 _CHUNK = 1000
+_LEAST = 1e-5  # of the pictures' power, below which the fitted variance does not fall: pictures without noise have none
 _FOLLOW = 0.05  # share of a batch in the running variance
 ANGLES = ("posterior", "circle", "scalar")
 
@@ -134,6 +135,7 @@ class Invariant:
             -0.5 * (away / pictures.spread).square(), dim=0
         )  # uniform for an infinite spread
         self.variance = pictures.pictures.square().mean() + pictures.noise**2  # of a pixel about its prediction
+        self.least = _LEAST * self.variance
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.encoder: nn.Module = (
@@ -161,11 +163,6 @@ class Invariant:
         """Angle in radian."""
         return torch.atan2(head[:, 1], head[:, 0] + 1e-9) if head.shape[1] == 2 else head[:, 0]
 
-    def _misfit(self, shown: Tensor, made: Tensor) -> Float[Tensor, "b a"]:
-        """Squared distance of each picture from the one made for it, at every angle of the grid."""
-        both = shown.square().sum(dim=(1, 2)) + made.square().sum(dim=(1, 2))
-        return both[:, None] - 2 * self.grid.overlap(self.grid.sample(shown), self.grid.sample(made))
-
     @torch.no_grad()
     def canonical(self, shown: Float[Tensor, "n d d"]) -> tuple[Float[Tensor, "n d d"], Float[Tensor, " n"]]:
         """Unturned pictures and angles in radian."""
@@ -174,7 +171,7 @@ class Invariant:
             z, head = self._encode(part)
             made = self.decoder(z)
             if self.config.angle == "posterior":
-                angle = self.grid.peak(self.prior - 0.5 * self._misfit(part, made) / self.variance)
+                angle = self.grid.peak(self.prior - 0.5 * self.grid.distance(part, made) / self.variance)
             else:
                 angle = self._guess(head)
             parts.append((made, angle))
@@ -225,11 +222,11 @@ class Invariant:
 
     def _marginal(self, shown: Tensor, made: Tensor) -> Float[Tensor, ""]:
         """Minus the mean log likelihood of pictures, marginal over the angle, in units of the squared misfit; follows the variance."""
-        misfit = self._misfit(shown, made)
+        misfit = self.grid.distance(shown, made)
         likely = self.prior - 0.5 * misfit / self.variance
         loss = -2 * self.variance * likely.logsumexp(dim=1).mean()
         left = (likely.softmax(dim=1) * misfit).detach().sum(dim=1).mean() / shown[0].numel()
-        self.variance = (1 - _FOLLOW) * self.variance + _FOLLOW * left
+        self.variance = torch.maximum((1 - _FOLLOW) * self.variance + _FOLLOW * left, self.least)
         return loss
 
     def _critic_step(self, real: Tensor, made: Tensor, generator: torch.Generator) -> dict[str, float | str]:

@@ -39,12 +39,12 @@ _BATCH_PIXELS = 2**21  # Fourier pixels read at a time; a particle may need ten 
 # Places of the whole grid from which modes are looked for, and how far apart, in the grid's spacing: in a sweep, where a map holds the noise of
 # the very image and more search finds more of it; and at last, under the other half's map.
 _STARTS, _FINAL_STARTS = (1, 1.2), (8, 0.7)
-# Poses drawn around each mode for the last posterior, where particles have several modes and where not; and how wide
-_FINAL_SAMPLES, _FINAL_WIDEN = (48, 16), 1.5
+# Poses drawn around each mode for the last posterior, where particles have one mode each and where they have several; and how wide
+_FEW_SAMPLES, _FINAL_SAMPLES, _FINAL_WIDEN = 16, 48, 1.5
 _SINGLE = 1.02  # modes per particle: where there are fewer, none are looked for elsewhere at last
 _JUDGED = 500  # particles of a half by which the maps' errors are judged
 _NO_MASS = 1e-3  # of a particle's mass: modes with less are not followed
-_STILL_PX = 0.01  # Fourier pixels at the rim by which settled poses move in a sweep: what is left is some times that
+_STILL_PX = 0.02  # Fourier pixels at the rim by which settled poses move in a sweep: what is left is some times that
 _LEAST_GAIN = 0.05  # nats per particle and sweep: below, the poses move by a seventh of their spread together, or less
 
 
@@ -249,7 +249,7 @@ class Refinement:
                 starts,
                 disk,
                 symmetry=self.symmetry,
-                points=sample_points(len(chosen), _FINAL_SAMPLES[not several], int(chosen[0])),
+                points=sample_points(len(chosen), _FINAL_SAMPLES if several else _FEW_SAMPLES, int(chosen[0])),
                 modes=self.config.modes,
                 iterations=self.config.iterations,
                 coarse=float(self.search_radius),

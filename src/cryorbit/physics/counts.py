@@ -104,6 +104,8 @@ def electron_rate(excess: Float[Tensor, "*b"], dose: float) -> Float[Tensor, "*b
 def count_log_likelihood(counts: Float[Tensor, "*b"], excess: Float[Tensor, "*b"], dose: float) -> Float[Tensor, "*b"]:
     """Log-probability of each pixel's counts, ``n log rate - rate - log n!`` in nats; differentiable in ``excess`` and concave in it.
 
+    In float64 whatever comes in: the terms are each of the order of n log n and nearly cancel.
+
     Parameters
     ----------
     counts
@@ -116,9 +118,9 @@ def count_log_likelihood(counts: Float[Tensor, "*b"], excess: Float[Tensor, "*b"
     DataError
         DATA121 the dose is not positive.
     """
-    t = _scaled(excess, dose)
-    log_rate = math.log(dose / SHARPNESS) + _log_softplus(t)
-    return counts * log_rate - dose / SHARPNESS * softplus(t) - torch.lgamma(counts + 1)
+    n, rate = counts.double(), electron_rate(excess.double(), dose)
+    log_rate = math.log(dose / SHARPNESS) + _log_softplus(_scaled(excess.double(), dose))
+    return n * log_rate - rate - torch.lgamma(n + 1)
 
 
 def count_information(excess: Float[Tensor, "*b"], dose: float) -> Float[Tensor, "*b"]:

@@ -72,8 +72,17 @@ class PolarGrid:
     def overlap(self, shown: Float[Tensor, "b r a"], made: Float[Tensor, "b r a"]) -> Float[Tensor, "b a"]:
         """Sum over pixels of ``shown`` times ``made`` turned by each angle of the grid: a correlation along the rings, each pixel's area its
         weight."""
-        area = self._radii(shown) * (2 * math.pi / self.angles)
-        return circular_correlation(made, area[:, None] * shown).sum(dim=-2)
+        return circular_correlation(made, self._area(shown) * shown).sum(dim=-2)
+
+    def distance(self, shown: Float[Tensor, "b d d"], made: Float[Tensor, "b d d"]) -> Float[Tensor, "b a"]:
+        """Squared distance of images from those ``made``, turned by each angle of the grid; never negative, as norms and overlaps are the
+        same sums. Pixels outside the rings, where a turn leads out of the image, count as if nothing overlapped there."""
+        one, two = self.sample(shown), self.sample(made)
+        norms = (self._area(one) * (one.square() + two.square())).sum(dim=(1, 2))
+        axis = torch.arange(self.box, device=shown.device) - self.box // 2
+        outside = torch.hypot(axis[:, None].to(shown), axis.to(shown)) > self.rings
+        corners = (shown.square() + made.square())[:, outside].sum(dim=1)
+        return (norms + corners)[:, None] - 2 * self.overlap(one, two)
 
     def peak(self, score: Float[Tensor, "b a"]) -> Float[Tensor, " b"]:
         """Angle in radian of the highest score, by a parabola through it and its neighbours."""
@@ -83,6 +92,10 @@ class PolarGrid:
         return SO2().compose(
             (best + 0.5 * (high - low) / bend) * (2 * math.pi / self.angles), SO2().identity().to(score)
         )
+
+    def _area(self, like: Tensor) -> Float[Tensor, "r 1"]:
+        """Pixels that a point of each ring stands for."""
+        return (self._radii(like) * (2 * math.pi / self.angles))[:, None]
 
     def _radii(self, like: Tensor) -> Float[Tensor, " r"]:
         return torch.arange(self.rings, dtype=like.dtype, device=like.device) + 0.5

@@ -15,6 +15,8 @@ from cryorbit.physics.planar import rotate_images
 from cryorbit.simulate.atoms import AtomicModel
 from cryorbit.simulate.particles import make_projector
 
+SMALLEST_SIDE = 8
+
 
 @dataclass(frozen=True)
 class TurnedPictures:
@@ -40,6 +42,13 @@ class TurnedPictures:
                 "CONF430",
                 f"a spread of {self.spread} and noise of {self.noise} make no set",
                 "give spread > 0, noise >= 0",
+            )
+        if not len(self.pictures) or self.side < SMALLEST_SIDE or not float(self.pictures.abs().max()) > 0:
+            raise ConfigError(
+                "CONF434",
+                f"{len(self.pictures)} pictures of {self.side} px, the largest value "
+                f"{float(self.pictures.abs().max()) if len(self.pictures) else 0:g}, make no set",
+                f"give pictures of at least {SMALLEST_SIDE} px that show something",
             )
 
     def __len__(self) -> int:
