@@ -1,5 +1,9 @@
 """Matrix products of every kernel backend, on arrays laid out either way; and how a GPU may round them."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -29,3 +33,10 @@ def test_products_are_right(device, dtype, rows, columns, transposed, generator)
         error = ((found.cpu().double() - exact).abs() / torch.outer(left.norm(dim=1), right.norm(dim=1))).max()
         assert float(error) < tolerance[device][dtype]
     assert torch.backends.cuda.matmul.fp32_precision == before
+
+
+def test_kernels_leave_the_users_threads_alone():
+    asked = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2"}
+    code = "import torch, cryorbit.physics.kernels; print(torch.get_num_threads())"
+    told = subprocess.run([sys.executable, "-c", code], env=asked, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "1"

@@ -116,7 +116,6 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     record: dict[str, object] = {
         "device": "cpu",
-        "threads": torch.get_num_threads(),
         "train": {kind: len(pair[0]) for kind, pair in sets.items()},
         "test": {kind: len(pair[1]) for kind, pair in sets.items()},
         "noise": a.noise,
@@ -126,8 +125,8 @@ def main() -> None:
     if a.json.exists():  # rows that are not run again stay
         before = json.loads(a.json.read_text())
         record["rows"] = before.pop("rows")
-        if before != {k: v for k, v in record.items() if k != "rows"}:
-            parser.error(f"{a.json} is of other sizes, threads or noise: name another file")
+        if before != {k: v for k, v in json.loads(json.dumps(record)).items() if k != "rows"}:
+            parser.error(f"{a.json} is of other sizes or noise: name another file")
     pictures: dict[str, dict[str, Tensor]] = {kind: {} for kind in sets}
     for name in a.rows:
         for kind, (train, test) in sets.items():

@@ -14,7 +14,17 @@ _NEGLIGIBLE = 1e-5  # weight of a pose that may be left out of the sums
 _ENOUGH = 0.999  # of an image's mass must be in the sums
 _SPARSE = 0.05  # share of the poses below which the sums visit them one by one
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-_LAUNCHED: int = numba.get_num_threads()
+
+
+def _launched() -> int:
+    """Numba's threads. Launching them tells OpenMP, and so torch, to use as many: what the user said (OMP_NUM_THREADS) is said again."""
+    wanted = torch.get_num_threads()
+    launched: int = numba.get_num_threads()
+    torch.set_num_threads(wanted)
+    return launched
+
+
+_LAUNCHED = _launched()
 
 
 def _use_torch_threads() -> int:
