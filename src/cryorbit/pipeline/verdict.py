@@ -26,8 +26,8 @@ OTHER_METHOD = (
 )
 
 # Weights of a logistic function of `features`, fitted to simulated runs by benchmarks/success_rate.py --fit.
-WEIGHTS = {"constant": -19.95, "periods": 2.31, "posed": 3.85, "sharpness": 2.08}
-RUNS = 202
+WEIGHTS = {"constant": -19.98, "periods": 2.31, "posed": 3.86, "sharpness": 2.09}
+RUNS = 208
 
 
 @dataclass(frozen=True)
