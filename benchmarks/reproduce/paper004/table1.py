@@ -138,6 +138,7 @@ def main() -> None:
             result, pictures[kind][name] = measured(method, test, free)
             row = {
                 "commit": commit,
+                "threads": torch.get_num_threads(),
                 "config": asdict(method.config),
                 "cpu_seconds": seconds,
                 "steps": method.total_steps(),
