@@ -149,7 +149,14 @@ def draw(sets: dict[str, list[dict[str, Any]]], picture: Path) -> None:
     for name, rows in sets.items():
         shares = [statistics.mean(row["covered"][f"{part:g}"] for row in rows) for part in REGIONS]
         snr = SETS[name].snr_db
-        axes.plot(REGIONS, shares, marker="o", ms=4, lw=1, label="no noise" if snr is None else f"{snr:g} dB")
+        axes.plot(
+            REGIONS,
+            shares,
+            marker="o",
+            ms=4,
+            lw=1,
+            label=("no noise" if snr is None else f"{snr:g} dB") + ("" if SETS[name].ctf else ", no CTF"),
+        )
     axes.set_xlabel("mass of the credible region")
     axes.set_ylabel("share of true poses inside")
     axes.legend(frameon=False, fontsize=9)
