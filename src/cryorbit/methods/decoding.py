@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from cryorbit.methods.amortized_config import DecoderConfig, checked
 from cryorbit.methods.pose_objectives import Objective, Observed, best_candidate
-from cryorbit.methods.refinement_config import checked_volume
 from cryorbit.metrics.masks import soft_sphere
 from cryorbit.physics.fourier import FourierDisk
 from cryorbit.physics.slicing import SlicingGrid, slicing_grid
@@ -70,7 +69,7 @@ class Decoding:
     def _first_volume(self, diameter: float) -> tuple[VoxelVolume | NeuralVolume, float]:
         """And how far Adam's steps in it go."""
         c, start = self.decoder, self._first_map(diameter)
-        if checked_volume(c.volume) == "neural":
+        if c.volume == "neural":
             return NeuralVolume.from_map(start, width=c.field_width, seed=self.seed, unit=self.unit), c.field_rate
         return VoxelVolume.from_map(start), c.volume_rate * self.unit
 

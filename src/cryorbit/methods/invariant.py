@@ -208,7 +208,8 @@ class Invariant:
         if c.angle == "posterior":
             with torch.set_grad_enabled(not c.supervised):
                 marginal = self._marginal(shown, made)
-            losses |= {} if c.supervised else {"marginal": marginal}
+            if not c.supervised:
+                losses["marginal"] = marginal
         else:
             losses["angle"] = c.angle_weight * angle_loss(self._guess(head), angles, c.angle)
         if c.critic and index % c.critic_every == 0:

@@ -181,13 +181,13 @@ class Variational:
         t["inserted"] = (1 - rate) * t["inserted"] + rate * batch.numerator
         t["weight"] = (1 - rate) * t["weight"] + rate * batch.weight
         if index == 0:
-            t["noise"] = self._fit(chosen, torch.zeros_like(images))[1]
+            t["noise"] = self._fit(chosen, images, torch.zeros_like(images))[1]
         if self.config.prior == "learned":
             t["prior"] = self._learned(index)
         volume = self.volume
         draw = volume.draw(torch.Generator().manual_seed(self.seed * 1_000_003 + index))
         slices = slice_grid(slicing_grid(draw, self.disk.radius), rotations, self.disk)
-        per_image, noise = self._fit(chosen, form_images(slices, shifts, self.disk, ctf))
+        per_image, noise = self._fit(chosen, images, form_images(slices, shifts, self.disk, ctf))
         likelihood = scale * per_image.sum()
         (gradient,) = torch.autograd.grad(likelihood, [volume.data])
         pull = volume_to_fourier(self._symmetrised(gradient)) / self.stack.box**3
@@ -221,11 +221,10 @@ class Variational:
         return learned_prior(least_squares(self._sums), noise * max(1.0, self.batches / (index + 1)))
 
     def _fit(
-        self, chosen: Int[Tensor, " b"], predicted: Complex[Tensor, "b p"]
+        self, chosen: Int[Tensor, " b"], images: Complex[Tensor, "b p"], predicted: Complex[Tensor, "b p"]
     ) -> tuple[Float[Tensor, " b"], Float[Tensor, " shells"]]:
         """Log-likelihood of each image, and the noise that the batch shows: ``E|n|^2`` of a Fourier pixel per shell."""
         if self.dose is None:
-            images = self.stack.images(chosen)
             power = shell_mean((images - predicted).detach().abs().square().mean(dim=0), self.disk, self.shells)
             noise = self.tensors["noise"][self.disk.shell] / self.stack.box**2
             filled = torch.where(power > 0, power, power[power > 0][-1])  # shells the disk does not reach

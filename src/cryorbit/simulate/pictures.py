@@ -43,11 +43,11 @@ class TurnedPictures:
                 f"a spread of {self.spread} and noise of {self.noise} make no set",
                 "give spread > 0, noise >= 0",
             )
-        if not len(self.pictures) or self.side < SMALLEST_SIDE or not float(self.pictures.abs().max()) > 0:
+        largest = float(self.pictures.abs().max()) if len(self.pictures) else 0.0
+        if self.side < SMALLEST_SIDE or not largest > 0:
             raise ConfigError(
                 "CONF434",
-                f"{len(self.pictures)} pictures of {self.side} px, the largest value "
-                f"{float(self.pictures.abs().max()) if len(self.pictures) else 0:g}, make no set",
+                f"{len(self.pictures)} pictures of {self.side} px, the largest value {largest:g}, make no set",
                 f"give pictures of at least {SMALLEST_SIDE} px that show something",
             )
 
