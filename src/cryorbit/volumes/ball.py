@@ -77,6 +77,12 @@ class BallBasis:
         rows = [(n, m, s) for n, zeros in enumerate(self._radial) for m in range(-n, n + 1) for s in range(len(zeros))]
         return torch.tensor(rows, dtype=torch.float64)
 
+    @property
+    def wavenumbers(self) -> Float[Tensor, " n"]:
+        """``u_ls / R`` of each coefficient in radian per pixel: the Laplacian of its function is minus its square times it."""
+        rows = self.layout.int().tolist()
+        return torch.tensor([self._radial[n][s] / self.radius for n, _, s in rows], dtype=torch.float64)
+
     def __len__(self) -> int:
         return sum((2 * n + 1) * len(zeros) for n, zeros in enumerate(self._radial))
 
@@ -150,6 +156,17 @@ class BallSlices:
 
     def __call__(self, coefficients: Float[Tensor, " n"]) -> Complex[Tensor, "v m k"]:
         """``c_m(k)`` of each slice; linear, differentiable."""
-        rows = coefficients[:, None] * self._ring.to(coefficients)
-        shells = rows.new_zeros(self._matrix.shape[-1], rows.shape[1]).index_add(0, self._column, rows)
-        return self._matrix @ shells.to(torch.complex64)
+        return self._matrix @ self._shells(coefficients[None])[:, 0].to(torch.complex64)
+
+    def batch(self, coefficients: Float[Tensor, "b n"]) -> Complex[Tensor, "b m v k"]:
+        """The same for many maps, by one product: (B, M + 1, V, K + 1), directions last but one."""
+        shells = self._shells(coefficients)
+        views, orders, columns = self._matrix.shape
+        flat = self._matrix.transpose(0, 1).reshape(-1, columns)
+        values = torch.complex(*(part.contiguous() @ shells.flatten(1) for part in (flat.real, flat.imag)))
+        return values.view(orders, views, *shells.shape[1:]).permute(2, 0, 1, 3)
+
+    def _shells(self, coefficients: Float[Tensor, "b n"]) -> Float[Tensor, "c b k"]:
+        """``A_lm(k)`` of each map, (l, m) first."""
+        rows = coefficients.mT[:, :, None] * self._ring.to(coefficients)[:, None]
+        return rows.new_zeros(self._matrix.shape[-1], *rows.shape[1:]).index_add(0, self._column, rows)

@@ -1,0 +1,209 @@
+"""A learned prior for maps from moments: train a network on random molecules, then invert moments of molecules and of what is none.
+
+    python benchmarks/reproduce/paper003/prior.py ../shared/data --weights prior.safetensors --json benchmarks/results/paper003_prior.json
+
+Training draws its molecules (``simulate/proteins.py``) from --seed; a stopped run goes on from --weights. Then each case, 32^3 voxels, 9 rings,
+views as in images.py, moments exact over the 4000 views unless the case says images:
+
+* protein: random molecules that the training has not seen, one set of views each;
+* 4ake, 1igy, 1aon: models, the farthest atom of the last two at 0.8 of the ball; "4ake, images": from 100,000 images at SNR 1;
+* gaussians: four, as in images.py: unlike the training;
+* turned: 4AKE with each degree of its harmonics turned by itself: same support, power and autocorrelation on every shell, no molecule;
+* noise: white noise in the ball with the shells' power of 4AKE.
+
+Compared are the network's map (the head of the least objective at its best density), the best of all heads' maps after L-BFGS (``invert_from``;
+again by the objective), and the best of ten random starts. ``likeness`` is the best
+correlation with any molecule of the training, over rotations and hands: a map like them where the truth is not is made up.
+``unlike_training`` is the size of the network's inputs (about 1: as in training).
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.optimize
+import torch
+from images import molecule, views
+from torch import Tensor
+
+from cryorbit.groups import so3
+from cryorbit.methods.moment_prior import MomentPrior, PriorConfig
+from cryorbit.methods.moments import MomentFit, MomentsConfig, invert_from, invert_moments, view_directions
+from cryorbit.metrics.fsc import fsc, resolution, shell_power
+from cryorbit.metrics.map_search import align_volumes
+from cryorbit.physics.fourier import fourier_to_volume, shell_index, volume_to_fourier
+from cryorbit.physics.image_moments import ImageMoments, ImageMomentSums, moments_of_slices
+from cryorbit.physics.polar import PolarBasis
+from cryorbit.physics.slicing import project
+from cryorbit.simulate.atoms import AtomicModel, read_model
+from cryorbit.simulate.particles import make_projector
+from cryorbit.simulate.proteins import Proteins
+from cryorbit.training.history import History
+from cryorbit.training.loop import run
+from cryorbit.types import Volume
+from cryorbit.volumes.ball import BallBasis
+
+BOX, RINGS, RADIUS, PIXEL, DEGREE, MARGIN = 32, 9, 14.0, 3.2, 10, 2
+POLAR = PolarBasis(BOX, RINGS, RADIUS)
+BASIS = BallBasis(BOX, RADIUS, RINGS + MARGIN, DEGREE)
+REFINED = MomentsConfig(degree=DEGREE, margin=MARGIN)
+RANDOM = MomentsConfig(degree=DEGREE, starts=10, kept=3)
+MODELS = {"1igy": "1igy.cif", "1aon": "1aon.pdb.gz"}
+IMAGES, BLOCK = 100_000, 5000
+
+
+def in_basis(volume: Tensor) -> Tensor:
+    """Coefficients of a map: its nearest in the ball."""
+    axis = np.arange(BOX) - BOX // 2
+    z, y, x = np.meshgrid(axis, axis, axis, indexing="ij")
+    points = np.stack([x, y, z], axis=-1).reshape(-1, 3).astype(np.float64)
+    inside = np.linalg.norm(points, axis=1) < RADIUS
+    values = BASIS.values(points[inside])
+    return torch.linalg.lstsq(values, volume.double().reshape(-1, 1)[torch.from_numpy(inside)]).solution[:, 0].float()
+
+
+def truth(case: str, seed: int, data: Path) -> tuple[Tensor, float]:
+    """Map and pixel size of a case."""
+    generator = torch.Generator().manual_seed(1_000_000 + seed)
+    if case == "protein":
+        atoms = Proteins().draw(generator)
+        wide = torch.full((len(atoms), 1), 8 * np.pi**2 * 2.8**2, dtype=torch.float64)
+        model = AtomicModel(atoms, torch.ones_like(wide), wide, "random")
+        pixel = model.radius / (RADIUS * float(0.6 + 0.32 * torch.rand(1, generator=generator)))
+        return make_projector(model, BOX, pixel).volume(), pixel
+    if case in MODELS:
+        model = read_model(data / "models" / MODELS[case])
+        pixel = model.radius / (0.8 * RADIUS)
+        return make_projector(model, BOX, pixel).volume(), pixel
+    if case == "gaussians":
+        return torch.nn.functional.pad(molecule("gaussians", generator), (4, 3) * 3), 1.0
+    real = molecule("4ake", generator)
+    if case.startswith("4ake"):
+        return real, PIXEL
+    if case == "turned":
+        out = in_basis(real)
+        for n in range(1, BASIS.degrees + 1):
+            place = torch.nonzero(BASIS.layout[:, 0] == n)[:, 0]
+            turn, _ = torch.linalg.qr(torch.randn(2 * n + 1, 2 * n + 1, generator=generator))
+            out[place] = (turn @ out[place].view(2 * n + 1, -1)).flatten()
+        return BASIS.volume(out).float(), PIXEL
+    ball = BASIS.volume(torch.randn(len(BASIS), generator=generator)).float()
+    gain = (shell_power(real) / shell_power(ball).clamp_min(1e-12 * float(shell_power(ball).max()))).sqrt().float()
+    shells = shell_index(BOX).clamp(max=len(gain) - 1)
+    coloured = fourier_to_volume(volume_to_fourier(ball) * gain[shells], BOX)
+    return BASIS.volume(in_basis(coloured)).float(), PIXEL
+
+
+def seen(volume: Tensor, case: str, seed: int) -> ImageMoments:
+    """Moments of a map from the views of ``seed``."""
+    library = views(seed)
+    if not case.endswith("images"):
+        slices = POLAR.coefficients(project(volume, library.float(), 3))
+        found = moments_of_slices(slices, torch.full((len(library),), 1 / len(library)), POLAR)
+        return ImageMoments(found.first.to(torch.complex128), found.second.to(torch.complex128), POLAR)
+    generator, spin = torch.Generator().manual_seed(seed), torch.zeros(BLOCK, 3, dtype=torch.float64)
+    sums, sd = None, 0.0
+    for _ in range(IMAGES // BLOCK):
+        spin[:, 2] = 2 * np.pi * torch.rand(BLOCK, generator=generator, dtype=torch.float64)
+        which = torch.randint(len(library), (BLOCK,), generator=generator)
+        images = project(volume, (so3.exp(spin) @ library[which]).float())
+        sd = sd or float(images.var()) ** 0.5
+        part = ImageMomentSums.of(POLAR, images + sd * torch.randn(images.shape, generator=generator), sd**2)
+        sums = part if sums is None else sums + part
+    assert sums is not None
+    return sums.debiased(torch.ones(1))
+
+
+def with_best_density(fit: MomentFit, coefficients: Tensor) -> float:
+    """Objective of a map at its best scale and density."""
+
+    def loss(packed: np.ndarray) -> tuple[float, np.ndarray]:
+        x = torch.from_numpy(packed).float().requires_grad_()
+        value = fit.objective(start * x[0].exp(), x[1:])
+        (gradient,) = torch.autograd.grad(value, x)
+        return float(value.detach()), gradient.double().numpy()
+
+    power = fit.predicted(coefficients, torch.zeros(len(fit.rotations))).power.sum() / fit.moments.power.sum()
+    start = coefficients / power.float().sqrt()
+    found = scipy.optimize.minimize(
+        loss, np.zeros(1 + len(fit.rotations)), jac=True, method="L-BFGS-B", options={"maxiter": 60}
+    )
+    return float(found.fun)
+
+
+def one(prior: MomentPrior, case: str, seed: int, data: Path) -> dict[str, Any]:
+    """Three maps of a case, compared with the truth and with the training set."""
+    volume, pixel = truth(case, seed, data)
+    moments = seen(volume, case, seed)
+    begun, fit = time.process_time(), MomentFit(moments, REFINED, RINGS)
+    starts = [(with_best_density(fit, a), i, a) for i, a in enumerate(prior.predict(moments))]
+    alone, _, start = min(starts)
+    refined = min((invert_from(moments, REFINED, a) for _, _, a in starts), key=lambda found: found.objective)
+    taken = time.process_time() - begun
+    random = invert_moments(moments, RANDOM, torch.Generator().manual_seed(seed))
+
+    def compared(found: Tensor) -> dict[str, float | None]:
+        aligned = align_volumes(Volume(found.float(), pixel), Volume(volume, pixel))
+        curve = fsc(aligned.map.data, volume)
+        at = {"fsc_0.5_A": resolution(curve, 0.5, BOX, pixel), "fsc_0.143_A": resolution(curve, 0.143, BOX, pixel)}
+        return at | {"correlation": aligned.correlation, "likeness": likeness(prior, in_basis(found))}
+
+    return {
+        "case": case,
+        "seed": seed,
+        "pixel_A": pixel,
+        "unlike_training": prior.strangeness(moments),
+        "truth_likeness": likeness(prior, in_basis(volume)),
+        "network": compared(BASIS.volume(start)) | {"objective": alone},
+        "refined": compared(refined.volume) | {"objective": refined.objective, "matched_to": refined.errors},
+        "random": compared(random.volume) | {"objective": random.objective, "matched_to": random.errors},
+        "network_and_refinement_cpu_s": taken,
+    }
+
+
+def likeness(prior: MomentPrior, found: Tensor) -> float:
+    """Best correlation of a map with a molecule of the training, over rotations and hands."""
+    blocks = prior.molecules.split(500)
+    return 1 - min(float(prior.match.mismatch(found.expand(len(b), -1), b).min()) for b in blocks)
+
+
+def main() -> None:
+    """Train, then every case; JSON after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=PriorConfig().steps)
+    parser.add_argument("--molecules", type=int, default=PriorConfig().molecules)
+    parser.add_argument("--proteins", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    about: dict[str, Any] = {"commit": commit, "device": f"CPU, {torch.get_num_threads()} thread, {platform.machine()}"}
+    begun = time.process_time()
+    config = PriorConfig(steps=arguments.steps, molecules=arguments.molecules)
+    prior = MomentPrior(BASIS, view_directions(2), RINGS, Proteins(), config, arguments.seed)
+    material = time.process_time() - begun
+    history = History(arguments.weights.with_suffix(".jsonl"))
+    run(prior, checkpoint=arguments.weights, history=history)
+    about |= {"training": asdict(config), "material_cpu_s": material, "cpu_s": time.process_time() - begun}
+    about |= {"parameters": sum(p.numel() for p in prior.network.parameters())}
+    rows: list[dict[str, Any]] = []
+    several = ("4ake", "4ake, images", "1igy", "1aon", "gaussians", "turned", "noise")
+    wanted = [(case, seed) for case in several for seed in range(arguments.seeds)]
+    for case, seed in wanted + [("protein", seed) for seed in range(arguments.proteins)]:
+        rows.append(one(prior, case, seed, arguments.data))
+        print(json.dumps(rows[-1]), flush=True)
+        arguments.json.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
