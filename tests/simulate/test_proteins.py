@@ -27,7 +27,7 @@ def test_more_domains_make_longer_molecules(generator):
 
 
 def test_density_inside_a_domain_is_that_of_protein(generator):
-    """135 cubic angstrom a residue: 3.9 residues within 5 angstrom of a point of the core would be 1 in 135 everywhere."""
+    """135 cubic angstrom a residue."""
     points = torch.cat([Proteins((1, 1), (400, 400)).draw(generator)[None] for _ in range(4)])
     inside = points.norm(dim=2) < 12.0
     assert float(inside.sum(dim=1).double().mean()) == pytest.approx(4 / 3 * torch.pi * 12**3 / 135, rel=0.25)

@@ -58,14 +58,24 @@ MODELS = {"1igy": "1igy.cif", "1aon": "1aon.pdb.gz"}
 IMAGES, BLOCK = 100_000, 5000
 
 
-def in_basis(volume: Tensor) -> Tensor:
+def in_basis(volume: Tensor, basis: BallBasis = BASIS) -> Tensor:
     """Coefficients of a map: its nearest in the ball."""
     axis = np.arange(BOX) - BOX // 2
     z, y, x = np.meshgrid(axis, axis, axis, indexing="ij")
     points = np.stack([x, y, z], axis=-1).reshape(-1, 3).astype(np.float64)
     inside = np.linalg.norm(points, axis=1) < RADIUS
-    values = BASIS.values(points[inside])
+    values = basis.values(points[inside])
     return torch.linalg.lstsq(values, volume.double().reshape(-1, 1)[torch.from_numpy(inside)]).solution[:, 0].float()
+
+
+def degrees_turned(coefficients: Tensor, basis: BallBasis, generator: torch.Generator) -> Tensor:
+    """A map with the harmonics of each degree turned by an orthogonal matrix of their own; degree 0 stays."""
+    out = coefficients.clone()
+    for n in range(1, basis.degrees + 1):
+        place = torch.nonzero(basis.layout[:, 0] == n)[:, 0]
+        turn, _ = torch.linalg.qr(torch.randn(2 * n + 1, 2 * n + 1, generator=generator))
+        out[place] = (turn @ out[place].view(2 * n + 1, -1)).flatten()
+    return out
 
 
 def truth(case: str, seed: int, data: Path) -> tuple[Tensor, float]:
@@ -87,12 +97,7 @@ def truth(case: str, seed: int, data: Path) -> tuple[Tensor, float]:
     if case.startswith("4ake"):
         return real, PIXEL
     if case == "turned":
-        out = in_basis(real)
-        for n in range(1, BASIS.degrees + 1):
-            place = torch.nonzero(BASIS.layout[:, 0] == n)[:, 0]
-            turn, _ = torch.linalg.qr(torch.randn(2 * n + 1, 2 * n + 1, generator=generator))
-            out[place] = (turn @ out[place].view(2 * n + 1, -1)).flatten()
-        return BASIS.volume(out).float(), PIXEL
+        return BASIS.volume(degrees_turned(in_basis(real), BASIS, generator)).float(), PIXEL
     ball = BASIS.volume(torch.randn(len(BASIS), generator=generator)).float()
     gain = (shell_power(real) / shell_power(ball).clamp_min(1e-12 * float(shell_power(ball).max()))).sqrt().float()
     shells = shell_index(BOX).clamp(max=len(gain) - 1)

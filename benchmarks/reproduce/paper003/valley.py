@@ -1,0 +1,81 @@
+"""How near the truth a start must be for the inversion of moments to stay there, and what the map's functions have to do with it.
+
+    python benchmarks/reproduce/paper003/valley.py --json benchmarks/results/paper003_valley.json
+
+4AKE as in images.py, exact moments. ``margin``: Fourier pixels beyond the rings that the functions of the map reach. ``truth_mismatch``: what
+the moments of the true map, in those functions and at the best density, are off, without the penalty on negative density. Starts: the true
+map plus ``mix`` times itself with each degree of its harmonics turned by itself (same power, no molecule), all rings at once, density uniform.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from images import molecule
+from prior import BOX, DEGREE, PIXEL, RADIUS, REFINED, RINGS, degrees_turned, in_basis, seen, with_best_density
+
+from cryorbit.methods.moments import MomentFit, invert_from
+from cryorbit.metrics.fsc import fsc, resolution
+from cryorbit.metrics.map_search import align_volumes
+from cryorbit.types import Volume
+from cryorbit.volumes.ball import BallBasis
+
+
+def rows_of(margin: int, seed: int) -> list[dict[str, Any]]:
+    """Every start for one set of functions and one set of views."""
+    generator = torch.Generator().manual_seed(seed)
+    real = molecule("4ake", generator)
+    moments = seen(real, "4ake", seed)
+    basis = BallBasis(BOX, RADIUS, RINGS + margin, DEGREE)
+    exact = in_basis(real, basis)
+    free = replace(REFINED, margin=margin, positivity=0.0)
+    off = with_best_density(MomentFit(moments, free, RINGS), exact)
+    wrong, out = degrees_turned(exact, basis, generator), []
+    for mix, iterations in ((0.0, 80), (0.0, 600), (0.3, 80), (0.6, 80), (1.0, 80)):
+        begun = time.process_time()
+        start = (exact + mix * wrong) / (1 + mix**2) ** 0.5
+        found = invert_from(moments, replace(REFINED, margin=margin, iterations=iterations), start)
+        taken = time.process_time() - begun
+        aligned = align_volumes(Volume(found.volume.float(), PIXEL), Volume(real, PIXEL))
+        out.append(
+            {
+                "margin": margin,
+                "seed": seed,
+                "truth_mismatch": off,
+                "mix": mix,
+                "iterations": iterations,
+                "start_correlation": float(torch.nn.functional.cosine_similarity(start, exact, dim=0)),
+                "objective": found.objective,
+                "fsc_0.5_A": resolution(fsc(aligned.map.data, real), 0.5, BOX, PIXEL),
+                "correlation": aligned.correlation,
+                "cpu_s": taken,
+            }
+        )
+    return out
+
+
+def main() -> None:
+    """Both margins, every seed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--json", type=Path, required=True)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    about: dict[str, Any] = {"commit": commit, "device": f"CPU, {torch.get_num_threads()} thread, {platform.machine()}"}
+    rows: list[dict[str, Any]] = []
+    for margin in (0, REFINED.margin):
+        for seed in range(arguments.seeds):
+            rows += rows_of(margin, seed)
+            print(json.dumps(rows[-5:]), flush=True)
+            arguments.json.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
