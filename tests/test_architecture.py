@@ -40,6 +40,7 @@ METHODS_SHARED = {
     "refinement_config",
     "symmetric",
     "halves",
+    "moment_maps",
 }  # what the method files of one folder may look at or be looked at by
 MAX_LINES = 400
 MAX_ORBIT_LINES = 79

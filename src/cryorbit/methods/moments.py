@@ -1,7 +1,8 @@
 """Map and density of views from the moments of images, without poses (papers/003 section 4.2 and 5.2).
 
-* **volume**: spherical harmonics times spherical Bessel functions in a ball (``volumes/ball.py``).
-* **poses**: a density over view directions, softmax on a HEALPix grid; in-plane rotations uniform.
+* **volume**: spherical harmonics times spherical Bessel functions in a ball, or a sum of Gaussians (``methods/moment_maps.py``).
+* **poses**: a density over view directions, softmax on a HEALPix grid of one number per direction or of spherical harmonics; in-plane
+  rotations uniform.
 * **objective**: squared mismatch of first and second moment (eq. 30), each entry over the power of its two rings (so that inner rings, where
   nearly all power is, do not decide alone), and a penalty on negative density of the map.
 
@@ -12,6 +13,7 @@ tests, starts at the truth and random starts end with like mismatch and unlike m
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import scipy.optimize
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from cryorbit.errors import ConfigError
 from cryorbit.groups.so3 import healpix_grid, in_plane_count
+from cryorbit.methods.moment_maps import BallMaps, MapFamily, MixtureMaps
 from cryorbit.physics.ctf import ctf
 from cryorbit.physics.fourier import fourier_disk
 from cryorbit.physics.image_moments import ImageMoments, ImageMomentSums, moments_of_slices, relative_errors
@@ -29,10 +32,12 @@ from cryorbit.physics.polar import PolarBasis
 from cryorbit.training.dataset import ParticleSource
 from cryorbit.training.equalise import background_spectrum, background_window
 from cryorbit.types import CTFParams
-from cryorbit.volumes.ball import BallBasis, BallSlices
+from cryorbit.volumes.ball import real_harmonics
 
 _BLOCK = 1000  # images in memory at once
-_CHECKED = 1500  # points of the ball at which density should not be negative
+_TOLERANCE = 1e-12  # of L-BFGS: moments are met to 1e-5 where they can be
+
+Found = tuple[Float[Tensor, " n"], Float[Tensor, " l"], float]  # numbers of a map, of a density, the objective
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,10 @@ class MomentsConfig:
     margin
         Fourier pixels beyond the rings that functions of the map reach. With 0, quicker, even a true map has moments that are off in the last
         ring; a start near the truth needs 2 to stay there, random starts gained nothing.
+    gaussians
+        The map is a sum of so many Gaussians; 0: any map in a ball, to which ``degree``, ``positivity`` and ``margin`` apply.
+    view_degree
+        Largest degree of the spherical harmonics of the density's logarithm; 0: one number per direction.
     """
 
     rings: int = 0
@@ -69,6 +78,8 @@ class MomentsConfig:
     positivity: float = 3.0
     floor: float = 1e-3
     margin: int = 0
+    gaussians: int = 0
+    view_degree: int = 0
 
 
 @dataclass(frozen=True)
@@ -143,41 +154,55 @@ class MomentFit:
 
     def __init__(self, moments: ImageMoments, config: MomentsConfig, rings: int) -> None:
         self.moments, self.config = moments.within(rings), config
-        polar = self.moments.basis
-        self.basis = BallBasis(polar.box, polar.radius, rings + config.margin, config.degree)
         self.rotations = view_directions(config.order)
-        self.slices = BallSlices(self.basis, self.rotations, rings, polar.orders)
+        polar = self.moments.basis
+        self.maps: MapFamily = (
+            MixtureMaps(polar, self.rotations, config.gaussians)
+            if config.gaussians
+            else BallMaps(polar, self.rotations, config.degree, config.margin)
+        )
+        self.harmonics = (
+            torch.from_numpy(real_harmonics(config.view_degree, self.rotations[:, 2].numpy())).float()
+            if config.view_degree
+            else torch.eye(len(self.rotations))
+        )
         power = self.moments.power.clamp(min=0)
         self.weight = 1 / (power + config.floor * power.max()).float()
-        inside = torch.randn(_CHECKED, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        reach = torch.rand(_CHECKED, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64) ** (1 / 3)
-        points = inside / inside.norm(dim=1, keepdim=True) * reach * polar.radius
-        self.points = self.basis.values(points.numpy()).float()
         self.target = (self.moments.first.to(torch.complex64), self.moments.second.to(torch.complex64))
 
-    def predicted(self, coefficients: Float[Tensor, " n"], logits: Float[Tensor, " v"]) -> ImageMoments:
-        """Moments of a map and a density."""
-        return moments_of_slices(self.slices(coefficients), torch.softmax(logits, 0), self.moments.basis)
+    @property
+    def uniform(self) -> Float[Tensor, " l"]:
+        """Views of a uniform density."""
+        return torch.zeros(self.harmonics.shape[1])
 
-    def objective(self, coefficients: Float[Tensor, " n"], logits: Float[Tensor, " v"]) -> Float[Tensor, ""]:
+    def density(self, views: Float[Tensor, " l"]) -> Float[Tensor, " v"]:
+        """Probability of each direction."""
+        return torch.softmax(self.harmonics @ views, 0)
+
+    def predicted(self, parameters: Float[Tensor, " n"], views: Float[Tensor, " l"]) -> ImageMoments:
+        """Moments of a map and a density."""
+        return moments_of_slices(self.maps.slices(parameters), self.density(views), self.moments.basis)
+
+    def scaled(self, parameters: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """The same map, of the right power."""
+        power = self.predicted(parameters, self.uniform).power.sum() / self.moments.power.sum().clamp_min(1e-30)
+        return self.maps.scaled(parameters, float(power.clamp_min(1e-30)) ** -0.5)
+
+    def objective(self, parameters: Float[Tensor, " n"], views: Float[Tensor, " l"]) -> Float[Tensor, ""]:
         """Weighted squared mismatch and penalty; about 1 for an empty map."""
-        found, (first, second) = self.predicted(coefficients, logits), self.target
+        found, (first, second) = self.predicted(parameters, views), self.target
         both = self.weight[:, None] * self.weight
         twice = torch.full((len(second), 1, 1), 2.0)
         twice[0] = 1.0
         off_second = (twice * both * (found.second - second).abs().square()).sum()
         off_first = (self.weight * (found.first - first).abs().square()).sum()
         whole = (twice * both * second.abs().square()).sum() + (self.weight * first.abs().square()).sum()
-        values = self.points @ coefficients
-        negative = values.clamp(max=0).square().sum() / values.square().sum().clamp_min(1e-30)
-        return (off_second + off_first) / whole + self.config.positivity * negative
+        return (off_second + off_first) / whole + self.config.positivity * self.maps.penalty(parameters)
 
-    def minimised(
-        self, coefficients: Float[Tensor, " n"], logits: Float[Tensor, " v"], iterations: int
-    ) -> tuple[Float[Tensor, " n"], Float[Tensor, " v"], float]:
+    def minimised(self, parameters: Float[Tensor, " n"], views: Float[Tensor, " l"], iterations: int) -> Found:
         """The same after L-BFGS, and the objective there."""
-        n = len(coefficients)
-        scale = float(coefficients.norm()) / n**0.5
+        n = len(parameters)
+        scale = float(parameters.norm()) / n**0.5
 
         def loss(packed: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
             x = torch.from_numpy(packed).float().requires_grad_()
@@ -185,19 +210,24 @@ class MomentFit:
             (gradient,) = torch.autograd.grad(value, x)
             return float(value.detach()), gradient.double().numpy()
 
-        start = torch.cat([coefficients / scale, logits]).double().numpy()
-        options = {"maxiter": iterations, "maxfun": 2 * iterations, "maxcor": 20}
+        start = torch.cat([parameters / scale, views]).double().numpy()
+        options = {
+            "maxiter": iterations,
+            "maxfun": 2 * iterations,
+            "maxcor": 20,
+            "ftol": _TOLERANCE,
+            "gtol": _TOLERANCE,
+        }
         found = scipy.optimize.minimize(loss, start, jac=True, method="L-BFGS-B", options=options)
         x = torch.from_numpy(found.x).float()
         return scale * x[:n], x[n:], float(found.fun)
 
-
-def _carried(old: BallBasis, new: BallBasis, coefficients: Float[Tensor, " n"]) -> Float[Tensor, " k"]:
-    """The same function in a basis for more rings: radial functions are the same, there are more of them."""
-    places = {tuple(row): i for i, row in enumerate(new.layout.int().tolist())}
-    out = torch.zeros(len(new))
-    out[[places[tuple(row)] for row in old.layout.int().tolist()]] = coefficients
-    return out
+    def as_map(self, found: Found) -> MomentMap:
+        """What was found, on its grid."""
+        parameters, views, objective = found
+        first, second = relative_errors(self.predicted(parameters, views), self.moments)
+        errors = (float(first), float(second))
+        return MomentMap(self.maps.volume(parameters), self.density(views), self.rotations, objective, errors)
 
 
 def invert_moments(moments: ImageMoments, config: MomentsConfig, generator: torch.Generator) -> MomentMap:
@@ -219,26 +249,25 @@ def invert_moments(moments: ImageMoments, config: MomentsConfig, generator: torc
     """
     most = len(moments.first) - 1
     rings = config.rings or most
-    if not (2 <= rings <= most and config.degree >= 1 and 1 <= config.kept <= config.starts and config.iterations > 0):
+    sizes = 1 <= config.kept <= config.starts and min(config.degree, config.iterations) >= 1
+    if not (2 <= rings <= most and sizes and min(config.gaussians, config.view_degree) >= 0):
         raise ConfigError(
             "CONF115",
             f"{config} cannot invert moments on {most} rings",
-            f"rings 2 to {most} (0: all), degree and iterations at least 1, kept from 1 to starts",
+            f"rings 2 to {most} (0: all), degree and iterations at least 1, kept from 1 to starts, nothing below 0",
         )
     stages = sorted({max(2, rings // 2), max(2, round(0.8 * rings)), rings})
     fit = MomentFit(moments, config, stages[0])
-    found = sorted((_random_start(fit, config, generator) for _ in range(config.starts)), key=lambda x: x[2])
+    found = sorted((_random_start(fit, generator) for _ in range(config.starts)), key=lambda x: x[2])
     found = found[: config.kept]
-    for stage in stages[1:]:
+    for before, stage in pairwise(stages):
         wider = MomentFit(moments, config, stage)
-        found = [
-            wider.minimised(_carried(fit.basis, wider.basis, a), logits, config.iterations) for a, logits, _ in found
-        ]
+        found = [wider.minimised(wider.maps.carried(a, before), views, config.iterations) for a, views, _ in found]
         fit = wider
-    return _as_map(fit, min(found, key=lambda x: x[2]))
+    return fit.as_map(min(found, key=lambda x: x[2]))
 
 
-def invert_from(moments: ImageMoments, config: MomentsConfig, coefficients: Float[Tensor, " n"]) -> MomentMap:
+def invert_from(moments: ImageMoments, config: MomentsConfig, parameters: Float[Tensor, " n"]) -> MomentMap:
     """The map near a given one whose moments are closest to ``moments``; all rings at once: the inner ones alone lead a good start astray.
 
     Parameters
@@ -247,49 +276,27 @@ def invert_from(moments: ImageMoments, config: MomentsConfig, coefficients: Floa
         Debiased, of centred images.
     config
         Settings; ``rings``, ``starts`` and ``kept`` are not looked at.
-    coefficients
-        In the basis of :class:`MomentFit`, of any scale.
+    parameters
+        As many as the family of maps takes (``methods/moment_maps.py``), of any scale.
 
     Raises
     ------
     ConfigError
-        CONF119 not as many coefficients as the basis has.
+        CONF119 not as many as the family takes.
     """
     fit = MomentFit(moments, config, len(moments.first) - 1)
-    if len(coefficients) != len(fit.basis):
+    expected = len(fit.maps.start(torch.Generator()))
+    if len(parameters) != expected:
         raise ConfigError(
             "CONF119",
-            f"a start of {len(coefficients)} coefficients for {fit.basis}, which has {len(fit.basis)}",
-            "make it in the basis of MomentFit",
+            f"a start of {len(parameters)} numbers for maps that take {expected}",
+            "make it in the same family",
         )
-    logits = torch.zeros(len(fit.rotations))
-    return _as_map(fit, fit.minimised(_scaled(fit, coefficients, logits), logits, config.iterations))
+    return fit.as_map(fit.minimised(fit.scaled(parameters), fit.uniform, config.iterations))
 
 
-def _as_map(fit: MomentFit, found: tuple[Float[Tensor, " n"], Float[Tensor, " v"], float]) -> MomentMap:
-    """What was found, as a map."""
-    coefficients, logits, objective = found
-    errors = relative_errors(fit.predicted(coefficients, logits), fit.moments)
-    return MomentMap(
-        fit.basis.volume(coefficients),
-        torch.softmax(logits, 0),
-        fit.rotations,
-        objective,
-        (float(errors[0]), float(errors[1])),
-    )
-
-
-def _random_start(
-    fit: MomentFit, config: MomentsConfig, generator: torch.Generator
-) -> tuple[Float[Tensor, " n"], Float[Tensor, " v"], float]:
-    """Random coefficients, fewer of high degree, of the right power; a density near uniform."""
-    degree = fit.basis.layout[:, 0].float()
-    a = torch.randn(len(fit.basis), generator=generator) / (1 + degree)
-    logits = 0.1 * torch.randn(len(fit.rotations), generator=generator)
-    return fit.minimised(_scaled(fit, a, logits), logits, config.iterations)
-
-
-def _scaled(fit: MomentFit, a: Float[Tensor, " n"], logits: Float[Tensor, " v"]) -> Float[Tensor, " n"]:
-    """The same map, of the right power."""
-    power = fit.predicted(a, logits).power.sum() / fit.moments.power.sum().clamp_min(1e-30)
-    return a / power.float().clamp_min(1e-30).sqrt()
+def _random_start(fit: MomentFit, generator: torch.Generator) -> Found:
+    """The best map near a random one of the right power, its density near uniform at first."""
+    parameters = fit.scaled(fit.maps.start(generator))
+    views = 0.1 * torch.randn(len(fit.uniform), generator=generator)
+    return fit.minimised(parameters, views, fit.config.iterations)
