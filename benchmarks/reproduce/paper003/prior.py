@@ -56,6 +56,7 @@ REFINED = MomentsConfig(degree=DEGREE, margin=MARGIN)
 RANDOM = MomentsConfig(degree=DEGREE, starts=10, kept=3)
 MODELS = {"1igy": "1igy.cif", "1aon": "1aon.pdb.gz"}
 IMAGES, BLOCK = 100_000, 5000
+SEVERAL = ("4ake", "4ake, images", "1igy", "1aon", "gaussians", "turned", "noise")
 
 
 def in_basis(volume: Tensor, basis: BallBasis = BASIS) -> Tensor:
@@ -202,8 +203,7 @@ def main() -> None:
     about |= {"training": asdict(config), "material_cpu_s": material, "cpu_s": time.process_time() - begun}
     about |= {"parameters": sum(p.numel() for p in prior.network.parameters())}
     rows: list[dict[str, Any]] = []
-    several = ("4ake", "4ake, images", "1igy", "1aon", "gaussians", "turned", "noise")
-    wanted = [(case, seed) for case in several for seed in range(arguments.seeds)]
+    wanted = [(case, seed) for case in SEVERAL for seed in range(arguments.seeds)]
     for case, seed in wanted + [("protein", seed) for seed in range(arguments.proteins)]:
         rows.append(one(prior, case, seed, arguments.data))
         print(json.dumps(rows[-1]), flush=True)

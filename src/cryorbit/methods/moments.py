@@ -56,8 +56,8 @@ class MomentsConfig:
     floor
         Smallest power of a ring in the weights, over the largest.
     margin
-        Fourier pixels beyond the rings that functions of the map reach. With 0, quicker, even a true map has moments that are off in the last
-        ring; a start near the truth needs 2 to stay there, random starts gained nothing.
+        Fourier pixels beyond the rings that functions of the map reach. With 0 even a true map has moments that are off in the last ring; with
+        2 it has them.
     """
 
     rings: int = 0
