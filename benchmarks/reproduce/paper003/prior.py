@@ -56,6 +56,7 @@ REFINED = MomentsConfig(degree=DEGREE, margin=MARGIN)
 RANDOM = MomentsConfig(degree=DEGREE, starts=10, kept=3)
 MODELS = {"1igy": "1igy.cif", "1aon": "1aon.pdb.gz"}
 IMAGES, BLOCK = 100_000, 5000
+SEVERAL = ("4ake", "4ake, images", "1igy", "1aon", "gaussians", "turned", "noise")
 
 
 def in_basis(volume: Tensor, basis: BallBasis = BASIS) -> Tensor:
@@ -134,10 +135,10 @@ def with_best_density(fit: MomentFit, coefficients: Tensor) -> float:
         (gradient,) = torch.autograd.grad(value, x)
         return float(value.detach()), gradient.double().numpy()
 
-    power = fit.predicted(coefficients, torch.zeros(len(fit.rotations))).power.sum() / fit.moments.power.sum()
+    power = fit.predicted(coefficients, fit.uniform).power.sum() / fit.moments.power.sum()
     start = coefficients / power.float().sqrt()
     found = scipy.optimize.minimize(
-        loss, np.zeros(1 + len(fit.rotations)), jac=True, method="L-BFGS-B", options={"maxiter": 60}
+        loss, np.zeros(1 + len(fit.uniform)), jac=True, method="L-BFGS-B", options={"maxiter": 60}
     )
     return float(found.fun)
 
@@ -202,8 +203,7 @@ def main() -> None:
     about |= {"training": asdict(config), "material_cpu_s": material, "cpu_s": time.process_time() - begun}
     about |= {"parameters": sum(p.numel() for p in prior.network.parameters())}
     rows: list[dict[str, Any]] = []
-    several = ("4ake", "4ake, images", "1igy", "1aon", "gaussians", "turned", "noise")
-    wanted = [(case, seed) for case in several for seed in range(arguments.seeds)]
+    wanted = [(case, seed) for case in SEVERAL for seed in range(arguments.seeds)]
     for case, seed in wanted + [("protein", seed) for seed in range(arguments.proteins)]:
         rows.append(one(prior, case, seed, arguments.data))
         print(json.dumps(rows[-1]), flush=True)

@@ -1,10 +1,11 @@
 """How near the truth a start must be for the inversion of moments to stay there, and what the map's functions have to do with it.
 
-    python benchmarks/reproduce/paper003/valley.py --json benchmarks/results/paper003_valley.json
+    python benchmarks/reproduce/paper003/valley.py ../shared/data --json benchmarks/results/paper003_valley.json
 
 4AKE as in images.py, exact moments. ``margin``: Fourier pixels beyond the rings that the functions of the map reach. ``truth_mismatch``: what
 the moments of the true map, in those functions and at the best density, are off, without the penalty on negative density. Starts: the true
-map plus ``mix`` times itself with each degree of its harmonics turned by itself (same power, no molecule), all rings at once, density uniform.
+map plus ``mix`` times itself with each degree of its harmonics turned by itself (same power, no molecule), all rings at once, density uniform;
+once ``inner_rings_first``, as random starts go. ``random``: the random starts of prior.py on its cases, with the margin that they lack there.
 """
 
 import argparse
@@ -18,9 +19,23 @@ from typing import Any
 
 import torch
 from images import molecule
-from prior import BOX, DEGREE, PIXEL, RADIUS, REFINED, RINGS, degrees_turned, in_basis, seen, with_best_density
+from prior import (
+    BOX,
+    DEGREE,
+    PIXEL,
+    RADIUS,
+    RANDOM,
+    REFINED,
+    RINGS,
+    SEVERAL,
+    degrees_turned,
+    in_basis,
+    seen,
+    truth,
+    with_best_density,
+)
 
-from cryorbit.methods.moments import MomentFit, invert_from
+from cryorbit.methods.moments import MomentFit, invert_from, invert_moments
 from cryorbit.metrics.fsc import fsc, resolution
 from cryorbit.metrics.map_search import align_volumes
 from cryorbit.types import Volume
@@ -37,10 +52,14 @@ def rows_of(margin: int, seed: int) -> list[dict[str, Any]]:
     free = replace(REFINED, margin=margin, positivity=0.0)
     off = with_best_density(MomentFit(moments, free, RINGS), exact)
     wrong, out = degrees_turned(exact, basis, generator), []
-    for mix, iterations in ((0.0, 80), (0.0, 600), (0.3, 80), (0.6, 80), (1.0, 80)):
-        begun = time.process_time()
-        start = (exact + mix * wrong) / (1 + mix**2) ** 0.5
-        found = invert_from(moments, replace(REFINED, margin=margin, iterations=iterations), start)
+    runs = ((0.0, 80, 0), (0.0, 600, 0), (0.3, 80, 0), (0.6, 80, 0), (1.0, 80, 0), (0.3, 80, 5))
+    for mix, iterations, inner in runs:
+        begun, config = time.process_time(), replace(REFINED, margin=margin, iterations=iterations)
+        start = begin = (exact + mix * wrong) / (1 + mix**2) ** 0.5
+        if inner:
+            few = in_basis(basis.volume(start), BallBasis(BOX, RADIUS, inner + margin, DEGREE))
+            begin = in_basis(invert_from(moments.within(inner), config, few).volume, basis)
+        found = invert_from(moments, config, begin)
         taken = time.process_time() - begun
         aligned = align_volumes(Volume(found.volume.float(), PIXEL), Volume(real, PIXEL))
         out.append(
@@ -50,6 +69,7 @@ def rows_of(margin: int, seed: int) -> list[dict[str, Any]]:
                 "truth_mismatch": off,
                 "mix": mix,
                 "iterations": iterations,
+                "inner_rings_first": inner,
                 "start_correlation": float(torch.nn.functional.cosine_similarity(start, exact, dim=0)),
                 "objective": found.objective,
                 "fsc_0.5_A": resolution(fsc(aligned.map.data, real), 0.5, BOX, PIXEL),
@@ -60,10 +80,25 @@ def rows_of(margin: int, seed: int) -> list[dict[str, Any]]:
     return out
 
 
+def random_starts(case: str, seed: int, data: Path) -> dict[str, Any]:
+    """The best of random starts, as in prior.py but for the margin."""
+    real, pixel = truth(case, seed, data)
+    moments = seen(real, case, seed)
+    begun = time.process_time()
+    found = invert_moments(moments, replace(RANDOM, margin=REFINED.margin), torch.Generator().manual_seed(seed))
+    taken = time.process_time() - begun
+    aligned = align_volumes(Volume(found.volume.float(), pixel), Volume(real, pixel))
+    at = resolution(fsc(aligned.map.data, real), 0.5, BOX, pixel)
+    row = {"random": case, "seed": seed, "objective": found.objective, "fsc_0.5_A": at}
+    return row | {"pixel_A": pixel, "correlation": aligned.correlation, "cpu_s": taken}
+
+
 def main() -> None:
-    """Both margins, every seed."""
+    """Starts at the truth, then random ones; JSON after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--proteins", type=int, default=20)
     parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -73,8 +108,11 @@ def main() -> None:
     for margin in (0, REFINED.margin):
         for seed in range(arguments.seeds):
             rows += rows_of(margin, seed)
-            print(json.dumps(rows[-5:]), flush=True)
-            arguments.json.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
+    wanted = [(case, seed) for case in SEVERAL for seed in range(arguments.seeds)]
+    for case, seed in wanted + [("protein", seed) for seed in range(arguments.proteins)]:
+        rows.append(random_starts(case, seed, arguments.data))
+        print(json.dumps(rows[-1]), flush=True)
+        arguments.json.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""A network from the moments of particle images to a map, taught on random molecules (the "amortised" inversion that papers/003 section 6
-leaves to later work): a learned answer to the question which of the maps of like moments a molecule would have.
+"""A network from the moments of particle images to a map, taught on random molecules: the supervised inversion that papers/003 thinks possible
+for cryo-EM and names as future work. A learned answer to the question which of the maps of like moments a molecule would have.
 
 * **material**: molecules of ``simulate/proteins.py`` in the ball basis, each seen from a density of views drawn afresh at every step (mixtures
   of von Mises-Fisher, narrow to broad, some partly uniform): exact moments, by products of constant matrices.

@@ -7,8 +7,8 @@
   nearly all power is, do not decide alone), and a penalty on negative density of the map.
 
 Changed from the paper: L-BFGS on coefficients in place of networks; the second moment in blocks, one per angular order, which uniform in-plane
-rotation makes exact; several random starts, radii marched outwards. What two moments cannot tell (another map may have the same ones: in
-tests, starts at the truth and random starts end with like mismatch and unlike maps) is left to the penalty, the ball and the starts.
+rotation makes exact; several random starts, radii marched outwards. What two moments cannot tell (other maps have nearly the same ones) is
+left to a prior: the family of maps, its penalty, and the starts.
 """
 
 import math
@@ -61,8 +61,8 @@ class MomentsConfig:
     floor
         Smallest power of a ring in the weights, over the largest.
     margin
-        Fourier pixels beyond the rings that functions of the map reach. With 0, quicker, even a true map has moments that are off in the last
-        ring; a start near the truth needs 2 to stay there, random starts gained nothing.
+        Fourier pixels beyond the rings that functions of the map reach. With 0 even a true map has moments that are off in the last ring; with
+        2 it has them.
     gaussians
         The map is a sum of so many Gaussians; 0: any map in a ball, to which ``degree``, ``positivity`` and ``margin`` apply.
     view_degree
