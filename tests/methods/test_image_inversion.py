@@ -1,16 +1,19 @@
 """From images to a map without poses: moments measured, inverted, and what is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from cryorbit.errors import ConfigError
+from cryorbit.errors import ConfigError, DataError
 from cryorbit.io.particles import open_particles
 from cryorbit.methods.moments import MomentFit, MomentsConfig, invert_moments, particle_moments, view_directions
 from cryorbit.metrics.map_search import align_volumes
 from cryorbit.physics.image_moments import ImageMoments, moments_of_slices, relative_errors
 from cryorbit.physics.polar import PolarBasis
 from cryorbit.physics.slicing import project
+from cryorbit.physics.third_moments import ThirdFilters, third_of_slices
 from cryorbit.simulate.particles import make_projector
 from cryorbit.simulate.phantom import phantom
 from cryorbit.simulate.settings import CTFSettings, SimulationSettings
@@ -82,6 +85,32 @@ def test_settings_that_cannot_work_are_refused(exact, wrong):
     config = MomentsConfig(**({"starts": 3, "kept": 1} | wrong))
     with pytest.raises(ConfigError, match="CONF115"):
         invert_moments(exact, config, torch.Generator())
+
+
+@pytest.mark.parametrize("gain", [0.0, float("nan"), -1.0])
+def test_moments_without_a_signal_are_refused(exact, gain):
+    with pytest.raises(DataError, match="DATA409"):
+        invert_moments(ImageMoments(gain * exact.first, gain * exact.second, POLAR), QUICK, torch.Generator())
+
+
+def test_third_moments_tell_maps_apart_that_two_moments_do_not(exact, volume):
+    rotations = view_directions(2)
+    weight = torch.softmax(2 * rotations[:, 2, 0] + rotations[:, 2, 1], dim=0).float()
+    slices = POLAR.coefficients(project(volume.data, rotations.float(), 3))
+    filters = ThirdFilters.random(POLAR, exact.power, 8, 8, torch.Generator().manual_seed(0))
+    third = third_of_slices(filters, slices, weight)
+    fit = MomentFit(exact, replace(QUICK, third=1.0), 5, third)
+    fewer = MomentFit(exact, QUICK, 5)
+    mirrored = torch.flip(volume.data, (0, 1, 2)).roll((1, 1, 1), (0, 1, 2))
+    scores = []
+    for candidate in (volume.data, mirrored, -volume.data):
+        a = fit.maps.basis.nearest(candidate).float()
+        scores.append(float(fit.objective(a, weight.log()) - fewer.objective(a, weight.log())))
+    assert scores[0] == pytest.approx(scores[1], rel=1e-3)  # no moment tells the hand when views are mirrored too
+    assert scores[0] < 0.05
+    assert scores[2] > 1.0
+    found = invert_moments(exact, replace(QUICK, starts=1), torch.Generator().manual_seed(0), third)
+    assert max(found.errors) < 0.1
 
 
 def test_a_map_of_few_gaussians_comes_back_as_such():

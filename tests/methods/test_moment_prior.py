@@ -97,13 +97,28 @@ def test_a_prediction_starts_the_inversion(prior, generator):
     config = MomentsConfig(degree=4, margin=1, iterations=30)
     assert len(MomentFit(moments, config, 4).maps.start(generator)) == len(BASIS)
     found = invert_from(moments, config, maps[0])
-    once = invert_from(moments, MomentsConfig(degree=4, margin=1, iterations=1), 5 * maps[0])
-    assert found.objective < 0.5 * once.objective
-    with pytest.raises(ConfigError, match="CONF119"):
-        invert_from(moments, config, maps[0, 1:])
+    fit = MomentFit(moments, config, 4)
+    assert found.objective < 0.5 * float(fit.objective(fit.scaled(maps[0]), fit.uniform))
+    torch.testing.assert_close(invert_from(moments, config, 4 * maps[0]).volume, found.volume)
+    for wrong in (maps[0, 1:], 0 * maps[0], float("nan") * maps[0]):
+        with pytest.raises(ConfigError, match="CONF119"):
+            invert_from(moments, config, wrong)
+    with pytest.raises(ConfigError, match="CONF120"):
+        prior.predict(moments.within(2))
 
 
-@pytest.mark.parametrize("wrong", [{"molecules": 0}, {"heads": 0}, {"noise": 0.0}, {"blocks": -1}])
+def test_weights_work_where_principal_axes_have_other_signs(tmp_path, prior, generator):
+    _, scaled = prior.draw(generator)
+    other = made()
+    other.whitening = -other.whitening
+    other.load_state(prior.state())
+    torch.testing.assert_close(other._maps(scaled), prior._maps(scaled))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"molecules": 0}, {"heads": 0}, {"noise": 0.0}, {"blocks": -1}, {"molecules": 1}, {"emphasis": float("nan")}],
+)
 def test_settings_that_cannot_work_are_refused(wrong):
     with pytest.raises(ConfigError, match="CONF117"):
         made(**wrong)

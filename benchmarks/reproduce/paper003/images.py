@@ -7,7 +7,8 @@ gaussians: a mixture of four Gaussians not in one plane in 25^3 voxels of 1 A, a
 molecules (16.86 and 21.52 A in 63^3) are not at hand. Views: a mixture of eight von Mises-Fisher distributions (kappa 3 to 12, 500 directions
 drawn from each once), in-plane rotations uniform, white noise at SNR 1 over the whole image, no CTF, no shifts. Images are made and summed
 in blocks, never held. Every seed draws map (gaussians), views, noise and starts anew. Maps are looked for among all in a ball, and among sums
-of Gaussians (``methods/moment_maps.py``).
+of Gaussians (``methods/moment_maps.py``); "third": among Gaussians, then in the ball with third moments through 16 random filters, of the
+same images, scaled by the power that the first block of them shows.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from cryorbit.metrics.map_search import align_volumes
 from cryorbit.physics.image_moments import ImageMoments, ImageMomentSums, moments_of_slices, relative_errors
 from cryorbit.physics.polar import PolarBasis
 from cryorbit.physics.slicing import project
+from cryorbit.physics.third_moments import ThirdFilters, ThirdSums
 from cryorbit.simulate.atoms import model_path, read_model
 from cryorbit.simulate.particles import make_projector
 from cryorbit.types import Volume
@@ -42,6 +44,8 @@ FAMILIES = {  # case, family: settings; the Gaussians looked for are twice as ma
     ("gaussians", "gaussians"): replace(_SPARSE, gaussians=8),
     ("4ake", "ball"): MomentsConfig(starts=10, kept=3),
     ("4ake", "gaussians"): replace(_SPARSE, gaussians=24),
+    ("gaussians", "third"): replace(_SPARSE, gaussians=8, starts=16),
+    ("4ake", "third"): replace(_SPARSE, gaussians=16, starts=16),
 }
 BLOCK = 5000
 SNR = 1.0
@@ -83,13 +87,20 @@ def views(seed: int) -> Tensor:
     return torch.stack([first, torch.linalg.cross(d, first), d], dim=1)
 
 
+def ring_power(sums: ImageMomentSums, variance: float) -> Tensor:
+    """Power of images on each ring, signal (not below a thousandth of its largest) and noise."""
+    noise = sums.basis.noise(torch.ones(1)).diagonal(dim1=1, dim2=2).real
+    signal = sums.debiased(torch.ones(1)).power
+    return signal.clamp_min(1e-3 * signal.max()) + variance * (noise[0] + 2 * noise[1:].sum(dim=0))
+
+
 def one(name: str, family: str, seed: int, count: int) -> dict[str, Any]:
     """Simulate, sum, invert, compare."""
     box, pixel_size, rings, radius = CASES[name]
     generator = torch.Generator().manual_seed(seed)
     truth, library = molecule(name, generator), views(seed)
     basis, spin = PolarBasis(box, rings, radius), torch.zeros(BLOCK, 3, dtype=torch.float64)
-    sums, summing, sd = None, 0.0, 0.0
+    sums, thirds, summing, sd = None, None, 0.0, 0.0
     for _ in range(count // BLOCK):
         spin[:, 2] = 2 * np.pi * torch.rand(BLOCK, generator=generator, dtype=torch.float64)
         rotations = so3.exp(spin) @ library[torch.randint(len(library), (BLOCK,), generator=generator)]
@@ -99,6 +110,12 @@ def one(name: str, family: str, seed: int, count: int) -> dict[str, Any]:
         begun = time.process_time()
         part = ImageMomentSums.of(basis, images, sd**2)
         sums = part if sums is None else sums + part
+        if family == "third":
+            filters = (
+                thirds.filters if thirds else ThirdFilters.random(basis, ring_power(sums, sd**2), 16, 12, generator)
+            )
+            more = ThirdSums.of(filters, images, sd**2)
+            thirds = more if thirds is None else thirds + more
         summing += time.process_time() - begun
     assert sums is not None
     moments = sums.debiased(torch.ones(1))
@@ -106,7 +123,8 @@ def one(name: str, family: str, seed: int, count: int) -> dict[str, Any]:
     exact = moments_of_slices(slices, torch.full((len(library),), 1 / len(library)), basis)
     exact = ImageMoments(exact.first.to(moments.first), exact.second.to(moments.second), basis)
     begun = time.process_time()
-    found = invert_moments(moments, FAMILIES[name, family], generator)
+    third = None if thirds is None else thirds.debiased(torch.ones(1))
+    found = invert_moments(moments, FAMILIES[name, family], generator, third)
     inverting = time.process_time() - begun
     aligned = align_volumes(Volume(found.volume.float(), pixel_size), Volume(truth, pixel_size))
     curve = fsc(aligned.map.data, truth)
@@ -132,12 +150,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--count", type=int, default=100_000)
+    parser.add_argument("--families", nargs="+", default=["ball", "gaussians", "third"])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     device = f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
     rows = []
-    for name, family in FAMILIES:
+    for name, family in (key for key in FAMILIES if key[1] in arguments.families):
         for seed in range(arguments.seeds):
             rows.append({"commit": commit, "device": device, **one(name, family, seed, arguments.count)})
             print(json.dumps(rows[-1]), flush=True)

@@ -13,6 +13,7 @@ The density is not predicted: given a map, moments are linear in it. The map tha
 and does not have the moments exactly: it is a start for the inversion of ``methods/moments.py``.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,7 @@ from cryorbit.volumes.ball_match import BallMatch
 
 _MEASURED = 16  # batches that the whitening is measured on
 _OTHERS = 0.05  # weight of the mean over all heads in the loss
+_SCALES = ("mean", "whitening", "spread")  # principal axes have no sign of their own: another machine's may differ
 _CLAMP = 6.0  # standard deviations that an input may be off
 
 
@@ -133,11 +135,12 @@ class MomentPrior:
         seed: int = 0,
     ) -> None:
         sizes = (config.molecules, config.steps, config.batch, config.width, config.blocks + 1, config.heads)
-        if min(sizes) < 1 or config.noise <= 0 or config.rate <= 0 or rings > basis.rings:
+        positive = all(0 < x < math.inf for x in (config.noise, config.rate)) and math.isfinite(config.emphasis)
+        if min(sizes) < 1 or config.molecules < 2 or not positive or not 2 <= rings <= basis.rings:
             raise ConfigError(
                 "CONF117",
                 f"{config} cannot learn moments of {rings} rings in a basis of {basis.rings}",
-                "every count at least 1, noise and rate above 0, no more rings than the basis has",
+                "two molecules or more, every count at least 1, noise and rate above 0, from 2 rings to those of the basis",
             )
         self.basis, self.rings, self.config, self.seed = basis, rings, config, seed
         self.directions = rotations[:, 2].float()
@@ -154,10 +157,15 @@ class MomentPrior:
         deviation = values / len(drawn) ** 0.5
         kept = int((deviation > config.noise / 2).sum())
         self.whitening = axes[:kept].mT / (deviation[:kept] + config.noise)
+        self._make_network()
+
+    def _make_network(self) -> None:
+        """A fresh one for as many inputs as there are whitened ones."""
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.network = ResidualNetwork(kept, config.heads * len(basis), config.width, config.blocks)
-        self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=config.rate, weight_decay=1e-2)
+            torch.manual_seed(self.seed)
+            outputs = self.config.heads * len(self.basis)
+            self.network = ResidualNetwork(self.whitening.shape[1], outputs, self.config.width, self.config.blocks)
+        self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=self.config.rate, weight_decay=1e-2)
 
     def moments(
         self, coefficients: Float[Tensor, "b n"], density: Float[Tensor, "b v"]
@@ -184,7 +192,14 @@ class MomentPrior:
         return out.view(len(scaled), self.config.heads, -1) * self.spread
 
     def _scaled(self, moments: ImageMoments) -> Float[Tensor, "1 f"]:
-        """The moments as the network takes them."""
+        """The moments as the network takes them; CONF120 of another box or circle, or too few rings."""
+        found, needed = moments.basis, self.basis
+        if (found.box, found.radius) != (needed.box, needed.radius) or found.rings < self.rings:
+            raise ConfigError(
+                "CONF120",
+                f"moments on {found} for a network of box {needed.box}, radius {needed.radius:g} and {self.rings} rings",
+                "measure the moments on the network's rings, or train one for these",
+            )
         inner = moments.within(self.rings)
         second = inner.second[: self.basis.degrees + 1]
         return scaled_moments(*(x.to(torch.complex64)[None] for x in (inner.first, second)))
@@ -195,7 +210,7 @@ class MomentPrior:
         return self._maps(self._scaled(moments))[0]
 
     def strangeness(self, moments: ImageMoments) -> float:
-        """Root mean square of the whitened inputs: about 1 for what the network has learnt from."""
+        """Root mean square of the whitened inputs: below 1 for most of what the network has learnt from, large for what is unlike it."""
         return float(self._whitened(self._scaled(moments)).square().mean().sqrt())
 
     def total_steps(self) -> int:
@@ -224,11 +239,15 @@ class MomentPrior:
         return {"mismatch": float(best.detach())}
 
     def state(self) -> State:
-        """Weights, and the optimiser's averages; the molecules come again from the seed."""
-        return {f"network.{k}": v for k, v in self.network.state_dict().items()} | adam_state(self.optimiser)
+        """Weights, what inputs and outputs are scaled by, and the optimiser's averages; the molecules come again from the seed."""
+        scales = {name: getattr(self, name) for name in _SCALES}
+        return {f"network.{k}": v for k, v in self.network.state_dict().items()} | scales | adam_state(self.optimiser)
 
     def load_state(self, state: State) -> None:
         """Inverse of :meth:`state`."""
+        for name in _SCALES:
+            setattr(self, name, state[name])
+        self._make_network()
         self.network.load_state_dict(
             {k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")}
         )

@@ -12,7 +12,7 @@ left to a prior: the family of maps, its penalty, and the starts.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -22,13 +22,14 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cryorbit.errors import ConfigError
+from cryorbit.errors import ConfigError, DataError
 from cryorbit.groups.so3 import healpix_grid, in_plane_count
 from cryorbit.methods.moment_maps import BallMaps, MapFamily, MixtureMaps
 from cryorbit.physics.ctf import ctf
 from cryorbit.physics.fourier import fourier_disk
 from cryorbit.physics.image_moments import ImageMoments, ImageMomentSums, moments_of_slices, relative_errors
 from cryorbit.physics.polar import PolarBasis
+from cryorbit.physics.third_moments import ThirdMoments, third_of_slices
 from cryorbit.training.dataset import ParticleSource
 from cryorbit.training.equalise import background_spectrum, background_window
 from cryorbit.types import CTFParams
@@ -63,6 +64,8 @@ class MomentsConfig:
     margin
         Fourier pixels beyond the rings that functions of the map reach. With 0 even a true map has moments that are off in the last ring; with
         2 it has them.
+    third
+        Weight of the relative squared mismatch of third moments, where they are given.
     gaussians
         The map is a sum of so many Gaussians; 0: any map in a ball, to which ``degree``, ``positivity`` and ``margin`` apply.
     view_degree
@@ -78,6 +81,7 @@ class MomentsConfig:
     positivity: float = 3.0
     floor: float = 1e-3
     margin: int = 0
+    third: float = 10.0
     gaussians: int = 0
     view_degree: int = 0
 
@@ -150,9 +154,15 @@ class MomentFit:
         Settings.
     rings
         How many of them to match.
+    third
+        To be matched as well; of all rings.
     """
 
-    def __init__(self, moments: ImageMoments, config: MomentsConfig, rings: int) -> None:
+    def __init__(
+        self, moments: ImageMoments, config: MomentsConfig, rings: int, third: ThirdMoments | None = None
+    ) -> None:
+        self.third = third
+        self._values = None if third is None else third.values.to(torch.complex64)
         self.moments, self.config = moments.within(rings), config
         self.rotations = view_directions(config.order)
         polar = self.moments.basis
@@ -190,14 +200,22 @@ class MomentFit:
 
     def objective(self, parameters: Float[Tensor, " n"], views: Float[Tensor, " l"]) -> Float[Tensor, ""]:
         """Weighted squared mismatch and penalty; about 1 for an empty map."""
-        found, (first, second) = self.predicted(parameters, views), self.target
+        slices, density = self.maps.slices(parameters), self.density(views)
+        found, (first, second) = moments_of_slices(slices, density, self.moments.basis), self.target
         both = self.weight[:, None] * self.weight
         twice = torch.full((len(second), 1, 1), 2.0)
         twice[0] = 1.0
         off_second = (twice * both * (found.second - second).abs().square()).sum()
         off_first = (self.weight * (found.first - first).abs().square()).sum()
         whole = (twice * both * second.abs().square()).sum() + (self.weight * first.abs().square()).sum()
-        return (off_second + off_first) / whole + self.config.positivity * self.maps.penalty(parameters)
+        mismatch = (off_second + off_first) / whole + self.config.positivity * self.maps.penalty(parameters)
+        if self.third is None or self._values is None:
+            return mismatch
+        values = third_of_slices(self.third.filters, slices, density).values
+        return (
+            mismatch
+            + self.config.third * (values - self._values).abs().square().sum() / self._values.abs().square().sum()
+        )
 
     def minimised(self, parameters: Float[Tensor, " n"], views: Float[Tensor, " l"], iterations: int) -> Found:
         """The same after L-BFGS, and the objective there."""
@@ -230,8 +248,33 @@ class MomentFit:
         return MomentMap(self.maps.volume(parameters), self.density(views), self.rotations, objective, errors)
 
 
-def invert_moments(moments: ImageMoments, config: MomentsConfig, generator: torch.Generator) -> MomentMap:
+def _check(moments: ImageMoments, config: MomentsConfig, rings: int) -> None:
+    """CONF115 settings out of range, DATA409 moments without a signal."""
+    most = len(moments.first) - 1
+    counts = 1 <= config.kept <= config.starts and min(config.degree, config.iterations) >= 1
+    least = min(config.order, config.gaussians, config.margin, config.positivity, config.third, config.floor)
+    directions = len(view_directions(config.order)) if config.order >= 0 else 0
+    if not (2 <= rings <= most and counts and least >= 0 and 1 <= (config.view_degree + 1) ** 2 <= directions):
+        raise ConfigError(
+            "CONF115",
+            f"{config} cannot invert moments on {most} rings",
+            f"rings 2 to {most} (0: all), degree and iterations at least 1, kept from 1 to starts, nothing below 0, and no more harmonics "
+            f"of views than there are directions ({directions})",
+        )
+    power = float(moments.power.sum())
+    if not (math.isfinite(power) and power > 0 and bool(moments.first.isfinite().all())):
+        raise DataError(
+            "DATA409", f"moments with a total power of {power:g} show no particle", "sum more images, or look at them"
+        )
+
+
+def invert_moments(
+    moments: ImageMoments, config: MomentsConfig, generator: torch.Generator, third: ThirdMoments | None = None
+) -> MomentMap:
     """The map whose moments are closest to ``moments``.
+
+    With third moments those that were kept are followed on among all maps in a ball (whatever the family before, with a margin of at least
+    two Fourier pixels), until these moments are met too.
 
     Parameters
     ----------
@@ -241,21 +284,18 @@ def invert_moments(moments: ImageMoments, config: MomentsConfig, generator: torc
         Settings.
     generator
         Draws the starts.
+    third
+        Debiased, of the same rings.
 
     Raises
     ------
     ConfigError
         CONF115 settings out of range.
+    DataError
+        DATA409 moments without a signal.
     """
-    most = len(moments.first) - 1
-    rings = config.rings or most
-    sizes = 1 <= config.kept <= config.starts and min(config.degree, config.iterations) >= 1
-    if not (2 <= rings <= most and sizes and min(config.gaussians, config.view_degree) >= 0):
-        raise ConfigError(
-            "CONF115",
-            f"{config} cannot invert moments on {most} rings",
-            f"rings 2 to {most} (0: all), degree and iterations at least 1, kept from 1 to starts, nothing below 0",
-        )
+    rings = config.rings or len(moments.first) - 1
+    _check(moments, config, rings)
     stages = sorted({max(2, rings // 2), max(2, round(0.8 * rings)), rings})
     fit = MomentFit(moments, config, stages[0])
     found = sorted((_random_start(fit, generator) for _ in range(config.starts)), key=lambda x: x[2])
@@ -263,6 +303,13 @@ def invert_moments(moments: ImageMoments, config: MomentsConfig, generator: torc
     for before, stage in pairwise(stages):
         wider = MomentFit(moments, config, stage)
         found = [wider.minimised(wider.maps.carried(a, before), views, config.iterations) for a, views, _ in found]
+        fit = wider
+    if third is not None:
+        in_ball = replace(config, gaussians=0, margin=max(2, config.margin))
+        wider = MomentFit(moments, in_ball, rings, third)
+        basis = BallMaps(wider.moments.basis, wider.rotations, in_ball.degree, in_ball.margin).basis
+        starts = [(basis.nearest(fit.maps.volume(a)).float(), views) for a, views, _ in found]
+        found = [wider.minimised(wider.scaled(a), views, config.iterations) for a, views in starts]
         fit = wider
     return fit.as_map(min(found, key=lambda x: x[2]))
 
@@ -282,17 +329,21 @@ def invert_from(moments: ImageMoments, config: MomentsConfig, parameters: Float[
     Raises
     ------
     ConfigError
-        CONF119 not as many as the family takes.
+        CONF115 settings out of range; CONF119 not a start of this family.
+    DataError
+        DATA409 moments without a signal.
     """
-    fit = MomentFit(moments, config, len(moments.first) - 1)
-    expected = len(fit.maps.start(torch.Generator()))
-    if len(parameters) != expected:
+    rings = len(moments.first) - 1
+    _check(moments, config, rings)
+    fit = MomentFit(moments, config, rings)
+    expected, given = len(fit.maps.start(torch.Generator())), parameters.detach().float()
+    if given.shape != (expected,) or not bool(given.isfinite().all()) or not bool(given.any()):
         raise ConfigError(
             "CONF119",
-            f"a start of {len(parameters)} numbers for maps that take {expected}",
+            f"a start of shape {tuple(given.shape)} for maps that take {expected} numbers, finite and not all 0",
             "make it in the same family",
         )
-    return fit.as_map(fit.minimised(fit.scaled(parameters), fit.uniform, config.iterations))
+    return fit.as_map(fit.minimised(fit.scaled(given), fit.uniform, config.iterations))
 
 
 def _random_start(fit: MomentFit, generator: torch.Generator) -> Found:

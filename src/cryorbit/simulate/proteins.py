@@ -40,7 +40,7 @@ class Proteins:
     residues
         Of a domain, fewest and most; drawn with uniform logarithm.
     most
-        Of a molecule: larger ones are scaled down.
+        Of a molecule: larger ones are scaled down, every domain to 20 residues at least.
     fill
         Smallest and largest distance of the farthest residue from the centre of mass, over the radius of the ball it is put in.
 

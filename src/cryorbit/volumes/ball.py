@@ -5,6 +5,7 @@ Its transform ``F(q) = sum_lm (-i)^l A_lm(|q|) Y_lm(q / |q|)`` has ``A_lm(k) = s
 ``f_ls(k) = 4 pi n_ls int_0^R j_l(u_ls r / R) j_l(2 pi k r / D) r^2 dr``. The basis of Kam's method (Kam 1980; Levin et al. 2018).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -101,16 +102,26 @@ class BallBasis:
             out.append(torch.from_numpy(4 * np.pi * self._norm(n, zeros)[:, None] * (inside @ wave)))
         return out
 
-    def volume(self, coefficients: Float[Tensor, " n"]) -> Float[Tensor, "d d d"]:
-        """The map on its grid, zero outside the ball."""
+    def _voxels(self) -> Iterator[tuple[NDArray[np.int64], Float[Tensor, "p n"]]]:
+        """Voxels inside the ball and every function there, a block at a time."""
         axis = np.arange(self.box) - self.box // 2
         z, y, x = np.meshgrid(axis, axis, axis, indexing="ij")
         points = np.stack([x, y, z], axis=-1).reshape(-1, 3).astype(np.float64)
         inside = np.flatnonzero(np.linalg.norm(points, axis=1) < self.radius)
-        out = torch.zeros(self.box**3, dtype=torch.float64)
         for part in np.array_split(inside, max(1, len(inside) // _BLOCK)):
-            out[part] = self.values(points[part]) @ coefficients.detach().double().cpu()
+            yield part, self.values(points[part])
+
+    def volume(self, coefficients: Float[Tensor, " n"]) -> Float[Tensor, "d d d"]:
+        """The map on its grid, zero outside the ball."""
+        out = torch.zeros(self.box**3, dtype=torch.float64)
+        for part, values in self._voxels():
+            out[part] = values @ coefficients.detach().double().cpu()
         return out.view(self.box, self.box, self.box)
+
+    def nearest(self, volume: Float[Tensor, "d d d"]) -> Float[Tensor, " n"]:
+        """Coefficients of a map on its grid, by the sum over voxels for the integral: the functions are orthonormal (double precision)."""
+        flat = volume.double().flatten()
+        return torch.stack([values.mT @ flat[part] for part, values in self._voxels()]).sum(dim=0)
 
     def values(self, points: NDArray[np.float64]) -> Float[Tensor, "p n"]:
         """Every function at points (P, 3) = (x, y, z) in pixels from the centre."""
