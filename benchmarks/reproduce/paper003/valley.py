@@ -3,7 +3,8 @@
     python benchmarks/reproduce/paper003/valley.py ../shared/data --json benchmarks/results/paper003_valley.json
 
 4AKE as in images.py, exact moments. ``margin``: Fourier pixels beyond the rings that the functions of the map reach. ``truth_mismatch``: what
-the moments of the true map, in those functions and at the best density, are off, without the penalty on negative density. Starts: the true
+the moments of the true map, in those functions and at the best density, are off, without the penalty on negative density;
+``truth_negative``: that penalty, before its weight ``positivity``; ``truth_held_fsc_0.5_A``: of the true map in those functions. Starts: the true
 map plus ``mix`` times itself with each degree of its harmonics turned by itself (same power, no molecule), all rings at once, density uniform;
 once ``inner_rings_first``, as random starts go. ``random``: the random starts of prior.py on its cases, with the margin that they lack there.
 """
@@ -42,7 +43,7 @@ from cryorbit.types import Volume
 from cryorbit.volumes.ball import BallBasis
 
 
-def rows_of(margin: int, seed: int) -> list[dict[str, Any]]:
+def rows_of(margin: int, positivity: float, seed: int) -> list[dict[str, Any]]:
     """Every start for one set of functions and one set of views."""
     generator = torch.Generator().manual_seed(seed)
     real = molecule("4ake", generator)
@@ -50,11 +51,16 @@ def rows_of(margin: int, seed: int) -> list[dict[str, Any]]:
     basis = BallBasis(BOX, RADIUS, RINGS + margin, DEGREE)
     exact = in_basis(real, basis)
     free = replace(REFINED, margin=margin, positivity=0.0)
-    off = with_best_density(MomentFit(moments, free, RINGS), exact)
+    free_fit = MomentFit(moments, free, RINGS)
+    off, negative = with_best_density(free_fit, exact), float(free_fit.maps.penalty(exact))
+    held = basis.volume(exact).float()
     wrong, out = degrees_turned(exact, basis, generator), []
     runs = ((0.0, 80, 0), (0.0, 600, 0), (0.3, 80, 0), (0.6, 80, 0), (1.0, 80, 0), (0.3, 80, 5))
     for mix, iterations, inner in runs:
-        begun, config = time.process_time(), replace(REFINED, margin=margin, iterations=iterations)
+        begun, config = (
+            time.process_time(),
+            replace(REFINED, margin=margin, positivity=positivity, iterations=iterations),
+        )
         start = begin = (exact + mix * wrong) / (1 + mix**2) ** 0.5
         if inner:
             few = in_basis(basis.volume(start), BallBasis(BOX, RADIUS, inner + margin, DEGREE))
@@ -66,7 +72,10 @@ def rows_of(margin: int, seed: int) -> list[dict[str, Any]]:
             {
                 "margin": margin,
                 "seed": seed,
+                "positivity": positivity,
                 "truth_mismatch": off,
+                "truth_negative": negative,
+                "truth_held_fsc_0.5_A": resolution(fsc(held, real), 0.5, BOX, PIXEL),
                 "mix": mix,
                 "iterations": iterations,
                 "inner_rings_first": inner,
@@ -99,20 +108,33 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--proteins", type=int, default=20)
+    parser.add_argument("--only", choices=["truth", "random"], help="Measure these rows, keep the others of the JSON.")
     parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    about: dict[str, Any] = {"commit": commit, "device": f"CPU, {torch.get_num_threads()} thread, {platform.machine()}"}
-    rows: list[dict[str, Any]] = []
-    for margin in (0, REFINED.margin):
-        for seed in range(arguments.seeds):
-            rows += rows_of(margin, seed)
-    wanted = [(case, seed) for case in SEVERAL for seed in range(arguments.seeds)]
-    for case, seed in wanted + [("protein", seed) for seed in range(arguments.proteins)]:
-        rows.append(random_starts(case, seed, arguments.data))
+    about = {"commit": commit, "device": f"CPU, {torch.get_num_threads()} thread, {platform.machine()}"}
+    rows = json.loads(arguments.json.read_text())["rows"] if arguments.only else []
+    rows = [row for row in rows if ("random" in row) != (arguments.only == "random")]
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(about | row)
         print(json.dumps(rows[-1]), flush=True)
-        arguments.json.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
+        arguments.json.write_text(json.dumps({"rows": rows}, indent=2) + "\n")
+
+    if arguments.only != "random":
+        for margin, positivity in (
+            (0, REFINED.positivity),
+            (REFINED.margin, REFINED.positivity),
+            (REFINED.margin, 0.0),
+        ):
+            for seed in range(arguments.seeds):
+                for row in rows_of(margin, positivity, seed):
+                    add(row)
+    if arguments.only != "truth":
+        wanted = [(case, seed) for case in SEVERAL for seed in range(arguments.seeds)]
+        for case, seed in wanted + [("protein", seed) for seed in range(arguments.proteins)]:
+            add(random_starts(case, seed, arguments.data))
 
 
 if __name__ == "__main__":
