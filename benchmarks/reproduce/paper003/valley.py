@@ -4,9 +4,10 @@
 
 4AKE as in images.py, exact moments. ``margin``: Fourier pixels beyond the rings that the functions of the map reach. ``truth_mismatch``: what
 the moments of the true map, in those functions and at the best density, are off, without the penalty on negative density;
-``truth_negative``: that penalty, before its weight ``positivity``; ``truth_held_fsc_0.5_A``: of the true map in those functions. Starts: the true
-map plus ``mix`` times itself with each degree of its harmonics turned by itself (same power, no molecule), all rings at once, density uniform;
-once ``inner_rings_first``, as random starts go. ``random``: the random starts of prior.py on its cases, with the margin that they lack there.
+``truth_negative``: that penalty, before its weight ``positivity``; ``truth_held_fsc_0.5_A``: of the true map in those functions.
+Starts: the true map plus ``mix`` times itself with each degree of its harmonics turned by itself (same power, no molecule), all rings at
+once, density uniform; once ``inner_rings_first``, as random starts go. ``random``: the random starts of prior.py on its cases, with the
+margin that they lack there.
 """
 
 import argparse

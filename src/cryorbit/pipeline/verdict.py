@@ -26,8 +26,8 @@ OTHER_METHOD = (
 )
 
 # Weights of a logistic function of `features`, fitted to simulated runs by benchmarks/success_rate.py --fit.
-WEIGHTS = {"constant": -19.98, "periods": 2.31, "posed": 3.86, "sharpness": 2.09}
-RUNS = 208
+WEIGHTS = {"constant": -20.11, "periods": 2.36, "posed": 4.08, "sharpness": 2.75}
+RUNS = 282
 
 
 @dataclass(frozen=True)
