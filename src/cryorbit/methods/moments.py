@@ -62,8 +62,8 @@ class MomentsConfig:
     floor
         Smallest power of a ring in the weights, over the largest.
     margin
-        Fourier pixels beyond the rings that functions of the map reach. With 0 even a true map has moments that are off in the last ring; with
-        2 it has them.
+        Fourier pixels beyond the rings that functions of the map reach. With 0 even a true map has moments that are off in the last ring, with
+        2 by a tenth or less of that.
     third
         Weight of the relative squared mismatch of third moments, where they are given.
     gaussians
