@@ -162,7 +162,6 @@ class MomentFit:
         self, moments: ImageMoments, config: MomentsConfig, rings: int, third: ThirdMoments | None = None
     ) -> None:
         self.third = third
-        self._values = None if third is None else third.values.to(torch.complex64)
         self.moments, self.config = moments.within(rings), config
         self.rotations = view_directions(config.order)
         polar = self.moments.basis
@@ -209,13 +208,11 @@ class MomentFit:
         off_first = (self.weight * (found.first - first).abs().square()).sum()
         whole = (twice * both * second.abs().square()).sum() + (self.weight * first.abs().square()).sum()
         mismatch = (off_second + off_first) / whole + self.config.positivity * self.maps.penalty(parameters)
-        if self.third is None or self._values is None:
+        if self.third is None:
             return mismatch
-        values = third_of_slices(self.third.filters, slices, density).values
-        return (
-            mismatch
-            + self.config.third * (values - self._values).abs().square().sum() / self._values.abs().square().sum()
-        )
+        given = self.third.values.to(torch.complex64)
+        off_third = (third_of_slices(self.third.filters, slices, density).values - given).abs().square().sum()
+        return mismatch + self.config.third * off_third / given.abs().square().sum()
 
     def minimised(self, parameters: Float[Tensor, " n"], views: Float[Tensor, " l"], iterations: int) -> Found:
         """The same after L-BFGS, and the objective there."""
