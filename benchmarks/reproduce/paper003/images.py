@@ -29,7 +29,7 @@ from cryorbit.groups import so3
 from cryorbit.methods.moments import MomentsConfig, invert_moments
 from cryorbit.metrics.fsc import fsc, resolution
 from cryorbit.metrics.map_search import align_volumes
-from cryorbit.physics.image_moments import ImageMoments, ImageMomentSums, moments_of_slices, relative_errors
+from cryorbit.physics.image_moments import ImageMoments, ImageMomentSums, moments_of_slices, relative_errors, ring_power
 from cryorbit.physics.polar import PolarBasis
 from cryorbit.physics.slicing import project
 from cryorbit.physics.third_moments import ThirdFilters, ThirdSums
@@ -87,11 +87,10 @@ def views(seed: int) -> Tensor:
     return torch.stack([first, torch.linalg.cross(d, first), d], dim=1)
 
 
-def ring_power(sums: ImageMomentSums, variance: float) -> Tensor:
+def image_power(sums: ImageMomentSums, variance: float) -> Tensor:
     """Power of images on each ring, signal (not below a thousandth of its largest) and noise."""
-    noise = sums.basis.noise(torch.ones(1)).diagonal(dim1=1, dim2=2).real
     signal = sums.debiased(torch.ones(1)).power
-    return signal.clamp_min(1e-3 * signal.max()) + variance * (noise[0] + 2 * noise[1:].sum(dim=0))
+    return signal.clamp_min(1e-3 * signal.max()) + variance * ring_power(sums.basis.noise(torch.ones(1)))
 
 
 def one(name: str, family: str, seed: int, count: int) -> dict[str, Any]:
@@ -112,7 +111,7 @@ def one(name: str, family: str, seed: int, count: int) -> dict[str, Any]:
         sums = part if sums is None else sums + part
         if family == "third":
             filters = (
-                thirds.filters if thirds else ThirdFilters.random(basis, ring_power(sums, sd**2), 16, 12, generator)
+                thirds.filters if thirds else ThirdFilters.random(basis, image_power(sums, sd**2), 16, 12, generator)
             )
             more = ThirdSums.of(filters, images, sd**2)
             thirds = more if thirds is None else thirds + more

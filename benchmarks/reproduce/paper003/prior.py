@@ -14,7 +14,7 @@ views as in images.py, moments exact over the 4000 views unless the case says im
 Compared are the network's map (the head of the least objective at its best density), the best of all heads' maps after L-BFGS (``invert_from``;
 again by the objective), and the best of ten random starts. ``likeness`` is the best
 correlation with any molecule of the training, over rotations and hands: a map like them where the truth is not is made up.
-``unlike_training`` is the size of the network's inputs (about 1: as in training).
+``unlike_training`` is the size of the network's inputs (below 1 for most that is like the training).
 """
 
 import argparse
@@ -135,8 +135,7 @@ def with_best_density(fit: MomentFit, coefficients: Tensor) -> float:
         (gradient,) = torch.autograd.grad(value, x)
         return float(value.detach()), gradient.double().numpy()
 
-    power = fit.predicted(coefficients, fit.uniform).power.sum() / fit.moments.power.sum()
-    start = coefficients / power.float().sqrt()
+    start = fit.scaled(coefficients)
     found = scipy.optimize.minimize(
         loss, np.zeros(1 + len(fit.uniform)), jac=True, method="L-BFGS-B", options={"maxiter": 60}
     )

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from cryorbit.errors import ConfigError
 from cryorbit.networks.residual import ResidualNetwork
-from cryorbit.physics.image_moments import ImageMoments
+from cryorbit.physics.image_moments import ImageMoments, ring_power
 from cryorbit.simulate.orientations import random_directions
 from cryorbit.simulate.proteins import Proteins
 from cryorbit.training.checkpoint import State
@@ -88,8 +88,7 @@ def random_densities(
 
 def scaled_moments(first: Complex[Tensor, "b k"], second: Complex[Tensor, "b m k k"]) -> Float[Tensor, "b f"]:
     """Real numbers that say all that both moments say but the contrast: (B, F)."""
-    diagonal = second.diagonal(dim1=2, dim2=3).real
-    power = diagonal[:, 0] + 2 * diagonal[:, 1:].sum(dim=1)
+    power = ring_power(second)
     power = torch.maximum(power, 1e-9 * power.amax(dim=1, keepdim=True))
     scale = power.rsqrt()
     rings = torch.triu_indices(second.shape[2], second.shape[3])

@@ -250,7 +250,7 @@ def _check(moments: ImageMoments, config: MomentsConfig, rings: int) -> None:
     most = len(moments.first) - 1
     counts = 1 <= config.kept <= config.starts and min(config.degree, config.iterations) >= 1
     least = min(config.order, config.gaussians, config.margin, config.positivity, config.third, config.floor)
-    directions = len(view_directions(config.order)) if config.order >= 0 else 0
+    directions = 12 * 4**config.order  # of HEALPix
     if not (2 <= rings <= most and counts and least >= 0 and 1 <= (config.view_degree + 1) ** 2 <= directions):
         raise ConfigError(
             "CONF115",

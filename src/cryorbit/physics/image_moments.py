@@ -19,6 +19,12 @@ from cryorbit.errors import DataError
 from cryorbit.physics.polar import PolarBasis
 
 
+def ring_power(second: Complex[Tensor, "*batch m k k"]) -> Float[Tensor, "*batch k"]:
+    """Mean ``|F|^2`` on each ring from the blocks ``E c_m(k) c_m(k')*``, m >= 0, of images or of noise."""
+    diagonal = second.diagonal(dim1=-2, dim2=-1).real
+    return diagonal[..., 0, :] + 2 * diagonal[..., 1:, :].sum(dim=-2)
+
+
 @dataclass(frozen=True)
 class ImageMoments:
     """Noise-free moments: ``first`` (K + 1,) and ``second`` (M + 1, K + 1, K + 1), Hermitian in its last axes; of ``basis``."""
@@ -30,8 +36,7 @@ class ImageMoments:
     @property
     def power(self) -> Float[Tensor, " k"]:
         """Mean ``|F|^2`` on each ring: all orders, m and -m."""
-        diagonal = self.second.diagonal(dim1=1, dim2=2).real
-        return diagonal[0] + 2 * diagonal[1:].sum(dim=0)
+        return ring_power(self.second)
 
     def within(self, rings: int) -> "ImageMoments":
         """Rings 0 to ``rings``."""

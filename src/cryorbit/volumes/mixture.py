@@ -44,11 +44,9 @@ class MixtureSlices:
 
     def __init__(self, box: int, rotations: Float[Tensor, "v 3 3"], rings: int, orders: int) -> None:
         self.box, self.rings, self.orders = box, rings, orders
-        phi = (
-            math.pi / (orders + 1) * torch.arange(orders + 1, dtype=torch.float64)
-        )  # the other half circle is the conjugate
-        circle = torch.stack([phi.cos(), phi.sin()], dim=1)
         order = torch.arange(orders + 1, dtype=torch.float64)[:, None]
+        phi = math.pi / (orders + 1) * order[:, 0]  # half the circle: the other is the conjugate
+        circle = torch.stack([phi.cos(), phi.sin()], dim=1)
         self._turn = torch.polar(torch.full_like(order * phi, 0.5 / (orders + 1)), -order * phi)  # (m, t)
         self._parity = (-1) ** order
         self.directions = torch.einsum("vji,tj->vti", rotations[:, :2].double(), circle)
