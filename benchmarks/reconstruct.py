@@ -41,6 +41,7 @@ from cryorbit.simulate.atoms import model_path, read_model
 from cryorbit.simulate.particles import make_projector
 from cryorbit.simulate.settings import CTFSettings, SimulationSettings
 from cryorbit.simulate.write import write_simulation
+from cryorbit.training.checkpoint import load_checkpoint
 from cryorbit.training.dataset import FourierStack
 from cryorbit.types import Poses, Volume
 
@@ -78,13 +79,16 @@ def against_truth(volume: Volume, truth: Volume, mask: torch.Tensor) -> dict[str
     return out
 
 
-def ceiling(particles: ParticleSet, poses: Poses, diameter: float = DIAMETER) -> Volume:
-    """The same images inserted at their true poses by the same code."""
+def ceiling(
+    particles: ParticleSet, poses: Poses, diameter: float = DIAMETER, group: torch.Tensor | None = None
+) -> Volume:
+    """The same images inserted at their true poses by the same code; ``group`` (S, 3, 3), in the molecule's frame: imposed."""
+    symmetry = torch.eye(3)[None] if group is None else group.float()
     stack = FourierStack(particles, 0.5 * particles.box, mask_diameter=diameter)
     half_set = torch.arange(len(particles)) % 2 + 1
     shifts = poses.shifts.float() / particles.pixel_size
     made = halves_from_poses(
-        stack, poses.rotations.float(), shifts, half_set, mask_diameter=diameter, symmetry=torch.eye(3)[None]
+        stack, poses.rotations.float(), shifts, half_set, mask_diameter=diameter, symmetry=symmetry
     )
     return Volume(made.joint, particles.pixel_size)
 
@@ -109,9 +113,11 @@ def one(name: str, seed: int, settings: list[str]) -> dict[str, Any]:
         true = Poses(torch.from_numpy(particles.rotations), torch.from_numpy(particles.shifts))
         known = ceiling(particles, true)
         posterior = read_posterior(Path(folder) / "run" / "poses.npz")
+        handed, _ = load_checkpoint(Path(folder) / "run" / "checkpoint" / "assigned.safetensors")
     mask = mask_from_map(truth.data, pixel_size)
     aligned = align_volumes(result.map, truth)
     found = align_poses(result.poses, true)
+    first = align_poses(Poses(handed["rotations"][:, 0].double(), handed["shifts"][:, 0].double()), true)
     return {
         "set": name,
         "seed": seed,
@@ -119,6 +125,7 @@ def one(name: str, seed: int, settings: list[str]) -> dict[str, Any]:
         "cpu_seconds": cpu,
         "peak_rss_MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,  # of the process so far
         **asdict(found.summary(pixel_size)),
+        "abinitio_median_deg": float(torch.rad2deg(first.error).median()),
         "covered": covered(levels_of_truth(posterior, true, found)),
         "pose_spread_deg": result.metrics["pose_spread_deg"],
         "stage_seconds": result.metrics["stage_seconds"],

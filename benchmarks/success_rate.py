@@ -11,9 +11,11 @@ unrelated molecules) have no right answer: a run there is a failure whatever it 
 
 import argparse
 import json
+import platform
 import subprocess
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +30,7 @@ from cryorbit.groups.point import point_group
 from cryorbit.io.mrc import read_volume
 from cryorbit.io.particles import open_particles
 from cryorbit.io.star import read_star, write_star
+from cryorbit.methods.marginal import Marginal
 from cryorbit.metrics.align import align_poses, align_volumes
 from cryorbit.metrics.masks import mask_from_map
 from cryorbit.metrics.symmetry import detect_symmetry
@@ -71,7 +74,8 @@ MOLECULES = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of the table. ``second``: a molecule that half of the images show instead; ``seeds``: how many runs."""
+    """One row of the table. ``second``: a molecule that half of the images show instead; ``seeds``: how many runs;
+    ``symmetry``: asked for in place of the molecule's ``imposed``."""
 
     name: str
     molecule: str = "4AKE"
@@ -83,6 +87,7 @@ class Cell:
     second: str = ""
     hopeless: bool = False
     seeds: int = 10
+    symmetry: str = ""
 
 
 CELLS = [
@@ -108,6 +113,8 @@ CELLS = [
     Cell("ribosome, -10 dB", "ribosome", seeds=20),
     Cell("ribosome, -15 dB", "ribosome", snr_db=-15.0, seeds=5),
     Cell("apoferritin O, -10 dB", "apoferritin", seeds=5),
+    Cell("GroEL, -10 dB, symmetry auto", "GroEL", symmetry="auto"),
+    Cell("-10 dB, symmetry auto", symmetry="auto"),
     Cell("pure noise", snr_db=-60.0, hopeless=True),
     Cell(TWO, second="haemoglobin", hopeless=True),
     Cell("20k at 6 A, SNR .032", "GroEL 6 A", count=20_000, snr_db=-14.95, seeds=5),
@@ -151,15 +158,21 @@ def particles_of(cell: Cell, seed: int, data: Path, folder: Path) -> Path:
     return folder / "both.star"
 
 
-def one(cell: Cell, seed: int, data: Path, commit: str) -> dict[str, object]:
+def marched(history: Path) -> dict[str, int]:
+    """Steps and rounds of starts that ab initio took."""
+    rows = [row for row in map(json.loads, history.read_text().splitlines()) if row["stage"] == Marginal.name]
+    return {"steps": len(rows), "heats": 1 + int(max(row["heat"] for row in rows))}
+
+
+def one(cell: Cell, seed: int, data: Path, commit: str, at_once: int) -> dict[str, object]:
     """Simulate, reconstruct from the files, judge."""
     torch.set_num_threads(1)
     molecule = MOLECULES[cell.molecule]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        star = particles_of(cell, 5000 + 10 * seed, data, folder)
+        star = particles_of(cell, zlib.crc32(cell.name.encode()) % 10**6 * 1000 + 10 * seed, data, folder)
         config = RunConfig(
-            particles=str(star), mask_diameter=molecule.diameter, seed=seed, symmetry=molecule.imposed, contrast="light"
+            particles=str(star), mask_diameter=molecule.diameter, seed=seed, symmetry=cell.symmetry or molecule.imposed
         )
         wall, cpu = time.perf_counter(), time.process_time()
         result = reconstruct(config, folder / "run")
@@ -170,6 +183,9 @@ def one(cell: Cell, seed: int, data: Path, commit: str) -> dict[str, object]:
             "seconds": time.perf_counter() - wall,
             "cpu_seconds": time.process_time() - cpu,
             "hopeless": cell.hopeless,
+            "at_once": at_once,
+            "symmetry": result.metrics["symmetry"],
+            **marched(folder / "run" / "history.jsonl"),
         }
         keys = ("probability_right", "verdict", "pose_effective_median", "halves_independent", "halves_periods")
         more = (
@@ -194,8 +210,9 @@ def one(cell: Cell, seed: int, data: Path, commit: str) -> dict[str, object]:
         truth = Volume(torch.from_numpy(voxels), pixel_size)
         particles = open_particles(folder / "a" / "truth.star")
         true = Poses(torch.from_numpy(particles.rotations), torch.from_numpy(particles.shifts))
-        known = ceiling(particles, true, molecule.diameter)
         group = own_group(molecule, truth)
+        imposed = result.metrics["symmetry"] == molecule.group
+        known = ceiling(particles, true, molecule.diameter, group if imposed else None)
         errors = align_poses(result.poses, true, group).summary(pixel_size)
         mask = mask_from_map(truth.data, pixel_size)
         scores = against_truth(align_volumes(result.map, truth).map, truth, mask)
@@ -253,11 +270,14 @@ def main() -> None:
         print(fit(rows, arguments.fit))
         return
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    about = {"device": f"CPU, one thread per run, {arguments.workers} runs at a time", "torch": torch.__version__}
+    about = {"device": f"CPU, one thread per run, {platform.machine()}", "torch": torch.__version__}
     cells = [replace(cell, seeds=min(cell.seeds, arguments.seeds)) for cell in CELLS if cell.name in arguments.cells]
     left = list(jobs(cells, {(row["cell"], row["seed"]) for row in rows}))
     with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
-        running = {pool.submit(one, cell, seed, arguments.data.resolve(), commit): (cell, seed) for cell, seed in left}
+        running = {
+            pool.submit(one, cell, seed, arguments.data.resolve(), commit, arguments.workers): (cell, seed)
+            for cell, seed in left
+        }
         for future in as_completed(running):
             row = future.result()
             rows.append(row)

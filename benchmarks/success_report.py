@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.optimize import minimize
+from scipy.stats import binomtest
 
 from cryorbit.pipeline.verdict import DOUBTED, MIXED_CHANCE, TRUSTED, Evidence, probability
 
@@ -15,10 +16,10 @@ TWO = "two molecules"
 
 
 def table(rows: list[Row]) -> str:
-    """One Markdown row per cell: successes (and without the mask), poses, resolution in the mask, the verdict's mean chance, CPU time."""
+    """One Markdown row per cell: successes (95 % Wilson interval; without the mask), poses, resolution in the mask, chance, CPU time."""
     lines = [
-        "| cell | right | right, no mask | poses, median of medians (deg) | FSC 0.5 (A) | known poses (A) | mean P(right) | CPU-s |",
-        "|---|---|---|---|---|---|---|---|",
+        "| cell | right | 95 % interval | right, no mask | poses, median (deg) | FSC 0.5 (A) | known poses (A) | mean P(right) | CPU-s |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in dict.fromkeys(str(row["cell"]) for row in rows):
         here = [row for row in rows if row["cell"] == cell]
@@ -29,9 +30,10 @@ def table(rows: list[Row]) -> str:
 
         right, unmasked = (sum(bool(row[key]) for row in here) for key in ("success", "success_unmasked"))
         chance = np.mean([probability(Evidence(**row["evidence"])) for row in here])  # type: ignore[arg-type]
+        low, high = binomtest(right, len(here)).proportion_ci(0.95, "wilson")
         lines.append(
-            f"| {cell} | {right} of {len(here)} | {unmasked} | {middle('median_deg')} | {middle('fsc_0.5_masked_A')} | "
-            f"{middle('known_poses_masked_A')} | {chance:.2f} | {middle('cpu_seconds')} |"
+            f"| {cell} | {right} of {len(here)} | {low:.2f} to {high:.2f} | {unmasked} | {middle('median_deg')} | "
+            f"{middle('fsc_0.5_masked_A')} | {middle('known_poses_masked_A')} | {chance:.2f} | {middle('cpu_seconds')} |"
         )
     return "\n".join(lines)
 
@@ -70,6 +72,11 @@ def _bins(chance: NDArray[np.float64], y: NDArray[np.float64]) -> list[tuple[flo
     return [(chance[index == b].mean(), y[index == b].mean(), int((index == b).sum())) for b in np.unique(index)]
 
 
+def _calibration(chance: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    """Expected calibration error over those bins."""
+    return sum(n * abs(p - q) for p, q, n in _bins(chance, y)) / len(y)
+
+
 def _evidence(rows: list[Row]) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.float64]]:
     """Features, one column for each of ``SIGNS``; which runs were seen to be mixed; and whether each was right."""
     found = [Evidence(**row["evidence"]) for row in rows]  # type: ignore[arg-type]
@@ -102,9 +109,9 @@ def fit(rows: list[Row], picture: Path) -> str:
         agreed[here], left_out[here] = _chance(x[here], np.zeros_like(mixed[here]), w), _chance(x[here], mixed[here], w)
     weights = weights_of(rows)
     bins = _bins(left_out, y)
-    ece, alone = (sum(n * abs(p - q) for p, q, n in b) / len(y) for b in (bins, _bins(agreed, y)))
+    ece, alone = _calibration(left_out, y), _calibration(agreed, y)
+    between = np.isin(cells, [cell for cell in np.unique(cells) if 0 < y[cells == cell].mean() < 1])
     hopeless = np.array([bool(row["hopeless"]) for row in rows])
-    chance = _chance(x, mixed, np.array(list(weights.values())))
     told = np.array([Evidence(**row["evidence"]).unexplained is not None for row in rows])  # type: ignore[arg-type]
     left = np.array([Evidence(**row["evidence"]).unexplained or 0.0 for row in rows])  # type: ignore[arg-type]
     two = np.array([row["cell"] == TWO for row in rows])
@@ -123,11 +130,13 @@ def fit(rows: list[Row], picture: Path) -> str:
             "WEIGHTS = {" + ", ".join(f'"{name}": {weight}' for name, weight in weights.items()) + "}",
             f"{len(y)} runs, {int(y.sum())} right. Cell left out: AUC {_auc(left_out, y):.3f}, calibration error {ece:.3f}; by agreement alone "
             f"{_auc(agreed, y):.3f}, {alone:.3f}",
-            f"trusted (>= {TRUSTED}): {int((chance >= TRUSTED).sum())}, wrong among them {int(((chance >= TRUSTED) & (y == 0)).sum())}",
-            f"not trusted (< {DOUBTED}): {int((chance < DOUBTED).sum())}, right among them {int(((chance < DOUBTED) & (y == 1)).sum())}",
+            f"trusted (>= {TRUSTED}): {int((left_out >= TRUSTED).sum())}, wrong among them {int(((left_out >= TRUSTED) & (y == 0)).sum())}",
+            f"not trusted (< {DOUBTED}): {int((left_out < DOUBTED).sum())}, right among them {int(((left_out < DOUBTED) & (y == 1)).sum())}",
+            f"cells with runs of both kinds: {int(between.sum())} runs, AUC {_auc(left_out[between], y[between]):.3f}, calibration error "
+            f"{_calibration(left_out[between], y[between]):.3f}",
             f"signal unexplained, {int((told & two).sum())} runs on two molecules: {_range(left[told & two])}; "
             f"{int((told & ~two).sum())} other runs in which it was measured: {_range(left[told & ~two])}",
-            f"largest chance given to a hopeless run: {chance[hopeless].max() if hopeless.any() else math.nan:.3f}, "
-            f"cell left out {left_out[hopeless].max() if hopeless.any() else math.nan:.3f}, by agreement alone {agreed[hopeless].max():.3f}",
+            f"largest chance given to a hopeless run: {left_out[hopeless].max() if hopeless.any() else math.nan:.3f}, "
+            f"by agreement alone {agreed[hopeless].max() if hopeless.any() else math.nan:.3f}",
         ]
     )

@@ -10,7 +10,7 @@ from cryorbit.groups.so3 import distance, random_rotations
 from cryorbit.methods.halves import HALVES, Agreement
 from cryorbit.methods.marginal import Marginal
 from cryorbit.methods.marginal_config import MarginalConfig
-from cryorbit.methods.online_em import rotation_grid
+from cryorbit.methods.online_em import OnlineEM, rotation_grid
 from cryorbit.metrics.align import align_poses
 from cryorbit.metrics.resample import move_volume
 from cryorbit.metrics.symmetry import SymmetryFinding
@@ -55,7 +55,7 @@ def test_independent_halves_find_the_same_molecule_and_its_poses(finished, truth
     found = finished.agreement()
     assert found.posed > 0.8
     assert finished.periods(float(found.reach)) > 6
-    rotations, shifts, effective = assign(finished, torch.arange(COUNT))
+    rotations, shifts, effective, _ = assign(finished, torch.arange(COUNT))
     poses = Poses(rotations[:, 0].double(), shifts[:, 0].double())
     error = torch.rad2deg(align_poses(poses, truth.poses).error)
     assert float(error.median()) < 12
@@ -83,7 +83,7 @@ def test_a_symmetric_map_is_looked_at_in_more_detail_and_counted_alike(truth):
 
 
 def test_modes_of_a_particle_are_distinct(finished):
-    rotations, _, _ = assign(finished, torch.arange(40))
+    rotations, *_ = assign(finished, torch.arange(40))
     first, second = rotations[:, 0], rotations[:, 1]
     assert torch.rad2deg(distance(first, second)).min() > 15
 
@@ -162,7 +162,37 @@ def test_intensity_follows_the_images(truth):
     strong = torch.where(torch.arange(COUNT) % 4 < 2, 1.3, 0.7)
     made = engine(truth, truth.images * strong[:, None, None])
     run(made)
-    assert float(torch.corrcoef(torch.stack([made.intensities(), strong]))[0, 1]) > 0.6
+    made.agreement()
+    found = assign(made, torch.arange(COUNT))[3]
+    assert float(torch.corrcoef(torch.stack([found, strong]))[0, 1]) > 0.6
+    for winner in made.winners():  # as of particles that no minibatch held
+        winner.intensity = torch.ones(COUNT)
+    found = assign(made, torch.arange(COUNT))[3]
+    assert float(torch.corrcoef(torch.stack([found, strong]))[0, 1]) > 0.6
+
+
+def test_shifts_are_searched_as_widely_as_they_spread_up_to_twice_the_range(truth):
+    made = engine(truth, march_steps=4)
+    limit = made.config.shift_range * DIAMETER / APIX
+    winner = made.winners()[0]
+    assert float(winner.shift_sigma) == pytest.approx(limit / 2.5)
+    for sigma, widest in ((0.2 * limit, limit), (0.6 * limit, 1.5 * limit), (3 * limit, 2 * limit)):
+        winner.shift_sigma = torch.tensor(sigma)
+        reached = made.grids(winner, made.stack.box // 2).shifts.points.norm(dim=1).max()
+        assert min(widest, 4 * sigma) - 1 < float(reached) <= widest + 1e-5
+        assert made.shifts_cut() == (sigma > limit)
+
+
+def test_images_that_cannot_tell_do_not_impose_a_symmetry_that_poses_tell(finished, monkeypatch):
+    """Held-out images as likely with it as without, and poses alike without it: nothing speaks for it."""
+    flat = torch.linspace(-1, 1, len(finished.sample(1)))
+    monkeypatch.setattr(OnlineEM, "log_likelihood", lambda self, chosen, grids: flat * self.volume.square().sum())
+    false = SymmetryFinding("C2", torch.eye(3), torch.zeros(3), 0.9, ())
+    assert finished.agreement().posed > 0.8
+    test = finished.test_symmetry(false)
+    assert abs(test.gain) < 2 * test.error
+    assert test.agreement.posed > 0.6
+    assert not test.allowed
 
 
 @pytest.mark.parametrize("mirrored", [False, True])

@@ -41,6 +41,9 @@ _CAPPED_AT = 0.143  # correlation of the halves that carries the radius outwards
 _MARGIN = 2
 _PATIENCE = 5  # broad steps before batches grow
 _CLEAR = 2.0  # standard errors of a change of the held-out likelihood
+_FEWER = 0.75  # of the images posed alike up to a symmetry are posed alike without it, at most, where it is true
+_REACH = 2.5  # standard deviations of the shifts to be searched
+_WIDEST = 2.0  # times ``shift_range`` to which the search may grow
 _MORE_STARTS = 4  # at most, with an imposed symmetry
 
 _SCALARS = tuple("march settled batch heat done paired joined at_pairing correlation still broad".split())
@@ -112,7 +115,7 @@ class Marginal:
             self.runs[half][0].volume = volume.to(self.mask) * self.mask
 
     def _new_run(self) -> OnlineEM:
-        return OnlineEM(self.stack, self.mask, self.symmetry, self.config.tau_fudge, 0.5 * self._shift_limit())
+        return OnlineEM(self.stack, self.mask, self.symmetry, self.config.tau_fudge, self._shift_range() / _REACH)
 
     # -- schedule ---------------------------------------------------------------------------------------------------------------
 
@@ -134,12 +137,17 @@ class Marginal:
         """HEALPix order of the rotation grid at this point of the march."""
         return self.config.order_of(len(self.symmetry) if float(self.march) >= _ROUNDS[-1] else 1)
 
-    def _shift_limit(self) -> float:
+    def _shift_range(self) -> float:
         return self.config.shift_range * self.mask_diameter / self.stack.pixel_size
+
+    def shifts_cut(self) -> bool:
+        """Whether shifts spread more widely than is ever searched."""
+        return any(_REACH * float(run.shift_sigma) > _WIDEST * self._shift_range() for run in self.winners())
 
     def grids(self, run: OnlineEM, radius: int, turn: Float[Tensor, "3 3"] | None = None) -> Grids:
         """Rotations (turned by ``turn``) and shifts, a lattice as coarse as the radius allows under the run's own prior."""
-        limit = self._shift_limit()
+        least = self._shift_range()
+        limit = min(max(least, _REACH * float(run.shift_sigma)), _WIDEST * least)
         step = min(0.38 * self.stack.box / radius, max(limit, 1e-3))
         shifts = shift_grid(limit, step, float(run.shift_sigma))
         return Grids(rotation_grid(self.order(), self.symmetry, turn), shifts, radius)
@@ -189,14 +197,6 @@ class Marginal:
             "heat": float(heat),
             "batch": float(int(self.batch)),
         }
-
-    def intensities(self) -> Float[Tensor, " n"]:
-        """Of all particles, CPU, divided by the mean of their half: only ratios within a half mean something."""
-        out = torch.ones(len(self.stack))
-        for half, run in zip(HALVES, self.winners(), strict=True):
-            own = run.intensity.cpu()[self.members[half]]
-            out[self.members[half]] = own / own.mean()
-        return out
 
     def _advance(self, effective: float, order: int) -> None:
         c = self.config
@@ -344,8 +344,8 @@ class Marginal:
         return find_symmetry(self.maps(), self.motion.fsc, self.mask_diameter, self.stack.pixel_size)
 
     def test_symmetry(self, found: SymmetryFinding) -> SymmetryTest:
-        """Average each half's map over ``found``: images of the other half must be likelier for it, or as likely while the halves, equivalent
-        poses being one, pose images alike.
+        """Average each half's map over ``found``: images of the other half must be likelier for it, or as likely while the halves pose images
+        alike when equivalent poses are one, and clearly fewer of them otherwise (which :meth:`agreement` has counted).
         """
         radius, gains = self.radius(), []
         for half, run, volume in zip(HALVES, self.winners(), self.maps(), strict=True):
@@ -359,7 +359,8 @@ class Marginal:
         both = torch.cat(gains)
         gain, error = float(both.mean()), float(both.std()) / len(both) ** 0.5
         agreement = self._compare(radius, group_of(found))
-        least = -_CLEAR if agreement.posed >= _SURE else _CLEAR
+        alike = agreement.posed >= _SURE and self.motion.posed <= _FEWER * agreement.posed
+        least = -_CLEAR if alike else _CLEAR
         return SymmetryTest(found, gain, error, agreement, gain > least * error)
 
     def state(self) -> State:

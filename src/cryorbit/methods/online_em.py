@@ -181,7 +181,8 @@ class OnlineEM:
         """
         result = self.expect(chosen, grids, self.intensity_of(chosen) if intensities else None, sums=True)
         if intensities:
-            self._update_intensity(chosen, result.intensity)
+            mean = 0.5 * (self.intensity_of(chosen) + self.fresh_intensity(chosen, result))
+            self.intensity[chosen.to(self.intensity.device)] = mean
         disk, _ = self.stack.at_radius(grids.radius)
         self._update_noise(result.power / len(chosen), disk, grids.radius, _NOISE_RATE)
         floor = 0.1 * self.stack.box / grids.radius
@@ -195,11 +196,14 @@ class OnlineEM:
         self._maximise(grids.radius)
         return result
 
-    def _update_intensity(self, chosen: Int[Tensor, " b"], moments: Float[Tensor, "2 b"]) -> None:
-        """Shrunk towards 1 (a Gaussian prior of 0.2); cross and energy are taken with the present factor in the CTF."""
+    def fresh_intensity(self, chosen: Int[Tensor, " b"], result: Expectation) -> Float[Tensor, " b"]:
+        """How much stronger than the map the particles ``chosen`` are, by posteriors taken with their present intensities.
+
+        Shrunk towards 1 (a Gaussian prior of 0.2).
+        """
         present, precision = self.intensity_of(chosen), _INTENSITY_SD**-2
-        fresh = (moments[0] / present + precision) / (moments[1] / present.square() + precision)
-        self.intensity[chosen.to(self.intensity.device)] = (0.5 * present + 0.5 * fresh).clamp(0.3, 3.0)
+        cross, energy = result.intensity
+        return ((cross / present + precision) / (energy / present.square() + precision)).clamp(0.3, 3.0)
 
     def _update_noise(self, power: Float[Tensor, " p"], disk: FourierDisk, radius: int, rate: float) -> None:
         self.noise = followed_noise(self.noise, self.initial_noise, power, disk, radius, rate)

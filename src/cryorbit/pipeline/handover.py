@@ -23,6 +23,8 @@ from cryorbit.types import Poses
 
 _ASSIGN_BATCH = 2000
 
+SHIFTS_CUT = "the particles' shifts spread more widely than ab initio searches: extract them again, centred, or widen abinitio.shift_range"
+
 
 def hand_over(config: RunConfig, inputs: Inputs, engine: Marginal, folder: Path, fingerprint: str) -> Start:
     """Compare and align the halves, settle symmetry and contrast, and pose every particle."""
@@ -41,7 +43,9 @@ def hand_over(config: RunConfig, inputs: Inputs, engine: Marginal, folder: Path,
     dark = is_dark(config, 0.5 * (first + second), inputs.mask_diameter, engine.stack.pixel_size)
     inputs, maps = (inverted_contrast(inputs), (-first, -second)) if dark else (inputs, (first, second))
     effective = assigned["effective"] if order == 1 else (assigned["effective"] / order).clamp_min(1.0)
-    evidence = _evidence(engine, agreement, effective)
+    evidence = _evidence(engine, agreement, effective, float(assigned["intensity"].std()))
+    if engine.shifts_cut():
+        inputs = replace(inputs, warnings=(*inputs.warnings, SHIFTS_CUT))
     return Start(
         inputs,
         fourier_stack(config, inputs),
@@ -49,28 +53,33 @@ def hand_over(config: RunConfig, inputs: Inputs, engine: Marginal, folder: Path,
         engine.radius(),
         assigned["rotations"],
         assigned["shifts"],
-        engine.intensities(),
+        assigned["intensity"],
         effective=effective,
         evidence=evidence,
     )
 
 
 def _assign_all(engine: Marginal, path: Path, fingerprint: str) -> dict[str, Tensor]:
-    """Every particle's most probable grid poses under the ab initio maps; kept, so that a resumed run does not repeat it."""
+    """Every particle's most probable grid poses under the ab initio maps, and its intensity; kept, so that a resumed run does not repeat it.
+
+    Intensities are divided by the mean of their half: only ratios within a half mean something.
+    """
     if path.exists():
         tensors, meta = load_checkpoint(path)
         if meta.get("fingerprint") == fingerprint:
             return tensors
     parts = [assign(engine, chosen) for chosen in torch.arange(len(engine.stack)).split(_ASSIGN_BATCH)]
-    rotations, shifts, effective = (torch.cat([p[i].cpu() for p in parts]) for i in range(3))
-    tensors = {"rotations": rotations.contiguous(), "shifts": shifts.contiguous(), "effective": effective}
+    names = ("rotations", "shifts", "effective", "intensity")
+    tensors = {name: torch.cat([part[i] for part in parts]) for i, name in enumerate(names)}
+    for own in engine.members.values():
+        tensors["intensity"][own] /= tensors["intensity"][own].mean()
     save_checkpoint(path, tensors, {"fingerprint": fingerprint})
     return tensors
 
 
 def assign(
     engine: Marginal, chosen: Int[Tensor, " b"]
-) -> tuple[Float[Tensor, "b m 3 3"], Float[Tensor, "b m 2"], Float[Tensor, " b"]]:
+) -> tuple[Float[Tensor, "b m 3 3"], Float[Tensor, "b m 2"], Float[Tensor, " b"], Float[Tensor, " b"]]:
     """Distinct probable poses of the particles ``chosen`` under the map of their own half, in the frame of the first.
 
     Parameters
@@ -82,14 +91,14 @@ def assign(
 
     Returns
     -------
-    rotations, shifts, effective
+    rotations, shifts, effective, intensity
         (B, M, 3, 3) the most probable first, (B, M, 2) angstrom, (B,) effective number of poses, as the grid of
-        ``config.order`` counts them.
+        ``config.order`` counts them, (B,) how much stronger than the map each is.
     """
     modes = engine.config.modes
     rotations = torch.empty(len(chosen), modes, 3, 3)
     shifts = torch.empty(len(chosen), modes, 2)
-    effective = torch.empty(len(chosen))
+    effective, intensity = torch.empty(len(chosen)), torch.empty(len(chosen))
     radius = engine.radius()
     for half, run in zip(HALVES, engine.winners(), strict=True):
         own = members_of(engine.half_set[chosen], half)
@@ -104,17 +113,17 @@ def assign(
             found = engine.motion.framed(found)
         rotations[own] = found.rotations.view(len(own), -1, 3, 3)
         shifts[own] = found.shifts.view(len(own), -1, 2) * engine.stack.pixel_size
+        intensity[own] = run.fresh_intensity(chosen[own], result).cpu()
         effective[own] = recounted(result.effective.cpu(), engine.order(), engine.config.order)
-    return rotations, shifts, effective
+    return rotations, shifts, effective, intensity
 
 
-def _evidence(engine: Marginal, agreement: Agreement, effective: Float[Tensor, " n"]) -> Evidence:
+def _evidence(engine: Marginal, agreement: Agreement, effective: Float[Tensor, " n"], intensity_sd: float) -> Evidence:
     """What ab initio knows about itself; independent agreement is only what there was before the halves were joined."""
     periods, posed, apart = engine.periods(float(agreement.reach)), agreement.posed, agreement.pose_deg
     if bool(engine.joined):
         periods, posed, apart = engine.at_pairing.tolist()
-    spread = float(engine.intensities().std())
-    return Evidence(bool(engine.joined), periods, posed, apart, float(effective.median()), spread)
+    return Evidence(bool(engine.joined), periods, posed, apart, float(effective.median()), intensity_sd)
 
 
 def symmetry_note(engine: Marginal, test: SymmetryTest | None) -> str:
