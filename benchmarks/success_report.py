@@ -95,18 +95,23 @@ def weights_of(rows: list[Row]) -> dict[str, float]:
     return dict(zip(SIGNS, (_logistic(x, y).round(2) + 0.0).tolist(), strict=True))
 
 
-def fit(rows: list[Row], picture: Path) -> str:
-    """Weights on all runs; AUC, expected calibration error and diagram from leaving each cell out in turn."""
+def left_out_chances(rows: list[Row]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Chance of every run with its own cell left out of the fit: by agreement alone, and with the signal that is left."""
     x, mixed, y = _evidence(rows)
     cells = np.array([str(row["cell"]) for row in rows])
-    agreed, left_out = (
-        np.empty(len(y)),
-        np.empty(len(y)),
-    )  # by the logistic function alone, and with the signal that is left
+    agreed, both = np.empty(len(y)), np.empty(len(y))
     for cell in np.unique(cells):
         here = cells == cell
         w = _logistic(x[~here], y[~here])
-        agreed[here], left_out[here] = _chance(x[here], np.zeros_like(mixed[here]), w), _chance(x[here], mixed[here], w)
+        agreed[here], both[here] = _chance(x[here], np.zeros_like(mixed[here]), w), _chance(x[here], mixed[here], w)
+    return agreed, both
+
+
+def fit(rows: list[Row], picture: Path) -> str:
+    """Weights on all runs; AUC, expected calibration error and diagram from leaving each cell out in turn."""
+    _, _, y = _evidence(rows)
+    cells = np.array([str(row["cell"]) for row in rows])
+    agreed, left_out = left_out_chances(rows)
     weights = weights_of(rows)
     bins = _bins(left_out, y)
     ece, alone = _calibration(left_out, y), _calibration(agreed, y)

@@ -49,10 +49,11 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(simulated: Path) -> Path:
-    run = simulated.parent / "run"
+    run = simulated.parent / "run [/x]"
     done = cryorbit("reconstruct", simulated / "particles.star", "--output", run, *QUICK)
     assert done.returncode == 0, done.stderr
     assert "the half maps of 400 particles agree to" in done.stdout
+    assert str(run / "map.mrc") in done.stdout  # brackets and all
     return run
 
 

@@ -9,7 +9,7 @@ import torch
 
 from cryorbit.errors import ConfigError, CryorbitError, DataError, RunError
 from cryorbit.io.star import read_star, write_star
-from cryorbit.pipeline.config import RunConfig, from_toml, override, to_toml
+from cryorbit.pipeline.config import RunConfig, from_toml, override
 from cryorbit.pipeline.inputs import choose_device
 from cryorbit.pipeline.reconstruct import reconstruct
 from cryorbit.pipeline.rundir import locked, open_run
@@ -89,12 +89,20 @@ def test_foreign_or_damaged_config_is_never_overwritten(tmp_path, text):
     assert (tmp_path / "particles.star").read_text() == "precious"
 
 
-def test_input_inside_the_output_survives(tmp_path):
-    (tmp_path / "config.toml").write_text(to_toml(RunConfig(particles="x")))
-    (tmp_path / "particles.star").write_text("precious")
-    with pytest.raises(RunError, match="RUN006"):
-        open_run(tmp_path, RunConfig(particles=str(tmp_path / "particles.star")), overwrite=True)
-    assert (tmp_path / "particles.star").read_text() == "precious"
+@pytest.mark.parametrize("name", ["particles.star", "classes.mrcs", "figures/stack.mrcs"])
+def test_input_inside_the_output_survives(tmp_path, name):
+    open_run(tmp_path, RunConfig(particles="x"), overwrite=False)
+    (tmp_path / "map.mrc").write_text("old")
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("precious")
+    link = tmp_path / "link.mrcs"
+    link.symlink_to(path)
+    for given in (path, link):
+        with pytest.raises(RunError, match="RUN006"):
+            open_run(tmp_path, RunConfig(particles="x"), [Path("x"), given], overwrite=True)
+    assert path.read_text() == "precious"
+    assert (tmp_path / "map.mrc").exists()
 
 
 def test_config_that_is_not_text(tmp_path):
@@ -188,5 +196,20 @@ def test_rows_of_one_image_cannot_make_two_halves(star, tmp_path):
 def test_symmetry_too_high_for_the_grid_is_refused(star, tmp_path):
     with pytest.raises(ConfigError, match=r"(?s)CONF023.*abinitio.order=2"):
         reconstruct(config(star, "symmetry=I"), tmp_path / "run")
+    for name in ("C100", "D50"):  # enough of the grid as it stands, not however it is turned
+        with pytest.raises(ConfigError, match="CONF023"):
+            reconstruct(config(star, f"symmetry={name}", "abinitio.order=2"), tmp_path / "run")
     with pytest.raises(ConfigError, match="CONF112"):
         reconstruct(config(star, "symmetry=C999"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["a' b\" c.mrcs", "b\udcff9.mrcs"])
+def test_a_path_that_no_output_could_hold_is_refused_first(star, tmp_path, name):
+    file = read_star(star)
+    names = file.blocks["particles"].columns["rlnImageName"]
+    stack = star.parent / names[0].split("@")[1]
+    moved = tmp_path / name
+    shutil.copy(stack, moved)
+    with pytest.raises(CryorbitError, match=r"STAR005|FILE004"):
+        reconstruct(config(moved, "pixel_size=4", "no_ctf=true"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -37,7 +37,7 @@ def assign(
     from cryorbit.pipeline.assign import assign as compute
     from cryorbit.pipeline.config import override_section
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     teaching = override_section(DistillationConfig(), set_) if set_ else None
     with reported(console) as progress:
         values: dict[str, Any] = compute(

@@ -18,7 +18,7 @@ def demo(
     from cryorbit.cli.simulate import simulate
     from cryorbit.pipeline.config import RunConfig
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     particles, run = output / "particles", output / "run"
     if not (particles / "particles.star").exists():
         console.print(f"Simulating {count:,} images of adenylate kinase (0 dB, CTF, shifts of 1 px) ...")

@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 bad input or settings (a coded message); 2 wrong usage; 13
 """
 
 import sys
+from typing import NoReturn
 
 import typer
 from rich.console import Console
@@ -52,23 +53,40 @@ def _options(
     """Options of the command itself."""
 
 
+def _out_of_memory(error: Exception) -> bool:
+    """Torch raises a RuntimeError, numpy a MemoryError."""
+    return isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)
+
+
+def _refuse(code: str, message: str, hint: str = "") -> NoReturn:
+    """One message on stderr, and exit code 1."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(f"[bold red]error[/] [bold]{code}[/]: ", end="")
+    console.print(message, markup=False)
+    if hint:
+        console.print("\nhint: ", style="cyan", end="")
+        console.print(hint, markup=False)
+    sys.exit(1)
+
+
 def main() -> None:
     """Run the command line; bad input ends in one message and exit code 1, never in a traceback."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
         app()
     except CryorbitError as error:
-        console.print(f"[bold red]error[/] [bold]{error.code}[/]: ", end="")
-        console.print(error.message, markup=False)
-        if error.hint:
-            console.print("\nhint: ", style="cyan", end="")
-            console.print(error.hint, markup=False)
-        sys.exit(1)
+        _refuse(error.code, error.message, error.hint)
     except OSError as error:
         name = f"{error.filename}: " if error.filename else ""
-        console.print("[bold red]error[/] [bold]FILE900[/]: ", end="")
-        console.print(f"{name}{error.strerror or error}", markup=False)
-        sys.exit(1)
+        _refuse("FILE900", f"{name}{error.strerror or error}")
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        first, *_ = str(error).splitlines() or ["of numpy"]
+        _refuse(
+            "RUN015",
+            f"memory does not suffice: {first}",
+            "lower --memory, in which particles are kept, or use a larger machine",
+        )
 
 
 if __name__ == "__main__":

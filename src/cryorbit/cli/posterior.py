@@ -43,7 +43,7 @@ def posterior(
         non_negative=non_negative,
     )
     page = write_figure(run)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(_words(values))
     console.print(f"\nmean       {run / 'map_mean.mrc'}\nstd        {run / 'map_std.mrc'}")
     console.print(f"views      {run / 'missing_views.mrc'}\ncurves     {run / 'ss_snr.csv'}\nfigure     {page}")

@@ -69,6 +69,6 @@ def reported(console: Console) -> Iterator[Reporter]:
     try:
         with Reporter() as progress:
             yield progress
-    except Stopped as stopped:
-        console.print(f"{stopped}: run the same command again to continue.")
+    except (Stopped, KeyboardInterrupt) as stopped:
+        console.print(f"{str(stopped) or 'stopped'}: run the same command again to continue.")
         raise typer.Exit(130) from None

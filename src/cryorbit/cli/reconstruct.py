@@ -81,7 +81,7 @@ def run_and_report(config: "RunConfig", output: Path, overwrite: bool, posterior
     from cryorbit.pipeline.reconstruct import reconstruct as run
     from cryorbit.report.render import write_report
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     with reported(console) as progress:
         result = run(config, output, overwrite=overwrite, progress=progress)
     page = write_report(output)

@@ -11,4 +11,4 @@ def report(run: Path = typer.Argument(..., help="Run folder of cryorbit reconstr
 
     from cryorbit.report.render import write_report
 
-    Console(highlight=False, soft_wrap=True).print(f"report     {write_report(run)}")
+    Console(highlight=False, soft_wrap=True, markup=False).print(f"report     {write_report(run)}")

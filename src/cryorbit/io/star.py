@@ -166,15 +166,27 @@ def read_star(path: Path | str) -> StarFile:
     )
 
 
-def _quoted(value: str) -> str:
+def quoted(value: str) -> str:
+    """A value as it stands in a STAR file.
+
+    Raises
+    ------
+    FileError
+        ``STAR005`` STAR cannot hold it; ``FILE004`` it is no text that UTF-8 can hold.
+    """
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise FileError("FILE004", f"{value!a} is not UTF-8 text", "rename the file or folder") from error
     if _PLAIN.match(value) and not _RESERVED.match(value):
         return value
     if "\n" in value or "\r" in value:
-        raise FileError("STAR005", f"a STAR value cannot hold a line break: {value!r}")
+        raise FileError("STAR005", f"a STAR value cannot hold a line break: {value!r}", "rename it")
     for mark in ('"', "'"):
         if not re.search(mark + r"(?:\s|\Z)", value):
             return mark + value + mark
-    raise FileError("STAR005", f"a STAR value cannot hold both kinds of quotes before blanks: {value!r}")
+    raise FileError("STAR005", f"a STAR value cannot hold both kinds of quotes before blanks: {value!r}", "rename it")
 
 
 def _lines(name: str, table: StarTable) -> list[str]:
@@ -182,10 +194,10 @@ def _lines(name: str, table: StarTable) -> list[str]:
     lines += [f"data_{name}", ""]
     if table.is_loop:
         lines += ["loop_ ", *(f"_{label} #{i} " for i, label in enumerate(table.columns, 1))]
-        quoted = [[_quoted(value) for value in values] for values in table.columns.values()]
-        lines += [" ".join(row) + " " for row in zip(*quoted, strict=True)]
+        columns = [[quoted(value) for value in values] for values in table.columns.values()]
+        lines += [" ".join(row) + " " for row in zip(*columns, strict=True)]
     else:
-        lines += [f"_{label} {_quoted(values[0])}" for label, values in table.columns.items()]
+        lines += [f"_{label} {quoted(values[0])}" for label, values in table.columns.items()]
     return [*lines, " "]
 
 

@@ -153,7 +153,11 @@ def _coerce(value: Any, like: Any, name: str) -> Any:
     except (ValueError, KeyError):
         pass
     if type(value) is not kind:
-        raise ConfigError("CONF011", f"{name} = {value!r} is not {'a' if kind is not int else 'an'} {kind.__name__}")
+        raise ConfigError(
+            "CONF011",
+            f"{name} = {value!r} is not {'a' if kind is not int else 'an'} {kind.__name__}",
+            "docs/configuration.md lists what each may be",
+        )
     return value
 
 
@@ -273,8 +277,8 @@ def check(config: RunConfig) -> None:
         "abinitio.heats": 1 <= config.abinitio.heats <= 100,
         "abinitio.starts": 1 <= config.abinitio.starts <= 100,
         "abinitio.batch": config.abinitio.batch > 0,
-        "abinitio.march_steps": config.abinitio.march_steps > 0,
-        "abinitio.settle_steps": config.abinitio.settle_steps > 0,
+        "abinitio.march_steps": 0 < config.abinitio.march_steps <= 10_000,
+        "abinitio.settle_steps": 0 < config.abinitio.settle_steps <= 10_000,
         "abinitio.order": 1 <= config.abinitio.order <= FINEST,
         "abinitio.radius_start": 1 <= config.abinitio.radius_start <= config.abinitio.radius_end,
         "abinitio.shift_range": 0 <= config.abinitio.shift_range <= 0.5,
@@ -286,14 +290,14 @@ def check(config: RunConfig) -> None:
         "align2d.classes": 0 <= config.align2d.classes <= 1000,
         "align2d.batch": config.align2d.batch > 0,
         "align2d.radius_start": 1 <= config.align2d.radius_start <= config.align2d.radius_end,
-        "align2d.march_steps": config.align2d.march_steps > 0,
-        "align2d.settle_steps": config.align2d.settle_steps > 0,
+        "align2d.march_steps": 0 < config.align2d.march_steps <= 10_000,
+        "align2d.settle_steps": 0 < config.align2d.settle_steps <= 10_000,
         "align2d.decay": 0 <= config.align2d.decay < 1,
         "align2d.settle_decay": 0 <= config.align2d.settle_decay < 1,
         "align2d.shift_range": 0 <= config.align2d.shift_range <= 0.5,
         "align2d.tau_fudge": config.align2d.tau_fudge > 0,
         "averages.sweeps": config.averages.sweeps >= 0,
-        "refine.sweeps": config.refine.sweeps > 0,
+        "refine.sweeps": 0 < config.refine.sweeps <= 10_000,
         "refine.batch": config.refine.batch > 0,
         "refine.iterations": config.refine.iterations > 0,
         "refine.modes": 0 < config.refine.modes <= 10,
@@ -301,7 +305,7 @@ def check(config: RunConfig) -> None:
         "refine.search_order": 1 <= config.refine.search_order <= 4,
         "refine.search_every": config.refine.search_every >= 0,
         "refine.defocus_range": 0 <= config.refine.defocus_range <= 50_000,
-        "refine.radius_growth": config.refine.radius_growth > 1,
+        "refine.radius_growth": 1 < config.refine.radius_growth <= 10,
         "refine.fsc_radius": 0 < config.refine.fsc_radius < 1,
         "refine.field_width": 0 < config.refine.field_width <= 4096,
         "refine.field_steps": config.refine.field_steps > 0,
@@ -323,7 +327,7 @@ def check(config: RunConfig) -> None:
     values = flat(dataclasses.asdict(config))
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError("CONF016", f"{name} = {value} is not a finite number")
+            raise ConfigError("CONF016", f"{name} = {value} is not a finite number", "give a number")
     for name, good in fine.items():
         if not good:
             raise ConfigError(

@@ -11,17 +11,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cryorbit.errors import ConfigError, DataError
+from cryorbit.groups import so3
 from cryorbit.groups.point import point_group
 from cryorbit.io.examine import examine_particles
 from cryorbit.io.mrc import read_volume
 from cryorbit.io.particle_set import duplicate_groups
 from cryorbit.io.particles import ParticleSet, open_particles
+from cryorbit.io.star import quoted
 from cryorbit.methods.online_em import rotation_grid
 from cryorbit.metrics.masks import soft_sphere
 from cryorbit.pipeline.config import AUTO, MOMENTS, POSES, RunConfig, check
 
 FEWEST_PARTICLES = 20
-_FEWEST_ROTATIONS = 8
+_FEWEST_VIEWS, _TURNS = 2, 32
 _SMALLEST_MASK = 0.005  # of the sphere of the mask diameter
 DARK = "particles.star points to the dark images as they are on disk: invert them before RELION refines from it"
 
@@ -43,7 +45,7 @@ def choose_device(name: str) -> torch.device:
     """``auto`` is CUDA when present; a device that is asked for and absent is an error, not a fallback."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
         raise ConfigError("CONF020", f"--device {name} is not a device", "use auto, cpu, cuda or cuda:0")
     device = torch.device(name)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -95,6 +97,8 @@ def open_checked(config: RunConfig) -> tuple[ParticleSet, list[str]]:
         if finding.level == "error":
             raise DataError(finding.code or "DATA042", finding.message, finding.hint)
     particles = open_particles(path, **options)
+    for name in {str(stack.path) for stack in (particles.images.stacks if particles.images else ())}:
+        quoted(name)  # as the results will have to
     warnings = [f.message + (f" ({f.hint})" if f.hint else "") for f in examination.findings if f.level == "warning"]
     if config.no_ctf:
         particles = replace(particles, ctf=None)
@@ -120,18 +124,22 @@ def prepare(config: RunConfig) -> Inputs:
     symmetry = "C1" if config.symmetry == AUTO else config.symmetry
     group = point_group(symmetry).float()  # an unknown name is refused here
     order = config.abinitio.order
-    rotations = len(rotation_grid(order, group))
-    if rotations < _FEWEST_ROTATIONS:
+    turns = so3.random_rotations(_TURNS, torch.Generator().manual_seed(0))  # as each step turns it
+    rotations = min(len(rotation_grid(order, group, turn)) for turn in turns)
+    least = _FEWEST_VIEWS * len(so3.half_grid(order)) // (12 * 4**order)
+    if rotations < least:
         raise ConfigError(
             "CONF023",
-            f"symmetry {symmetry} leaves {rotations} rotations of the grid of HEALPix order {order}, at least "
-            f"{_FEWEST_ROTATIONS} are needed",
+            f"symmetry {symmetry} may leave {rotations} rotations of the grid of HEALPix order {order}, at least "
+            f"{least} are needed",
             f"pass --set abinitio.order={order + 1}, or impose a smaller group",
         )
     particles, warnings = open_checked(config)
     if len(particles) < FEWEST_PARTICLES:
         raise DataError(
-            "DATA040", f"{config.particles} holds {len(particles)} particles, at least {FEWEST_PARTICLES} are needed"
+            "DATA040",
+            f"{config.particles} holds {len(particles)} particles, at least {FEWEST_PARTICLES} are needed",
+            "some thousands are usual; check that the file is the one meant",
         )
     extent = particles.box * particles.pixel_size
     diameter = config.mask_diameter or 0.85 * extent

@@ -79,6 +79,7 @@ def _run(
         seconds["abinitio"] = time.monotonic() - begun
         begun = time.monotonic()
         start = hand_over(config, inputs, engine, folder, fingerprint)
+        del engine  # and its images
         seconds["assign"] = time.monotonic() - begun
     begun = time.monotonic()
     refinement = _refine(config, start, folder, history, progress, fingerprint)

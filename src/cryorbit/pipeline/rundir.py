@@ -3,7 +3,7 @@
 import fcntl
 import shutil
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -73,16 +73,16 @@ def _must_be_ours(folder: Path) -> None:
         )
 
 
-def _clear(folder: Path, config: RunConfig) -> None:
+def _clear(folder: Path, read: Sequence[Path]) -> None:
     """Remove what a previous run wrote, and nothing else."""
     _must_be_ours(folder)
     if (folder / "checkpoint" / "lock").exists():
         with locked(folder):  # by nobody else
             pass
-    kept = Path(config.particles).resolve()
-    for name in OURS:
-        path = folder / name
-        if path.resolve() == kept:
+    removed = {(folder / name).resolve() for name in OURS}
+    for path in read:
+        kept = path.resolve()
+        if removed & {kept, *kept.parents}:
             raise RunError(
                 "RUN006", f"{kept} is the input: --overwrite would delete it", "choose another --output folder"
             )
@@ -101,8 +101,8 @@ def _differences(before: RunConfig, now: RunConfig) -> str:
     return "; ".join(changed[:3]) + ("; ..." if len(changed) > 3 else "")
 
 
-def open_run(folder: Path, config: RunConfig, *, overwrite: bool) -> None:
-    """Make ``folder`` ready for ``config``: fresh, or an interrupted run of the same config to be continued.
+def open_run(folder: Path, config: RunConfig, read: Sequence[Path] = (), *, overwrite: bool) -> None:
+    """Make ``folder`` ready for ``config``: fresh, or an interrupted run of the same config to be continued; ``read``: what it must not delete.
 
     Raises
     ------
@@ -112,7 +112,7 @@ def open_run(folder: Path, config: RunConfig, *, overwrite: bool) -> None:
     try:
         cleared = overwrite and (folder / "config.toml").is_file()
         if cleared:
-            _clear(folder, config)
+            _clear(folder, read)
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "config.toml").is_file():
             if decisive(before := _config_of(folder)) != decisive(config):
@@ -136,11 +136,11 @@ def open_run(folder: Path, config: RunConfig, *, overwrite: bool) -> None:
 @contextmanager
 def opened(folder: Path, config: RunConfig, inputs: Inputs, *, overwrite: bool) -> Iterator[str]:
     """The run folder ready, described and locked; yields what a checkpoint in it must have been made from: settings and files."""
-    open_run(folder, config, overwrite=overwrite)
-    if not (folder / "provenance.json").exists():  # a continued run keeps how it began
-        outputs.write_json(folder / "provenance.json", outputs.provenance(Path(config.particles), str(inputs.device)))
     stacks = inputs.particles.images.stacks if inputs.particles.images else ()
     read = [Path(config.particles), *(s.path for s in stacks), *([Path(config.mask)] if config.mask else [])]
+    open_run(folder, config, read, overwrite=overwrite)
+    if not (folder / "provenance.json").exists():  # a continued run keeps how it began
+        outputs.write_json(folder / "provenance.json", outputs.provenance(Path(config.particles), str(inputs.device)))
     with locked(folder):
         yield " ".join([to_toml(decisive(config)), *(outputs.checksum(path) for path in read)])
 

@@ -109,7 +109,9 @@ def judge(evidence: Evidence) -> Verdict:
         f"they g{'ave' if evidence.joined else 'ive'} {100 * evidence.posed:.0f} % of the same images the same pose (within 20 degrees)",
         f"a median of {evidence.effective:.1f} poses per particle is left",
     ]
-    if evidence.unexplained is not None:
+    if evidence.unexplained is None:
+        reasons.append("whether images show more than the map could not be measured")
+    else:
         reasons.append(f"the map leaves {100 * max(evidence.unexplained, 0.0):.0f} % of the images' signal unexplained")
     advice = ""
     if evidence.mixed:
@@ -134,8 +136,8 @@ def agree(count: int, masked: float, unmasked: float, nyquist: float) -> str:
 def sentence(verdict: Verdict, agreement: str, masked: float) -> str:
     """What a biologist can act on; ``agreement`` from :func:`agree`."""
     chance = (
-        f"the chance of being right is put at {100 * verdict.probability:.0f} % (fitted to {RUNS} simulated runs; real data hold more that "
-        "can go wrong)"
+        f"the chance of being right is put at {math.floor(100 * verdict.probability)} % (fitted to {RUNS} simulated runs; real data hold more "
+        "that can go wrong)"
     )
     because = "; ".join(verdict.reasons)
     if verdict.level == TRUST:
