@@ -16,6 +16,7 @@ import json
 import platform
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,19 +94,27 @@ def image_power(sums: ImageMomentSums, variance: float) -> Tensor:
     return signal.clamp_min(1e-3 * signal.max()) + variance * ring_power(sums.basis.noise(torch.ones(1)))
 
 
+def noisy_images(
+    volume: Tensor, library: Tensor, count: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, float]]:
+    """Blocks of images from views of ``library``, turned at random in the plane, and the noise's standard deviation (of the first block)."""
+    spin, sd = torch.zeros(BLOCK, 3, dtype=torch.float64), 0.0
+    for _ in range(count // BLOCK):
+        spin[:, 2] = 2 * np.pi * torch.rand(BLOCK, generator=generator, dtype=torch.float64)
+        rotations = so3.exp(spin) @ library[torch.randint(len(library), (BLOCK,), generator=generator)]
+        images = project(volume, rotations.float())
+        sd = sd or float(images.var() / SNR) ** 0.5
+        yield images + sd * torch.randn(images.shape, generator=generator), sd
+
+
 def one(name: str, family: str, seed: int, count: int) -> dict[str, Any]:
     """Simulate, sum, invert, compare."""
     box, pixel_size, rings, radius = CASES[name]
     generator = torch.Generator().manual_seed(seed)
     truth, library = molecule(name, generator), views(seed)
-    basis, spin = PolarBasis(box, rings, radius), torch.zeros(BLOCK, 3, dtype=torch.float64)
-    sums, thirds, summing, sd = None, None, 0.0, 0.0
-    for _ in range(count // BLOCK):
-        spin[:, 2] = 2 * np.pi * torch.rand(BLOCK, generator=generator, dtype=torch.float64)
-        rotations = so3.exp(spin) @ library[torch.randint(len(library), (BLOCK,), generator=generator)]
-        images = project(truth, rotations.float())
-        sd = sd or float(images.var() / SNR) ** 0.5
-        images += sd * torch.randn(images.shape, generator=generator)
+    basis = PolarBasis(box, rings, radius)
+    sums, thirds, summing = None, None, 0.0
+    for images, sd in noisy_images(truth, library, count, generator):
         begun = time.process_time()
         part = ImageMomentSums.of(basis, images, sd**2)
         sums = part if sums is None else sums + part

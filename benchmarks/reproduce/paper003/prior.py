@@ -29,10 +29,9 @@ from typing import Any
 import numpy as np
 import scipy.optimize
 import torch
-from images import molecule, views
+from images import molecule, noisy_images, views
 from torch import Tensor
 
-from cryorbit.groups import so3
 from cryorbit.methods.moment_prior import MomentPrior, PriorConfig
 from cryorbit.methods.moments import MomentFit, MomentsConfig, invert_from, invert_moments, view_directions
 from cryorbit.metrics.fsc import fsc, resolution, shell_power
@@ -55,18 +54,8 @@ BASIS = BallBasis(BOX, RADIUS, RINGS + MARGIN, DEGREE)
 REFINED = MomentsConfig(degree=DEGREE, margin=MARGIN)
 RANDOM = MomentsConfig(degree=DEGREE, starts=10, kept=3)
 MODELS = {"1igy": "1igy.cif", "1aon": "1aon.pdb.gz"}
-IMAGES, BLOCK = 100_000, 5000
+IMAGES = 100_000
 SEVERAL = ("4ake", "4ake, images", "1igy", "1aon", "gaussians", "turned", "noise")
-
-
-def in_basis(volume: Tensor, basis: BallBasis = BASIS) -> Tensor:
-    """Coefficients of a map: its nearest in the ball."""
-    axis = np.arange(BOX) - BOX // 2
-    z, y, x = np.meshgrid(axis, axis, axis, indexing="ij")
-    points = np.stack([x, y, z], axis=-1).reshape(-1, 3).astype(np.float64)
-    inside = np.linalg.norm(points, axis=1) < RADIUS
-    values = basis.values(points[inside])
-    return torch.linalg.lstsq(values, volume.double().reshape(-1, 1)[torch.from_numpy(inside)]).solution[:, 0].float()
 
 
 def degrees_turned(coefficients: Tensor, basis: BallBasis, generator: torch.Generator) -> Tensor:
@@ -98,12 +87,12 @@ def truth(case: str, seed: int, data: Path) -> tuple[Tensor, float]:
     if case.startswith("4ake"):
         return real, PIXEL
     if case == "turned":
-        return BASIS.volume(degrees_turned(in_basis(real), BASIS, generator)).float(), PIXEL
+        return BASIS.volume(degrees_turned(BASIS.nearest(real).float(), BASIS, generator)).float(), PIXEL
     ball = BASIS.volume(torch.randn(len(BASIS), generator=generator)).float()
     gain = (shell_power(real) / shell_power(ball).clamp_min(1e-12 * float(shell_power(ball).max()))).sqrt().float()
     shells = shell_index(BOX).clamp(max=len(gain) - 1)
     coloured = fourier_to_volume(volume_to_fourier(ball) * gain[shells], BOX)
-    return BASIS.volume(in_basis(coloured)).float(), PIXEL
+    return BASIS.volume(BASIS.nearest(coloured).float()).float(), PIXEL
 
 
 def seen(volume: Tensor, case: str, seed: int) -> ImageMoments:
@@ -113,14 +102,9 @@ def seen(volume: Tensor, case: str, seed: int) -> ImageMoments:
         slices = POLAR.coefficients(project(volume, library.float(), 3))
         found = moments_of_slices(slices, torch.full((len(library),), 1 / len(library)), POLAR)
         return ImageMoments(found.first.to(torch.complex128), found.second.to(torch.complex128), POLAR)
-    generator, spin = torch.Generator().manual_seed(seed), torch.zeros(BLOCK, 3, dtype=torch.float64)
-    sums, sd = None, 0.0
-    for _ in range(IMAGES // BLOCK):
-        spin[:, 2] = 2 * np.pi * torch.rand(BLOCK, generator=generator, dtype=torch.float64)
-        which = torch.randint(len(library), (BLOCK,), generator=generator)
-        images = project(volume, (so3.exp(spin) @ library[which]).float())
-        sd = sd or float(images.var()) ** 0.5
-        part = ImageMomentSums.of(POLAR, images + sd * torch.randn(images.shape, generator=generator), sd**2)
+    sums = None
+    for images, sd in noisy_images(volume, library, IMAGES, torch.Generator().manual_seed(seed)):
+        part = ImageMomentSums.of(POLAR, images, sd**2)
         sums = part if sums is None else sums + part
     assert sums is not None
     return sums.debiased(torch.ones(1))
@@ -157,14 +141,14 @@ def one(prior: MomentPrior, case: str, seed: int, data: Path) -> dict[str, Any]:
         aligned = align_volumes(Volume(found.float(), pixel), Volume(volume, pixel))
         curve = fsc(aligned.map.data, volume)
         at = {"fsc_0.5_A": resolution(curve, 0.5, BOX, pixel), "fsc_0.143_A": resolution(curve, 0.143, BOX, pixel)}
-        return at | {"correlation": aligned.correlation, "likeness": likeness(prior, in_basis(found))}
+        return at | {"correlation": aligned.correlation, "likeness": likeness(prior, BASIS.nearest(found).float())}
 
     return {
         "case": case,
         "seed": seed,
         "pixel_A": pixel,
         "unlike_training": prior.strangeness(moments),
-        "truth_likeness": likeness(prior, in_basis(volume)),
+        "truth_likeness": likeness(prior, BASIS.nearest(volume).float()),
         "network": compared(BASIS.volume(start)) | {"objective": alone},
         "refined": compared(refined.volume) | {"objective": refined.objective, "matched_to": refined.errors},
         "random": compared(random.volume) | {"objective": random.objective, "matched_to": random.errors},

@@ -31,7 +31,6 @@ from prior import (
     RINGS,
     SEVERAL,
     degrees_turned,
-    in_basis,
     seen,
     truth,
     with_best_density,
@@ -50,7 +49,7 @@ def rows_of(margin: int, positivity: float, seed: int) -> list[dict[str, Any]]:
     real = molecule("4ake", generator)
     moments = seen(real, "4ake", seed)
     basis = BallBasis(BOX, RADIUS, RINGS + margin, DEGREE)
-    exact = in_basis(real, basis)
+    exact = basis.nearest(real).float()
     free = replace(REFINED, margin=margin, positivity=0.0)
     free_fit = MomentFit(moments, free, RINGS)
     off, negative = with_best_density(free_fit, exact), float(free_fit.maps.penalty(exact))
@@ -64,8 +63,8 @@ def rows_of(margin: int, positivity: float, seed: int) -> list[dict[str, Any]]:
         )
         start = begin = (exact + mix * wrong) / (1 + mix**2) ** 0.5
         if inner:
-            few = in_basis(basis.volume(start), BallBasis(BOX, RADIUS, inner + margin, DEGREE))
-            begin = in_basis(invert_from(moments.within(inner), config, few).volume, basis)
+            few = BallBasis(BOX, RADIUS, inner + margin, DEGREE).nearest(basis.volume(start)).float()
+            begin = basis.nearest(invert_from(moments.within(inner), config, few).volume).float()
         found = invert_from(moments, config, begin)
         taken = time.process_time() - begun
         aligned = align_volumes(Volume(found.volume.float(), PIXEL), Volume(real, PIXEL))

@@ -40,6 +40,7 @@ from cryorbit.physics.spectrum import shell_mean
 from cryorbit.poses.local import PoseSamples
 from cryorbit.training.checkpoint import State
 from cryorbit.training.dataset import FourierStack
+from cryorbit.training.optimiser import epoch_batch
 from cryorbit.volumes.gaussian import GaussianVolume
 
 LIKELIHOODS = ("gaussian", "poisson")
@@ -235,9 +236,7 @@ class Variational:
 
     def _batch(self, index: int) -> Int[Tensor, " b"]:
         """Every image once in each pass, in an order of the pass's own."""
-        epoch, number = divmod(index, self.batches)
-        order = torch.randperm(len(self.stack), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
-        return order[number * self.config.batch : (number + 1) * self.config.batch].sort().values
+        return epoch_batch(len(self.stack), self.config.batch, index, self.seed)[1].sort().values
 
     def _symmetrised(self, values: Float[Tensor, "d d d"]) -> Float[Tensor, "d d d"]:
         """A gradient, or what differs from the mean, summed over the group: images show every mate of the map."""
