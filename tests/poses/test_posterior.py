@@ -1,6 +1,7 @@
 """A posterior as a mixture: its levels are uniform over its own draws, its spread and entropy are those of its draws, its mirror is one."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,6 +60,17 @@ def test_spread_is_that_of_its_draws(generator):
     apart = (shifts - many.shifts[:, 0]).square().sum(dim=1).view(4, -1).mean(dim=1).sqrt()
     torch.testing.assert_close(p.spread[0], angle, rtol=0.05, atol=0.0)
     torch.testing.assert_close(p.spread[1], apart, rtol=0.05, atol=0.0)
+
+
+def test_modes_that_a_symmetry_makes_alike_do_not_spread(generator):
+    group = point_group("C7").float()
+    p = mixture(3, generator)
+    first = p.rotations[:, :1].expand_as(p.rotations)
+    alike = replace(p, rotations=first @ group[torch.randint(7, first.shape[:2], generator=generator)])
+    together = replace(p, rotations=first)
+    torch.testing.assert_close(alike.spread_up_to(group)[0], together.spread[0], rtol=1e-4, atol=1e-4)
+    assert bool((alike.spread[0] > 2 * together.spread[0]).any())
+    torch.testing.assert_close(alike.spread_up_to(group)[1], alike.spread[1])
 
 
 def test_entropy_of_one_and_of_two_far_modes(generator):

@@ -28,7 +28,7 @@ SHIFTS_CUT = "the particles' shifts spread more widely than ab initio searches: 
 
 def hand_over(config: RunConfig, inputs: Inputs, engine: Marginal, folder: Path, fingerprint: str) -> Start:
     """Compare and align the halves, settle symmetry and contrast, and pose every particle."""
-    agreement, order = engine.agreement(), 1
+    agreement, mates = engine.agreement(), torch.eye(3)[None]
     found = engine.found_symmetry()
     test = None if found.name == "C1" else engine.test_symmetry(found)
     if config.symmetry == AUTO:
@@ -37,12 +37,12 @@ def hand_over(config: RunConfig, inputs: Inputs, engine: Marginal, folder: Path,
         impose(engine, found)
         inputs, agreement = replace(inputs, symmetry=found.name), engine.agreement()
     elif test and test.allowed:  # equivalent poses are one pose
-        agreement, order = test.agreement, len(group_of(found))
+        agreement, mates = test.agreement, group_of(found)
     assigned = _assign_all(engine, folder / "assigned.safetensors", fingerprint)
     first, second = engine.maps()
     dark = is_dark(config, 0.5 * (first + second), inputs.mask_diameter, engine.stack.pixel_size)
     inputs, maps = (inverted_contrast(inputs), (-first, -second)) if dark else (inputs, (first, second))
-    effective = assigned["effective"] if order == 1 else (assigned["effective"] / order).clamp_min(1.0)
+    effective = assigned["effective"] if len(mates) == 1 else (assigned["effective"] / len(mates)).clamp_min(1.0)
     evidence = _evidence(engine, agreement, effective, float(assigned["intensity"].std()))
     if engine.shifts_cut():
         inputs = replace(inputs, warnings=(*inputs.warnings, SHIFTS_CUT))
@@ -56,6 +56,7 @@ def hand_over(config: RunConfig, inputs: Inputs, engine: Marginal, folder: Path,
         assigned["intensity"],
         effective=effective,
         evidence=evidence,
+        mates=mates,
     )
 
 

@@ -1,5 +1,6 @@
 """From a particle stack to a map and poses: ab initio -> handover -> refinement -> files. Orchestration only."""
 
+import math
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -189,7 +190,8 @@ def _summarise(
     quantiles = np.quantile(local[mask > 0.5].numpy(), [0.05, 0.5, 0.95])
     agreement = agree(len(rotations), masked, unmasked, 2 * apix)
     spectra, left = _spectra(start, refinement)
-    told = _verdict(start, agreement, masked, left)
+    turned, moved = (float(x.median()) for x in posed.posterior.spread_up_to(start.mates))
+    told = _verdict(start, agreement, masked, left, math.degrees(turned))
     status = str(told["status"])
     if left is not None and left.share - 2 * left.error > NOTED and OTHERS not in status:
         warnings.append(f"the map leaves {100 * left.share:.0f} % of the images' signal unexplained. {OTHERS}")
@@ -222,8 +224,8 @@ def _summarise(
         "volume": config.volume,
         "contrast": "dark" if inputs.particles.sign < 0 else "light",
         "hand_flipped": config.flip_hand,
-        "pose_spread_deg": float(torch.rad2deg(posed.posterior.spread[0]).median()),
-        "shift_spread_A": float(posed.posterior.spread[1].median()),
+        "pose_spread_deg": math.degrees(turned),
+        "shift_spread_A": moved,
         "pose_widening": posed.widening,
         "scale_spread": posed.scale_spread,
         "defocus_sigma_A": None if refinement.defocus is None else refinement.defocus.sigma,
@@ -268,7 +270,9 @@ def _spectra(start: Start, refinement: Refinement) -> tuple[dict[str, list[float
     return {name: None if x is None else (x / stack.scale**2).tolist() for name, x in named.items()}, left
 
 
-def _verdict(start: Start, agreement: str, masked: float, left: Unexplained | None) -> dict[str, object]:
+def _verdict(
+    start: Start, agreement: str, masked: float, left: Unexplained | None, spread_deg: float
+) -> dict[str, object]:
     """What the run says of itself: of an ab initio run, the chance that it is right; of a refinement, how far its halves agree."""
     evidence = start.evidence
     if evidence is None and start.doubt:
@@ -279,6 +283,7 @@ def _verdict(start: Start, agreement: str, masked: float, left: Unexplained | No
             "refinement share its mistakes"
         )
         return {"status": status}
+    evidence = replace(evidence, spread_deg=spread_deg)
     if left is not None:
         evidence = replace(evidence, unexplained=left.share, unexplained_error=left.error)
     verdict = judge(evidence)

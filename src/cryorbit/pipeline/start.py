@@ -1,6 +1,6 @@
 """What refinement starts from, and how to get it from the poses a particle file carries (``cryorbit refine``)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -39,6 +39,8 @@ class Start:
         (N,) how much stronger than the map each image is.
     effective, evidence
         (N,) effective number of poses and how the halves compare; None for poses that came with the particles.
+    mates
+        (S, 3, 3) rotations that leave the map as it is though none are imposed, in its frame; the identity among them.
     doubt
         Why poses that came with the particles cannot be trusted, if so.
     """
@@ -52,6 +54,7 @@ class Start:
     intensity: Float[Tensor, " n"]
     effective: Float[Tensor, " n"] | None = None
     evidence: Evidence | None = None
+    mates: Float[Tensor, "s 3 3"] = field(default_factory=lambda: torch.eye(3)[None])
     doubt: str = ""
 
 

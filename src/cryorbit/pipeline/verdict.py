@@ -48,6 +48,9 @@ class Evidence:
         Median effective number of poses per particle that ab initio left, over the asymmetric unit.
     intensity_sd
         Standard deviation over particles of how much stronger than the map each is.
+    spread_deg
+        Error that the refined poses' own posteriors expect, median over particles in degrees, up to a symmetry that the map shows; None before
+        refinement.
     unexplained, unexplained_error
         Share of the images' signal that the refined map leaves in the residual (``metrics/explained.py``) and its standard error; None where
         none was measured.
@@ -59,6 +62,7 @@ class Evidence:
     pose_difference_deg: float
     effective: float
     intensity_sd: float
+    spread_deg: float | None = None
     unexplained: float | None = None
     unexplained_error: float = 0.0
 

@@ -104,7 +104,12 @@ class PosePosterior:
     @property
     def spread(self) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
         """Root mean square angle (radian) and distance from the heaviest mode that the whole posterior expects."""
-        angle = so3.distance(self.rotations, self.rotations[:, :1].expand_as(self.rotations))
+        return self.spread_up_to(torch.eye(3)[None])
+
+    def spread_up_to(self, group: Float[Tensor, "s 3 3"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+        """The same where the map looks alike from R and from R S for S in ``group``."""
+        mates = self.rotations[:, :, None] @ group.to(self.rotations)
+        angle = so3.distance(mates, self.rotations[:, :1, None].expand_as(mates)).amin(dim=2)
         apart = (self.shifts - self.shifts[:, :1]).square().sum(dim=2)
         variance = self.covariance.diagonal(dim1=2, dim2=3)
         turned = angle.square() + variance[..., :3].sum(dim=2)
