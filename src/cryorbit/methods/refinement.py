@@ -210,7 +210,7 @@ class Refinement:
         t["settled"] |= abs(int(t["radius"]) - radius) <= 1 and index > 0 and still
         return {
             "radius": float(radius),
-            "resolution_A": self.stack.box * self.stack.pixel_size / max(last_shell(t["fsc"], 0.143), 1e-3),
+            "resolution_A": self.stack.box * self.stack.pixel_size / max(last_shell(t["fsc"], 0.143), 1),
             "pose_change_deg": float(torch.rad2deg(t["pose_change"])),
             "gain": gain,
             "modes": float((t["mass"] > _NO_MASS).sum(dim=1).float().mean()),
