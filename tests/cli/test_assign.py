@@ -132,6 +132,20 @@ def test_what_cannot_be_posed_is_refused_in_one_line(posed, finished, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("noise_variance", None), ("noise_variance", [1.0]), ("scale_spread", None), ("scale_spread", ...)],
+)
+def test_a_run_that_does_not_say_its_noise_is_named(finished, tmp_path, name, value):
+    run = tmp_path / "run"
+    shutil.copytree(finished / "run", run, ignore=shutil.ignore_patterns("encoder"))
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics = {k: v for k, v in metrics.items() if k != name} | ({} if value is ... else {name: value})
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    refused("RUN041", finished / "new" / "particles.star", run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_damaged_encoder_is_named(posed, finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished / "run", run)

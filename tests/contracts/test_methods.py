@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cryorbit.errors import RunError
 from cryorbit.groups.so2 import SO2
 from cryorbit.groups.so3 import healpix_grid, random_rotations
 from cryorbit.methods.registry import METHODS, method
@@ -15,7 +16,7 @@ from cryorbit.poses.local import PoseSamples
 from cryorbit.simulate.particles import SimulatedParticles, simulate_particles
 from cryorbit.simulate.phantom import phantom
 from cryorbit.simulate.pictures import TurnedPictures
-from cryorbit.training.checkpoint import load_checkpoint, save_checkpoint
+from cryorbit.training.checkpoint import in_use, load_checkpoint, save_checkpoint
 from cryorbit.training.dataset import ArrayParticles, FourierStack
 from cryorbit.training.loop import Method, run
 
@@ -32,6 +33,9 @@ CASES = [
     "variational poisson",
     *(f"amortized {name}" for name in SWITCHES),
 ]  # a method, and what is not its default
+
+UNCHECKED = ("at_pairing", "correlation")  # numbers of the ab initio engine as a whole
+OPTIONAL = ("adam", "critic_adam", "optimiser")  # averages that begin with the first step
 
 
 @pytest.fixture(scope="module", params=[16, 17], ids=["even", "odd"])
@@ -131,6 +135,21 @@ def test_state_is_finite_and_rotations_are_rotations(name, whole):
         r = whole(name)["rotations"]
         torch.testing.assert_close(r @ r.mT, torch.eye(3).expand_as(r), atol=1e-5, rtol=0)
         assert (torch.linalg.det(r) > 0).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tensors_that_are_missing_or_cut_are_refused(name, truth, whole, tmp_path: Path):
+    sound, made = whole(name), build(name, truth)
+    own = [
+        k for k in sound if not k.startswith(OPTIONAL) and not k.endswith("num_batches_tracked")
+    ]  # optional for torch
+    assert own
+    for key in own:
+        rest = {k: v for k, v in sound.items() if k != key}
+        cut = [rest | {key: sound[key][:-1]}] if sound[key].ndim and key not in UNCHECKED else []
+        for damaged in (rest, *cut):
+            with pytest.raises(RunError, match=f"RUN013: {tmp_path} does not fit"), in_use(tmp_path):
+                made.load_state(damaged)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -10,6 +10,7 @@ from cryorbit.io.examine import examine
 from cryorbit.io.mrc import StackWriter
 from cryorbit.io.particle_set import duplicate_groups
 from cryorbit.io.particles import new_particles, open_particles, write_particles
+from cryorbit.io.relion import CTF_LABELS
 from cryorbit.io.stacks import split_image_name
 from cryorbit.io.star import read_star
 
@@ -60,12 +61,16 @@ def errors(path: Path, **options: object) -> list[tuple[str, str]]:
         ("defocus_v", -2e6, "-2e+06 A"),
         ("defocus_v", 1e300, "1e+300 A"),
         ("bfactor", 1e9, "1e+09 A^2"),
+        ("defocus_angle", 1e38, "rlnDefocusAngle) is 1e+38 deg, expected -3600 to 3600 deg"),
+        ("phase_shift", 1e300, "rlnPhaseShift) is 1e+300 deg"),
         ("scale", 1e9, "1e+09"),
+        ("scale", 0.0, "0, expected 0.001 to 1e+06"),
+        ("scale", -1.0, "-1, expected"),
     ],
 )
 def test_ctf_values_that_cannot_be_name_the_row(tmp_path: Path, field: str, value: float, expected: str) -> None:
     values = np.full(12, CTF.get(field, 1.0))
-    values[4:6] = value
+    values[4:6] = value * CTF_LABELS[field][1]
     found = errors(save(tmp_path, {field: values}))
     assert [code for code, _ in found] == ["DATA030"]
     assert found[0][1].startswith(f"row 5: the {field.replace('_', ' ')} (rln")
@@ -109,6 +114,38 @@ def test_images_without_use(tmp_path: Path, scale: float, offset: float, code: s
     found = errors(stack(tmp_path / "s.mrcs", noise() * scale + offset))
     assert [name for name, _ in found] == [code]
     assert words in found[0][1]
+
+
+@pytest.mark.parametrize(("value", "code"), [(np.inf, "DATA012"), (1e30, "DATA014"), (-1e30, "DATA014"), (9e11, "")])
+def test_an_image_no_sample_holds_is_named_where_it_is_read(tmp_path: Path, value: float, code: str) -> None:
+    images = noise()
+    images[6, 3, 4] = value
+    particles = open_particles(stack(tmp_path / "s.mrcs", images))
+    if code:
+        with pytest.raises(CryorbitError, match=rf"{code}: 1 image\(s\) of s.mrcs hold .*: 7 \(counted from 1\)"):
+            particles.read(range(12))
+    else:
+        assert particles.read(range(12))[6, 3, 4] == np.float32(value)
+
+
+def test_a_hot_pixel_is_a_warning_that_names_the_image(tmp_path: Path) -> None:
+    images = noise()
+    images += 1e4  # an offset of all pixels is none
+    images[6, 3, 4] += 900
+    assert "apart" not in str(examine(stack(tmp_path / "s.mrcs", images)).findings)
+    images[6, 3, 4] = 9e11
+    found = examine(stack(tmp_path / "s.mrcs", images))
+    assert found.usable
+    assert "1 of 12 images looked at have pixels more than 1000 usual standard deviations apart: 7" in str(
+        found.findings
+    )
+
+
+@pytest.mark.parametrize("box", [5, 7])
+def test_boxes_too_small_for_checks_are_refused(tmp_path: Path, box: int) -> None:
+    assert errors(stack(tmp_path / "s.mrcs", noise(12, box))) == [
+        ("DATA030", f"the images are {box} px wide, expected at least 8 px")
+    ]
 
 
 def test_a_few_constant_images_are_a_warning(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from cryorbit.errors import RunError
 from cryorbit.groups.point import point_group
 from cryorbit.groups.so3 import distance, random_rotations
 from cryorbit.methods.halves import HALVES, Agreement
@@ -17,10 +18,11 @@ from cryorbit.metrics.symmetry import SymmetryFinding
 from cryorbit.physics.fourier import fourier_disk, resize_volume
 from cryorbit.physics.shift import phase_ramp
 from cryorbit.physics.slicing import slice_grid, slicing_grid
-from cryorbit.pipeline.handover import assign, symmetry_note
+from cryorbit.pipeline.handover import _assign_all, assign, symmetry_note
 from cryorbit.poses.grid import recounted
 from cryorbit.simulate.particles import SimulatedParticles, simulate_particles
 from cryorbit.simulate.phantom import phantom
+from cryorbit.training.checkpoint import save_checkpoint
 from cryorbit.training.dataset import ArrayParticles, FourierStack
 from cryorbit.training.loop import run
 from cryorbit.types import Poses
@@ -86,6 +88,19 @@ def test_modes_of_a_particle_are_distinct(finished):
     rotations, *_ = assign(finished, torch.arange(40))
     first, second = rotations[:, 0], rotations[:, 1]
     assert torch.rad2deg(distance(first, second)).min() > 15
+
+
+def test_poses_handed_over_are_kept_and_must_be_of_these_particles(finished, tmp_path):
+    path = tmp_path / "assigned.safetensors"
+    sound = _assign_all(finished, path, "f")
+    assert all(torch.equal(value, sound[name]) for name, value in _assign_all(finished, path, "f").items())
+    for damaged, words in (
+        ({k: v for k, v in sound.items() if k != "intensity"}, "lacks intensity"),
+        ({k: v[:10] for k, v in sound.items()}, r"rotations of shape \(10, 6, 3, 3\), expected \(500, 6, 3, 3\)"),
+    ):
+        save_checkpoint(path, damaged, {"fingerprint": "f"})
+        with pytest.raises(RunError, match=f"RUN013: {path} .*{words}"):
+            _assign_all(finished, path, "f")
 
 
 def test_a_symmetry_the_molecule_lacks_is_refused_by_held_out_images(finished):

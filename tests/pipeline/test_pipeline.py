@@ -154,6 +154,22 @@ def test_incomplete_ctf_is_refused_until_it_is_said_or_waived(tmp_path):
     assert float(said.ctf["amplitude_contrast"][0]) == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("start", ["abinitio", POSES, "classes"])
+def test_a_ctf_that_leaves_nothing_is_refused(tmp_path, start):
+    truth = simulate(tmp_path / "in", 24, count=40, snr_db=0.0, ctf=CTFSettings()).with_name("truth.star")
+    particles = open_particles(truth)
+    bfactors = {"2e3": [2e3] * 40, "some": [2e4] * 20 + [0.0] * 20, "2e4": [2e4] * 40}
+    for name, values in bfactors.items():
+        write_particles(truth.with_name(f"{name}.star"), particles, extra={"rlnCtfBfactor": [str(x) for x in values]})
+        config = RunConfig(particles=str(truth.with_name(f"{name}.star")), start=start)
+        if name != "2e4":
+            assert len(prepare(config).particles) == 40
+            continue
+        with pytest.raises(DataError, match=r"DATA048.* between 18.5 and 7.8 A.* median B-factor is 2e\+04 A"):
+            prepare(config)
+        assert prepare(override(config, ["no_ctf=true"])).particles.ctf is None
+
+
 def test_dark_particles_are_pointed_out(tmp_path):
     star = simulate(tmp_path / "in", 24, count=100, snr_db=5.0)
     images = open_particles(star).read(np.arange(100))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cryorbit.errors import RunError
-from cryorbit.training.checkpoint import load_checkpoint, save_checkpoint
+from cryorbit.training.checkpoint import fitted, kept, load_checkpoint, save_checkpoint
 from cryorbit.training.history import History
 from cryorbit.training.loop import run
 
@@ -75,6 +75,31 @@ def test_broken_checkpoint_is_one_clear_error(tmp_path):
     (tmp_path / "c").write_bytes(b"not a checkpoint")
     with pytest.raises(RunError, match="RUN013"):
         run(Counter(2), checkpoint=tmp_path / "c")
+
+
+def test_checkpoint_that_does_not_say_where_it_stopped_is_named(tmp_path):
+    run(Counter(2), checkpoint=tmp_path / "c")
+    tensors, meta = load_checkpoint(tmp_path / "c")
+    save_checkpoint(tmp_path / "c", tensors, {k: v for k, v in meta.items() if k != "next_step"})
+    with pytest.raises(RunError, match=rf"RUN013: {tmp_path / 'c'} does not fit this run .*next_step"):
+        run(Counter(3), checkpoint=tmp_path / "c")
+
+
+def test_what_is_kept_is_made_once_and_must_fit(tmp_path):
+    made = []
+
+    def make() -> dict[str, torch.Tensor]:
+        made.append({"x": torch.full((3, 2), float(len(made))), "y": torch.zeros(3)})
+        return made[-1]
+
+    shapes = {"x": (3, 2), "y": (3,)}
+    for fingerprint, value in (("a", 0.0), ("a", 0.0), ("b", 1.0)):
+        assert torch.equal(kept(tmp_path / "k", fingerprint, shapes, make)["x"], torch.full((3, 2), value))
+    assert len(made) == 2
+    assert set(fitted(made[0] | {"z": torch.ones(1)}, shapes)) == {"x", "y"}
+    for other, words in ((shapes | {"x": (4, 2)}, r"x of shape \(3, 2\), expected \(4, 2\)"), ({"z": ()}, "lacks z")):
+        with pytest.raises(RunError, match=f"RUN013: {tmp_path / 'k'} does not fit this run .*{words}"):
+            kept(tmp_path / "k", "b", other, make)
 
 
 def test_complex_tensors_survive_a_checkpoint(tmp_path, generator):

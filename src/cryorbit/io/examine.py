@@ -11,15 +11,14 @@ from numpy.typing import NDArray
 from cryorbit.errors import CryorbitError, DataError
 from cryorbit.io import relion
 from cryorbit.io.cryodrgn import read_arrays
-from cryorbit.io.image_checks import ImageChecks, check_images
+from cryorbit.io.image_checks import FARTHEST, ImageChecks, check_images
 from cryorbit.io.implausible import implausible
-from cryorbit.io.mrc import read_header, read_volume
+from cryorbit.io.mrc import LARGEST, read_header, read_volume
 from cryorbit.io.particle_set import ParticleSet, duplicate_groups
 from cryorbit.io.particles import open_particles
 
 Level = Literal["error", "warning", "note"]
 _FEW = 8
-_LARGEST = 1e12
 _UNREADABLE = "unreadable"
 _USUAL = (
     ("voltage", 60, 400, " kV"),
@@ -161,13 +160,19 @@ def _images(found: Examination, checks: ImageChecks, box: int) -> None:
             "extract the particles again",
             "DATA013",
         )
-    elif not flat and (checks.largest > _LARGEST or checks.deviation < 1 / _LARGEST):
+    elif not flat and (checks.largest > LARGEST or checks.deviation < 1 / LARGEST):
         found.add(
             "error",
             f"pixels go up to {checks.largest:.3g} with a standard deviation of {checks.deviation:.3g}; float32 "
-            f"statistics need values below {_LARGEST:g} and deviations above {1 / _LARGEST:g}",
+            f"statistics need values below {LARGEST:g} and deviations above {1 / LARGEST:g}",
             "normalise the images, for example with relion_preprocess --norm",
             "DATA014",
+        )
+    if checks.stray:
+        found.add(
+            "warning",
+            f"{len(checks.stray)} {sampled} have pixels more than {FARTHEST:g} usual standard deviations apart: {_few(checks.stray)}",
+            "hot pixels outweigh whole images: drop these rows, or extract the particles again without them",
         )
     if checks.constant and not flat:
         most = 2 * len(checks.constant) > checks.sampled

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float32
 from numpy.typing import NDArray
 
+from cryorbit.io.implausible import MIN_BOX
 from cryorbit.io.particle_set import ParticleSet
 
 SAMPLE = 500
@@ -13,6 +14,8 @@ _SAMPLE_BYTES = 2**28
 _CHUNK_BYTES = 2**25
 _CENTRE, _RIM = 0.25, 0.45  # of the box: inside the first radius lies protein, beyond the second background
 _MIN_SCORE, _MIN_EFFECT = 4.0, 0.02
+FARTHEST = 1e3
+"""Deviations of a usual image that the pixels of one image may lie apart."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class ImageChecks:
 
     ``background_mean`` and ``background_sd``: medians, outside the inscribed circle. ``contrast``: centre minus rim
     over the background's standard deviation, mean over images; ``contrast_score``: the same over its standard error;
-    ``largest``: absolute value of a pixel; ``deviation``: of all pixels of an image, median over images.
+    ``largest``: absolute value of a pixel; ``deviation``: of all pixels of an image, median over images; ``stray``: images
+    whose pixels lie further apart than ``FARTHEST`` of that.
     """
 
     sampled: int
@@ -34,6 +38,7 @@ class ImageChecks:
     contrast_score: float
     largest: float
     deviation: float
+    stray: tuple[int, ...] = ()
 
     @property
     def protein(self) -> str:
@@ -60,9 +65,9 @@ def _rows(images: Float32[np.ndarray, "m d d"], radius: Float32[np.ndarray, "d d
 
 
 def check_images(particles: ParticleSet) -> ImageChecks | None:
-    """Look at a sample of the images; None where the set has no images or they are under 8 px."""
+    """Look at a sample of the images; None where the set has no images or they are under ``MIN_BOX``."""
     images = particles.images
-    if images is None or images.box < 8:
+    if images is None or images.box < MIN_BOX:
         return None
     chosen = sample_of(len(particles), images.box)
     offset = np.arange(images.box, dtype=np.float32) - images.box // 2
@@ -82,7 +87,8 @@ def check_images(particles: ParticleSet) -> ImageChecks | None:
     low, high = np.percentile(good[:, 1], (5, 95))
     contrast = good[:, 2] * particles.sign
     error = contrast.std(ddof=1) / np.sqrt(len(good)) if len(good) > 1 else np.inf
-    scale = deviation or float(np.median(good[:, 3]))
+    usual = float(np.median(good[:, 3]))
+    stray = finite & (rows[:, 5] > FARTHEST * usual)
     return ImageChecks(
         sampled=len(chosen),
         not_finite=bad,
@@ -90,8 +96,9 @@ def check_images(particles: ParticleSet) -> ImageChecks | None:
         background_mean=float(np.median(good[:, 0])) * particles.sign,
         background_sd=deviation,
         background_sd_spread=float(high / low) if low > 0 else 1.0,
-        contrast=float(contrast.mean() / scale),
+        contrast=float(contrast.mean() / (deviation or usual)),
         contrast_score=float(contrast.mean() / error) if error > 0 else 0.0,
         largest=float(good[:, 4].max()),
-        deviation=float(np.median(good[:, 3])),
+        deviation=usual,
+        stray=tuple((chosen[stray] + 1).tolist()),
     )

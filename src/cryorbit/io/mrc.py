@@ -20,6 +20,8 @@ from cryorbit.errors import DataError, FileError
 from cryorbit.io.mrc_write import HEADER_BYTES, StackWriter, write_volume
 
 __all__ = ["MrcHeader", "MrcStack", "StackWriter", "read_header", "read_volume", "refuse_other_formats", "write_volume"]
+LARGEST = 1e12
+"""Absolute value of a pixel above which sums over images lose or overflow float32."""
 _MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
 _OTHER_FORMATS = {
     "TIFF": (".tif", ".tiff"),
@@ -218,7 +220,8 @@ class MrcStack:
         Raises
         ------
         DataError
-            ``DATA011`` index out of range; ``DATA012`` NaN or infinite values (not tested with ``check=False``).
+            ``DATA011`` index out of range; ``DATA012`` NaN or infinite values, ``DATA014`` values above ``LARGEST`` (neither
+            tested with ``check=False``).
         """
         index = np.atleast_1d(np.asarray(indices, dtype=np.int64))
         outside = index[(index < 0) | (index >= self.count)]
@@ -227,12 +230,20 @@ class MrcStack:
                 "DATA011", f"image {outside[0] + 1} was asked of {self.path.name}, which holds images 1 to {self.count}"
             )
         images = self._fetch(index).astype(np.float32, copy=False)
-        bad = index[~np.isfinite(images).all(axis=(1, 2))] + 1 if check else index[:0]
-        if bad.size:
-            named = ", ".join(map(str, bad[:10])) + (", ..." if bad.size > 10 else "")
-            raise DataError(
-                "DATA012",
-                f"{bad.size} image(s) of {self.path.name} hold NaN or infinite values: {named} (counted from 1)",
-                "drop these rows from the STAR, or extract the particles again",
-            )
+        if not check:
+            return images
+        largest = np.maximum(images.max(axis=(1, 2)), -images.min(axis=(1, 2)))
+        finite = np.isfinite(largest)
+        self._refuse("DATA012", "NaN or infinite values", index[~finite])
+        self._refuse("DATA014", f"values above {LARGEST:g}, too large for sums in float32", index[largest > LARGEST])
         return images
+
+    def _refuse(self, code: str, what: str, bad: NDArray[np.int64]) -> None:
+        if not bad.size:
+            return
+        named = ", ".join(map(str, bad[:10] + 1)) + (", ..." if bad.size > 10 else "")
+        raise DataError(
+            code,
+            f"{bad.size} image(s) of {self.path.name} hold {what}: {named} (counted from 1)",
+            "drop these rows from the STAR, or extract the particles again",
+        )

@@ -57,7 +57,7 @@ class ParticleSet:
         Raises
         ------
         DataError
-            ``DATA012`` NaN images (named); ``DATA023`` the set was opened without its images.
+            ``DATA012`` NaN images, ``DATA014`` too large values (named); ``DATA023`` the set was opened without its images.
         """
         if self.images is None:
             raise DataError("DATA023", f"{self.path.name} was opened without its images")

@@ -34,13 +34,14 @@ from cryorbit.physics.turning import (
     turned,
 )
 from cryorbit.poses.grid import Expectation, ShiftGrid, expectation, shift_grid
-from cryorbit.training.checkpoint import State
+from cryorbit.training.checkpoint import State, fitted
 from cryorbit.training.dataset import FourierStack
 
 _NOISE_RATE = 0.3
 _START_PRIOR = 0.05  # of the mean weight, while there is no picture to take a signal power from
 _STARVED = 0.15  # of the mean share of a class
-_TENSORS = ("pictures", "noise", "initial_noise", "shift_sigma", "numerator", "weight", "radius", "march", "settled")
+_OWN = ("pictures", "noise", "initial_noise", "shift_sigma", "march", "settled")
+_SUMS = ("numerator", "weight")
 
 
 @dataclass(frozen=True)
@@ -330,24 +331,15 @@ class Align2D:
         """Tensors that continue the run exactly."""
         assert self.numerator is not None
         assert self.weight is not None
-        values = (
-            self.pictures,
-            self.noise,
-            self.initial_noise,
-            self.shift_sigma,
-            self.numerator.data,
-            self.weight.data,
-            torch.tensor(self.numerator.radius),
-            self.march,
-            self.settled,
-        )
-        return dict(zip(_TENSORS, values, strict=True))
+        sums = {"numerator": self.numerator.data, "weight": self.weight.data}
+        return {name: getattr(self, name) for name in _OWN} | sums | {"radius": torch.tensor(self.numerator.radius)}
 
     def load_state(self, state: State) -> None:
         """Inverse of :meth:`state`."""
-        moved = {k: v.to(self.stack.device) if v.ndim else v for k, v in state.items()}
-        self.pictures, self.noise, self.initial_noise = (moved[k] for k in ("pictures", "noise", "initial_noise"))
-        self.shift_sigma, self.march, self.settled = (moved[k] for k in ("shift_sigma", "march", "settled"))
-        radius = float(moved["radius"])
-        self.numerator = Planes(moved["numerator"], self.stack.box, radius)
-        self.weight = Planes(moved["weight"], self.stack.box, radius)
+        radius = float(state["radius"])
+        grid = empty_planes(self.classes, self.stack.box, radius, self.pictures).data.shape
+        shapes = {name: getattr(self, name).shape for name in _OWN} | dict.fromkeys(_SUMS, grid)
+        moved = {k: v.to(self.stack.device) if v.ndim else v for k, v in fitted(state, shapes).items()}
+        self.numerator, self.weight = (Planes(moved.pop(name), self.stack.box, radius) for name in _SUMS)
+        for name, value in moved.items():
+            setattr(self, name, value)

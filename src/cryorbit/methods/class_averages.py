@@ -18,7 +18,7 @@ from cryorbit.physics.shift import phase_ramp
 from cryorbit.physics.spectrum import shell_mean
 from cryorbit.physics.turning import Planes, averages, empty_planes, insert_turned, plane_power, planes_of
 from cryorbit.poses.planar import predicted, refine_planar
-from cryorbit.training.checkpoint import State
+from cryorbit.training.checkpoint import State, fitted
 from cryorbit.training.dataset import FourierStack
 
 HALVES = (1, 2)
@@ -28,6 +28,7 @@ _AGREED = 0.143
 _MARGIN = 2  # shells beyond
 _LEAST_SSNR = 1e-3
 _ITERATIONS = 4
+_TENSORS = ("angles", "shifts", "noise", "pictures", "correlation")
 
 
 @dataclass(frozen=True)
@@ -194,10 +195,10 @@ class ClassAverages:
 
     def state(self) -> State:
         """Tensors that continue the run exactly."""
-        names = ("angles", "shifts", "noise", "pictures", "correlation")
-        return {name: getattr(self, name).clone() for name in names}
+        return {name: getattr(self, name).clone() for name in _TENSORS}
 
     def load_state(self, state: State) -> None:
         """Inverse of :meth:`state`."""
-        for name, value in state.items():
+        shapes = {name: getattr(self, name).shape for name in _TENSORS} | {"noise": (self.shells + 1,)}
+        for name, value in fitted(state, shapes).items():
             setattr(self, name, value)

@@ -14,7 +14,7 @@ from cryorbit.physics.fourier import FourierDisk
 from cryorbit.physics.slicing import SlicingGrid, slicing_grid
 from cryorbit.physics.spectrum import shell_mean
 from cryorbit.poses.encoder import EncodedPoses
-from cryorbit.training.checkpoint import State
+from cryorbit.training.checkpoint import State, fitted
 from cryorbit.training.dataset import FourierStack
 from cryorbit.training.optimiser import adam_state, load_adam, warm_cosine
 from cryorbit.volumes.neural import NeuralVolume
@@ -198,7 +198,7 @@ class Decoding:
         def part(prefix: str) -> State:
             return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
-        self.noise = state["noise"].to(self.noise)
+        self.noise = fitted(state, {"noise": self.noise.shape})["noise"].to(self.noise)
         for name, module in self._modules().items():
             module.load_state_dict(part(f"{name}."))
         for i, (optimiser, _) in enumerate(self.optimisers):

@@ -10,7 +10,7 @@ from cryorbit.physics.fourier import Columns, FourierDisk
 from cryorbit.physics.shift import phase_ramp
 from cryorbit.physics.slicing import SlicingGrid, slice_grid
 from cryorbit.poses.defocus import defocus_posterior
-from cryorbit.training.checkpoint import State
+from cryorbit.training.checkpoint import State, fitted
 from cryorbit.training.dataset import FourierStack
 
 
@@ -45,7 +45,7 @@ class DefocusSearch:
 
     def load_state(self, state: State) -> None:
         """Inverse of :meth:`state`; other tensors in ``state`` are ignored."""
-        self.tensors = {name: state[name] for name in self.tensors}
+        self.tensors = fitted(state, {name: x.shape for name, x in self.tensors.items()})
         self.stack.defocus_offset = self.tensors["defocus"]
 
     def update(

@@ -14,10 +14,17 @@ from torch import Tensor
 from cryorbit.groups import so3
 from cryorbit.groups.point import asymmetric_unit
 from cryorbit.physics.fourier import FourierDisk
-from cryorbit.physics.slicing import Accumulator, insert_symmetric, slice_grid, slicing_grid, volume_from_accumulator
+from cryorbit.physics.slicing import (
+    Accumulator,
+    half_width,
+    insert_symmetric,
+    slice_grid,
+    slicing_grid,
+    volume_from_accumulator,
+)
 from cryorbit.physics.spectrum import followed_noise, mean_weight, power_spectrum, resized, shell_mean
 from cryorbit.poses.grid import Expectation, ShiftGrid, expectation, with_half_turns
-from cryorbit.training.checkpoint import State
+from cryorbit.training.checkpoint import State, fitted
 from cryorbit.training.dataset import FourierStack
 from cryorbit.types import Poses
 
@@ -25,17 +32,8 @@ _NOISE_RATE = 0.3
 _NOISE_ROUNDS = 3  # of fitting it to given images
 _INTENSITY_SD = 0.2
 _START_PRIOR = 0.05  # of the mean weight, while there is no map to take a signal power from
-_TENSORS = (
-    "volume",
-    "noise",
-    "initial_noise",
-    "shift_sigma",
-    "numerator",
-    "weight",
-    "radius",
-    "likelihood",
-    "intensity",
-)
+_OWN = ("volume", "noise", "initial_noise", "shift_sigma", "likelihood", "intensity")
+_SUMS = ("numerator", "weight")
 
 
 @dataclass(frozen=True)
@@ -233,24 +231,18 @@ class OnlineEM:
         """Tensors that continue the run exactly."""
         s = self.statistics
         assert s is not None
-        values = (
-            self.volume,
-            self.noise,
-            self.initial_noise,
-            self.shift_sigma,
-            s.numerator,
-            s.weight,
-            torch.tensor(s.radius),
-            self.likelihood,
-            self.intensity,
-        )
-        return dict(zip(_TENSORS, values, strict=True))
+        sums = {"numerator": s.numerator, "weight": s.weight, "radius": torch.tensor(s.radius)}
+        return {name: getattr(self, name) for name in _OWN} | sums
 
     def load_state(self, state: State) -> None:
         """Inverse of :meth:`state`."""
-        moved = {k: v.to(self.stack.device) if v.ndim else v for k, v in state.items()}
-        self.volume, self.noise, self.initial_noise = (moved[k] for k in ("volume", "noise", "initial_noise"))
-        self.shift_sigma, self.likelihood, self.intensity = (
-            moved[k] for k in ("shift_sigma", "likelihood", "intensity")
+        radius = float(state["radius"])
+        c = half_width(radius, 2)
+        shapes = {name: getattr(self, name).shape for name in _OWN} | dict.fromkeys(
+            _SUMS, (2 * c + 1, 2 * c + 1, c + 2)
         )
-        self.statistics = Accumulator(moved["numerator"], moved["weight"], self.stack.box, 2, float(moved["radius"]))
+        moved = {k: v.to(self.stack.device) if v.ndim else v for k, v in fitted(state, shapes).items()}
+        numerator, weight = (moved.pop(name) for name in _SUMS)
+        self.statistics = Accumulator(numerator, weight, self.stack.box, 2, radius)
+        for name, value in moved.items():
+            setattr(self, name, value)

@@ -31,7 +31,7 @@ from cryorbit.poses.local import PoseSamples, local_posterior, sample_points
 from cryorbit.poses.posterior import PosedParticles, PosePosterior
 from cryorbit.poses.search import GridSearch, Starts
 from cryorbit.poses.widening import map_widening
-from cryorbit.training.checkpoint import State
+from cryorbit.training.checkpoint import State, fitted
 from cryorbit.training.dataset import FourierStack
 
 _SEARCH_PERIODS = 10.5  # per particle diameter: where ab initio's grid of rotations ends, and this one's
@@ -144,7 +144,7 @@ class Refinement:
     def load_state(self, state: State) -> None:
         """Inverse of :meth:`state`."""
         on_device = ("reference", "half", "map")
-        own = {name: state[name] for name in self.tensors}
+        own = fitted(state, {name: x.shape for name, x in self.tensors.items()})
         self.tensors = {k: v.to(self.stack.device) if k.startswith(on_device) else v for k, v in own.items()}
         self.maps.load_state(state)
         if self.defocus is not None:
@@ -210,7 +210,7 @@ class Refinement:
         t["settled"] |= abs(int(t["radius"]) - radius) <= 1 and index > 0 and still
         return {
             "radius": float(radius),
-            "resolution_A": self.stack.box * self.stack.pixel_size / max(last_shell(t["fsc"], 0.143), 1e-3),
+            "resolution_A": self.stack.box * self.stack.pixel_size / max(last_shell(t["fsc"], 0.143), 1),
             "pose_change_deg": float(torch.rad2deg(t["pose_change"])),
             "gain": gain,
             "modes": float((t["mass"] > _NO_MASS).sum(dim=1).float().mean()),

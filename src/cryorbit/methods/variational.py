@@ -38,7 +38,7 @@ from cryorbit.physics.noise import log_likelihood
 from cryorbit.physics.slicing import Accumulator, half_width, slice_grid, slicing_grid
 from cryorbit.physics.spectrum import shell_mean
 from cryorbit.poses.local import PoseSamples
-from cryorbit.training.checkpoint import State
+from cryorbit.training.checkpoint import State, fitted
 from cryorbit.training.dataset import FourierStack
 from cryorbit.training.optimiser import epoch_batch
 from cryorbit.volumes.gaussian import GaussianVolume
@@ -160,7 +160,8 @@ class Variational:
 
     def load_state(self, state: State) -> None:
         """Inverse of :meth:`state`."""
-        self.tensors = {name: value.to(self.stack.device) for name, value in state.items()}
+        own = fitted(state, {name: x.shape for name, x in self.tensors.items()})
+        self.tensors = {name: value.to(self.stack.device) for name, value in own.items()}
 
     def total_steps(self) -> int:
         """Batches of all passes."""

@@ -118,7 +118,7 @@ def resolution(curve: Float[Tensor, " shells"], threshold: float, box: int, pixe
 
     Returns
     -------
-    Angstrom; Nyquist (``2 * pixel_size``) when the curve never falls below the threshold.
+    Angstrom; Nyquist (``2 * pixel_size``) when the curve never falls below the threshold, the side of the map when it does so before shell 1.
     """
     if len(curve) != box // 2 + 1:
         raise DataError(
@@ -127,7 +127,7 @@ def resolution(curve: Float[Tensor, " shells"], threshold: float, box: int, pixe
         )
     shell = crossing(curve, threshold)
     nyquist = 2.0 * pixel_size
-    return nyquist if shell is None or shell <= 0 else max(box * pixel_size / shell, nyquist)
+    return nyquist if shell is None else max(box * pixel_size / max(shell, 1.0), nyquist)
 
 
 def ssnr(curve: Float[Tensor, " shells"], halves: bool = True) -> Float[Tensor, " shells"]:

@@ -24,7 +24,7 @@ from cryorbit.pipeline.config import AUTO, RunConfig
 from cryorbit.pipeline.inputs import DARK, Inputs, prepare
 from cryorbit.pipeline.rundir import opened
 from cryorbit.pipeline.start import fourier_stack
-from cryorbit.training.checkpoint import load_checkpoint, save_checkpoint
+from cryorbit.training.checkpoint import State, kept
 from cryorbit.training.dataset import FourierStack
 from cryorbit.training.history import History
 from cryorbit.training.loop import Progress, run
@@ -124,15 +124,14 @@ def _run(config: RunConfig, inputs: Inputs, output: Path, progress: Progress | N
 
 def _assign(engine: Align2D, path: Path, fingerprint: str) -> Assignment:
     """Class and pose of every particle; kept, so that a resumed run does not repeat it."""
-    names = list(Assignment.__dataclass_fields__)
-    if path.exists():
-        tensors, meta = load_checkpoint(path)
-        if meta.get("fingerprint") == fingerprint:
-            return Assignment(**tensors)
-    parts = [engine.assign(chosen) for chosen in torch.arange(len(engine.stack)).split(_ASSIGN_BATCH)]
-    tensors = {name: torch.cat([getattr(part, name).cpu() for part in parts]) for name in names}
-    save_checkpoint(path, tensors, {"fingerprint": fingerprint})
-    return Assignment(**tensors)
+    count = len(engine.stack)
+    shapes = {name: (count, 2) if name == "shifts" else (count,) for name in Assignment.__dataclass_fields__}
+
+    def make() -> State:
+        parts = [engine.assign(chosen) for chosen in torch.arange(count).split(_ASSIGN_BATCH)]
+        return {name: torch.cat([getattr(part, name).cpu() for part in parts]) for name in shapes}
+
+    return Assignment(**kept(path, fingerprint, shapes, make))
 
 
 def _summarise(

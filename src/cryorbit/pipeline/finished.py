@@ -1,6 +1,8 @@
 """A finished run, opened by the commands that go on from it."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,17 @@ from cryorbit.pipeline.inputs import Inputs, prepare
 from cryorbit.poses.posterior import PosePosterior
 
 NEEDED = ("config.toml", "metrics.json", "particles.star", "poses.npz", "map.mrc", "fsc.csv", "checkpoint")
+
+
+@contextmanager
+def reading(run: Path) -> Iterator[None]:
+    """Wherever settings and metrics of ``run`` are taken: one that is missing, or of another kind or length, is one error (RUN041)."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise RunError(
+            "RUN041", f"config.toml or metrics.json in {run} is not of a finished run ({error!r})", "run it again"
+        ) from error
 
 
 def open_finished(run: Path) -> tuple[RunConfig, dict[str, object]]:
@@ -38,17 +51,13 @@ def open_finished(run: Path) -> tuple[RunConfig, dict[str, object]]:
             if started
             else "give the --output folder of a reconstruction",
         )
-    try:
+    with reading(run):
         config = from_toml((run / "config.toml").read_text(encoding="utf-8"))
         metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
         symmetry, diameter, contrast = (metrics[k] for k in ("symmetry", "mask_diameter_A", "contrast"))
         shape = {"box": int(metrics["box"]), "particles": int(metrics["particles"])}
         size = {"pixel_size_A": float(metrics["pixel_size_A"])}
         config = replace(config, symmetry=str(symmetry), mask_diameter=float(diameter), contrast=str(contrast))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            "RUN041", f"config.toml or metrics.json in {run} is not of a finished run ({error!r})", "run it again"
-        ) from error
     return config, metrics | shape | size
 
 

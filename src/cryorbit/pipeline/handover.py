@@ -18,7 +18,7 @@ from cryorbit.pipeline.inputs import Inputs
 from cryorbit.pipeline.start import Start, fourier_stack, inverted_contrast, is_dark
 from cryorbit.pipeline.verdict import Evidence
 from cryorbit.poses.grid import distinct_modes, recounted, with_half_turns
-from cryorbit.training.checkpoint import load_checkpoint, save_checkpoint
+from cryorbit.training.checkpoint import State, kept
 from cryorbit.types import Poses
 
 _ASSIGN_BATCH = 2000
@@ -65,17 +65,22 @@ def _assign_all(engine: Marginal, path: Path, fingerprint: str) -> dict[str, Ten
 
     Intensities are divided by the mean of their half: only ratios within a half mean something.
     """
-    if path.exists():
-        tensors, meta = load_checkpoint(path)
-        if meta.get("fingerprint") == fingerprint:
-            return tensors
-    parts = [assign(engine, chosen) for chosen in torch.arange(len(engine.stack)).split(_ASSIGN_BATCH)]
-    names = ("rotations", "shifts", "effective", "intensity")
-    tensors = {name: torch.cat([part[i] for part in parts]) for i, name in enumerate(names)}
-    for own in engine.members.values():
-        tensors["intensity"][own] /= tensors["intensity"][own].mean()
-    save_checkpoint(path, tensors, {"fingerprint": fingerprint})
-    return tensors
+    count, modes = len(engine.stack), engine.config.modes
+    shapes = {
+        "rotations": (count, modes, 3, 3),
+        "shifts": (count, modes, 2),
+        "effective": (count,),
+        "intensity": (count,),
+    }
+
+    def make() -> State:
+        parts = [assign(engine, chosen) for chosen in torch.arange(count).split(_ASSIGN_BATCH)]
+        tensors = {name: torch.cat([part[i] for part in parts]) for i, name in enumerate(shapes)}
+        for own in engine.members.values():
+            tensors["intensity"][own] /= tensors["intensity"][own].mean()
+        return tensors
+
+    return kept(path, fingerprint, shapes, make)
 
 
 def assign(

@@ -20,11 +20,15 @@ from cryorbit.io.particles import ParticleSet, open_particles
 from cryorbit.io.star import quoted
 from cryorbit.methods.online_em import rotation_grid
 from cryorbit.metrics.masks import soft_sphere
+from cryorbit.physics.ctf import ctf
 from cryorbit.pipeline.config import AUTO, MOMENTS, POSES, RunConfig, check
+from cryorbit.types import CTFParams
 
 FEWEST_PARTICLES = 20
 _FEWEST_VIEWS, _TURNS = 2, 32
 _SMALLEST_MASK = 0.005  # of the sphere of the mask diameter
+_LEAST_POWER = 1e-4  # of the signal, left by the CTF: particles then tell what one in 10,000 of them would without it
+_CTF_SAMPLE, _CTF_SHELLS = 1000, 16
 DARK = "particles.star points to the dark images as they are on disk: invert them before RELION refines from it"
 
 
@@ -153,6 +157,7 @@ def prepare(config: RunConfig) -> Inputs:
         raise ConfigError(
             "CONF026", "the particles have no CTF whose defocus could be refined", "leave --defocus-range out"
         )
+    _check_ctf(particles, *(periods / diameter for periods in config.abinitio.radii(len(group))))
     half_set = split_halves(particles, config.seed)
     smallest = min(int((half_set == half).sum()) for half in (1, 2))
     if smallest < FEWEST_PARTICLES // 2:
@@ -174,6 +179,24 @@ def prepare(config: RunConfig) -> Inputs:
         warnings += _check_poses(particles)
     mask = read_mask(Path(config.mask), particles, diameter) if config.mask else None
     return Inputs(particles, diameter, symmetry, half_set, device, tuple(warnings), mask)
+
+
+def _check_ctf(particles: ParticleSet, first: float, last: float) -> None:
+    """Refuse particles whose CTF leaves next to nothing in every shell from ``first`` to ``last`` (1 / angstrom), where poses are told."""
+    if particles.ctf is None:
+        return
+    chosen = np.linspace(0, len(particles) - 1, min(len(particles), _CTF_SAMPLE)).astype(np.int64)
+    params = CTFParams(**{name: torch.from_numpy(values[chosen]) for name, values in particles.ctf.items()})
+    params = replace(params, scale=torch.ones_like(params.scale))
+    shells = torch.linspace(first, last, _CTF_SHELLS, dtype=torch.float64)
+    power = float(ctf(params, torch.stack([shells, torch.zeros_like(shells)], dim=1)).square().mean(dim=0).max())
+    if not power >= _LEAST_POWER:
+        raise DataError(
+            "DATA048",
+            f"the CTF of the particles leaves {power:.1g} of the signal's power between {1 / first:.1f} and {1 / last:.1f} A, where poses are "
+            f"told, expected {_LEAST_POWER:g} or more; the median B-factor is {float(params.bfactor.median()):.4g} A^2",
+            "check the unit of the CTF B-factors and the defocus; a file without a column of B-factors has none",
+        )
 
 
 def _check_poses(particles: ParticleSet) -> list[str]:

@@ -19,7 +19,7 @@ from cryorbit.metrics.masks import soft_sphere
 from cryorbit.physics.fourier import fourier_disk
 from cryorbit.pipeline import outputs
 from cryorbit.pipeline.config import RunConfig, from_dict
-from cryorbit.pipeline.finished import inputs_of, posterior_of_run
+from cryorbit.pipeline.finished import inputs_of, posterior_of_run, reading
 from cryorbit.pipeline.rundir import locked
 from cryorbit.pipeline.start import fourier_stack
 from cryorbit.poses.assignment import Assigned, Assigner
@@ -134,13 +134,18 @@ def _teach(
     device = inputs.device
     stack = fourier_stack(config, inputs)
     posterior = posterior_of_run(run, len(stack)).in_pixels(stack.pixel_size)
-    noise = torch.tensor(metrics["noise_variance"], dtype=torch.float32) * stack.scale**2
+    with reading(run):
+        noise = (
+            torch.tensor(metrics["noise_variance"], dtype=torch.float32).view(int(stack.disk.shell.max()) + 1)
+            * stack.scale**2
+        )
+        strength_sd = float(str(metrics["scale_spread"]))
     known = Knowledge(
         teaching,
         stack.scale,
         tuple(noise.tolist()),
         float(posterior.shifts[:, 0].std()),
-        float(str(metrics["scale_spread"])),
+        strength_sd,
         Confidence((), (), (0.0,)),
         Confidence((), (), (0.0,)),
         1.0,

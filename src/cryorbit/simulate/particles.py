@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cryorbit.conventions import snr_from_db
 from cryorbit.errors import ConfigError
+from cryorbit.io.implausible import MIN_BOX
 from cryorbit.physics.ctf import ctf_on_disk
 from cryorbit.physics.fourier import FourierDisk, disk_to_images
 from cryorbit.physics.noise import coloured_spectrum, radial_noise, white_noise
@@ -35,7 +36,7 @@ from cryorbit.simulate.settings import CTFSettings, SimulationSettings, in_range
 from cryorbit.types import CTFParams, Poses, Volume
 
 CHUNK = 64
-MIN_BOX, MAX_BOX = 8, 2048
+MAX_BOX = 2048
 MIN_PIXEL_SIZE, MAX_PIXEL_SIZE = 0.05, 100.0
 _PILOT = 512
 _BYTES_PER_VOXEL = 60

@@ -1,6 +1,8 @@
 """Checkpoints: tensors in one safetensors file, everything else in its JSON header; written atomically, loading never executes."""
 
 import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -43,3 +45,51 @@ def load_checkpoint(path: Path) -> tuple[State, dict[str, object]]:
             "RUN013", f"checkpoint {path} cannot be read ({error})", "delete the checkpoint folder to start over"
         ) from error
     return {k: torch.view_as_complex(v) if k in complex_names else v for k, v in tensors.items()}, meta
+
+
+def fitted(state: State, shapes: Mapping[str, Sequence[int]]) -> State:
+    """The tensors of ``state`` that ``shapes`` names.
+
+    Raises
+    ------
+    RunError
+        RUN013 one of them is missing or has another shape.
+    """
+    hint = "delete the checkpoint to do its stage again"
+    for name, shape in shapes.items():
+        if name not in state:
+            raise RunError("RUN013", f"the checkpoint lacks {name}", hint)
+        found, expected = tuple(state[name].shape), tuple(shape)
+        if found != expected:
+            raise RunError("RUN013", f"the checkpoint holds {name} of shape {found}, expected {expected}", hint)
+    return {name: state[name] for name in shapes}
+
+
+@contextmanager
+def in_use(path: Path) -> Iterator[None]:
+    """Wherever what :func:`load_checkpoint` read from ``path`` is put to use: what does not fit is one error that names the file."""
+    try:
+        yield
+    except (KeyError, IndexError, ValueError, RuntimeError) as error:
+        reason = error.message if isinstance(error, RunError) else repr(error)
+        raise RunError(
+            "RUN013", f"{path} does not fit this run ({reason})", "delete it to do its stage again, or pass --overwrite"
+        ) from error
+
+
+def kept(path: Path, fingerprint: str, shapes: Mapping[str, Sequence[int]], make: Callable[[], State]) -> State:
+    """What ``make`` returns, tensors of these ``shapes``, kept in ``path``, so that a resumed run does not make it again.
+
+    Raises
+    ------
+    RunError
+        RUN013 ``path`` holds other tensors, though made with the same settings and data (``fingerprint``).
+    """
+    if path.exists():
+        tensors, meta = load_checkpoint(path)
+        if meta.get("fingerprint") == fingerprint:
+            with in_use(path):
+                return fitted(tensors, shapes)
+    tensors = make()
+    save_checkpoint(path, tensors, {"fingerprint": fingerprint})
+    return tensors

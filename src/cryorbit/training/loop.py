@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Protocol, runtime_checkable
 
 from cryorbit.errors import RunError
-from cryorbit.training.checkpoint import State, load_checkpoint, save_checkpoint
+from cryorbit.training.checkpoint import State, in_use, load_checkpoint, save_checkpoint
 from cryorbit.training.history import History
 
 Progress = Callable[[str, int, int, dict[str, float | str]], None]
@@ -111,13 +111,9 @@ def run(
                 f"{checkpoint} was written with other settings or data",
                 "use a new --output folder, or --overwrite to start over",
             )
-        try:
+        with in_use(checkpoint):
             method.load_state(tensors)
-        except (KeyError, RuntimeError) as error:
-            raise RunError(
-                "RUN013", f"checkpoint {checkpoint} does not fit this run ({error})", "pass --overwrite to start over"
-            ) from error
-        first = int(str(meta["next_step"]))
+            first = int(str(meta["next_step"]))
     if history is not None:
         history.truncate(method.name, first)
 
