@@ -15,6 +15,11 @@ Row = dict[str, object]
 TWO = "two molecules"
 
 
+def evidence_of(row: Row) -> Evidence:
+    """What a run knew of itself; the expected error of its poses stands among its metrics where an older one did not take it for evidence."""
+    return Evidence(**({"spread_deg": row["pose_spread_deg"]} | row["evidence"]))  # type: ignore[arg-type,operator]
+
+
 def table(rows: list[Row]) -> str:
     """One Markdown row per cell: successes (95 % Wilson interval; without the mask), poses, resolution in the mask, chance, CPU time."""
     lines = [
@@ -29,7 +34,7 @@ def table(rows: list[Row]) -> str:
             return f"{np.median(values):.2f}" if values else "-"
 
         right, unmasked = (sum(bool(row[key]) for row in here) for key in ("success", "success_unmasked"))
-        chance = np.mean([probability(Evidence(**row["evidence"])) for row in here])  # type: ignore[arg-type]
+        chance = np.mean([probability(evidence_of(row)) for row in here])
         low, high = binomtest(right, len(here)).proportion_ci(0.95, "wilson")
         lines.append(
             f"| {cell} | {right} of {len(here)} | {low:.2f} to {high:.2f} | {unmasked} | {middle('median_deg')} | "
@@ -38,7 +43,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-SIGNS = {"constant": 0, "periods": 1, "posed": 1, "sharpness": 1}
+SIGNS = {"constant": 0, "periods": 1, "posed": 1, "sharpness": 1, "spread": 1}
 """Which way each piece of evidence may count: no fit shall take agreement for a bad sign."""
 
 
@@ -79,7 +84,7 @@ def _calibration(chance: NDArray[np.float64], y: NDArray[np.float64]) -> float:
 
 def _evidence(rows: list[Row]) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.float64]]:
     """Features, one column for each of ``SIGNS``; which runs were seen to be mixed; and whether each was right."""
-    found = [Evidence(**row["evidence"]) for row in rows]  # type: ignore[arg-type]
+    found = [evidence_of(row) for row in rows]
     x = np.array([[one.features()[name] for name in SIGNS] for one in found])
     return x, np.array([one.mixed for one in found]), np.array([float(bool(row["success"])) for row in rows])
 
@@ -117,8 +122,8 @@ def fit(rows: list[Row], picture: Path) -> str:
     ece, alone = _calibration(left_out, y), _calibration(agreed, y)
     between = np.isin(cells, [cell for cell in np.unique(cells) if 0 < y[cells == cell].mean() < 1])
     hopeless = np.array([bool(row["hopeless"]) for row in rows])
-    told = np.array([Evidence(**row["evidence"]).unexplained is not None for row in rows])  # type: ignore[arg-type]
-    left = np.array([Evidence(**row["evidence"]).unexplained or 0.0 for row in rows])  # type: ignore[arg-type]
+    told = np.array([evidence_of(row).unexplained is not None for row in rows])
+    left = np.array([evidence_of(row).unexplained or 0.0 for row in rows])
     two = np.array([row["cell"] == TWO for row in rows])
     figure = Figure(figsize=(4.2, 4.2), layout="constrained")
     axes = figure.subplots()

@@ -9,7 +9,9 @@ import pytest
 
 from cryorbit.pipeline.verdict import DOUBTED, RUNS, TRUSTED, WEIGHTS, Evidence, agree, judge, probability, sentence
 
-GOOD = Evidence(joined=False, periods=9.5, posed=0.95, pose_difference_deg=8.0, effective=1.1, intensity_sd=0.05)
+GOOD = Evidence(
+    joined=False, periods=9.5, posed=0.95, pose_difference_deg=8.0, effective=1.1, intensity_sd=0.05, spread_deg=1.2
+)
 NOISE = Evidence(joined=True, periods=0.5, posed=0.02, pose_difference_deg=120.0, effective=4000.0, intensity_sd=0.05)
 
 
@@ -20,7 +22,14 @@ def test_good_evidence_is_trusted_and_noise_is_not():
 
 
 @pytest.mark.parametrize(
-    "change", [{"posed": 0.1}, {"periods": 2.0, "posed": 0.1}, {"joined": True, "periods": 1.0, "posed": 0.05}]
+    "change",
+    [
+        {"spread_deg": 15.0},
+        {"spread_deg": None},
+        {"posed": 0.1},
+        {"periods": 2.0, "posed": 0.1},
+        {"joined": True, "periods": 1.0, "posed": 0.05},
+    ],
 )
 def test_worse_evidence_never_raises_the_chance(change):
     assert probability(replace(GOOD, **change)) < probability(GOOD)

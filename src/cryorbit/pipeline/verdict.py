@@ -1,8 +1,8 @@
 """How far to trust a run: the chance that it is right, the reasons, and one sentence. ``benchmarks/success_rate.py`` measures it.
 
-Two questions. Did both halves find the same poses? A logistic function of the ab initio evidence, fitted to runs of known outcome. And is
-what they found all there is in the images? The signal that the refined map leaves unexplained: two molecules in one set can make halves
-agree on their average.
+Two questions. Did both halves find the same poses, and what error do refined posteriors expect of theirs? A logistic function of this evidence,
+fitted to runs of known outcome. And is what they found all there is in the images? The signal that the refined map leaves unexplained: two
+molecules in one set can make halves agree on their average.
 """
 
 import math
@@ -24,6 +24,8 @@ OTHER_METHOD = (
     "the autoencoder may have stayed at chance, which it does from some starts: try another --seed, or --method marginal, which the chance of "
     "being right was fitted to"
 )
+
+_LOST_DEG = 90.0  # poses that are expected to be so far off are none
 
 # Weights of a logistic function of `features`, fitted to simulated runs by benchmarks/success_rate.py --fit.
 WEIGHTS = {"constant": -20.11, "periods": 2.36, "posed": 4.08, "sharpness": 2.75}
@@ -49,8 +51,8 @@ class Evidence:
     intensity_sd
         Standard deviation over particles of how much stronger than the map each is.
     spread_deg
-        Error that the refined poses' own posteriors expect, median over particles in degrees, up to a symmetry that the map shows; None before
-        refinement.
+        Error that the refined poses' own posteriors expect, median over particles in degrees, up to a symmetry that the map shows; None, which
+        counts as no pose at all, before refinement.
     unexplained, unexplained_error
         Share of the images' signal that the refined map leaves in the residual (``metrics/explained.py``) and its standard error; None where
         none was measured.
@@ -78,6 +80,7 @@ class Evidence:
             "periods": min(self.periods, 10.0),
             "posed": self.posed,
             "sharpness": -math.log(max(self.effective, 1.0)),
+            "spread": -math.log(min(max(self.spread_deg or _LOST_DEG, 1.0), _LOST_DEG)),
         }
 
 
@@ -113,6 +116,8 @@ def judge(evidence: Evidence) -> Verdict:
         f"they g{'ave' if evidence.joined else 'ive'} {100 * evidence.posed:.0f} % of the same images the same pose (within 20 degrees)",
         f"a median of {evidence.effective:.1f} poses per particle is left",
     ]
+    if evidence.spread_deg is not None:
+        reasons.append(f"refined poses are expected to be off by {evidence.spread_deg:.1f} degrees (median)")
     if evidence.unexplained is None:
         reasons.append("whether images show more than the map could not be measured")
     else:
