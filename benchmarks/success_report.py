@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.stats import binomtest
 
-from cryorbit.pipeline.verdict import DOUBTED, MIXED_CHANCE, TRUSTED, Evidence, probability
+from cryorbit.pipeline.verdict import DOUBTED, MIXED_CHANCE, TRUSTED, Evidence
 
 Row = dict[str, object]
 TWO = "two molecules"
@@ -21,11 +21,12 @@ def evidence_of(row: Row) -> Evidence:
 
 
 def table(rows: list[Row]) -> str:
-    """One Markdown row per cell: successes (95 % Wilson interval; without the mask), poses, resolution in the mask, chance, CPU time."""
+    """One Markdown row per cell: successes (95 % Wilson interval; without the mask), poses, resolution in the mask, chance, time."""
     lines = [
         "| cell | right | 95 % interval | right, no mask | poses, median (deg) | FSC 0.5 (A) | known poses (A) | mean P(right) | CPU-s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
+    chances = left_out_chances(rows)[1]
     for cell in dict.fromkeys(str(row["cell"]) for row in rows):
         here = [row for row in rows if row["cell"] == cell]
 
@@ -34,7 +35,7 @@ def table(rows: list[Row]) -> str:
             return f"{np.median(values):.2f}" if values else "-"
 
         right, unmasked = (sum(bool(row[key]) for row in here) for key in ("success", "success_unmasked"))
-        chance = np.mean([probability(evidence_of(row)) for row in here])
+        chance = np.mean([c for c, row in zip(chances, rows, strict=True) if row["cell"] == cell])
         low, high = binomtest(right, len(here)).proportion_ci(0.95, "wilson")
         lines.append(
             f"| {cell} | {right} of {len(here)} | {low:.2f} to {high:.2f} | {unmasked} | {middle('median_deg')} | "
@@ -43,7 +44,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-SIGNS = {"constant": 0, "periods": 1, "posed": 1, "sharpness": 1, "spread": 1}
+SIGNS = {"constant": 0, "periods": 1, "posed": 1, "spread": 1}
 """Which way each piece of evidence may count: no fit shall take agreement for a bad sign."""
 
 
@@ -115,12 +116,11 @@ def left_out_chances(rows: list[Row]) -> tuple[NDArray[np.float64], NDArray[np.f
 def fit(rows: list[Row], picture: Path) -> str:
     """Weights on all runs; AUC, expected calibration error and diagram from leaving each cell out in turn."""
     _, _, y = _evidence(rows)
-    cells = np.array([str(row["cell"]) for row in rows])
     agreed, left_out = left_out_chances(rows)
     weights = weights_of(rows)
     bins = _bins(left_out, y)
     ece, alone = _calibration(left_out, y), _calibration(agreed, y)
-    between = np.isin(cells, [cell for cell in np.unique(cells) if 0 < y[cells == cell].mean() < 1])
+    near = np.array([2.0 < float(str(row.get("median_deg", 0.0))) < 10.0 for row in rows])
     hopeless = np.array([bool(row["hopeless"]) for row in rows])
     told = np.array([evidence_of(row).unexplained is not None for row in rows])
     left = np.array([evidence_of(row).unexplained or 0.0 for row in rows])
@@ -142,8 +142,8 @@ def fit(rows: list[Row], picture: Path) -> str:
             f"{_auc(agreed, y):.3f}, {alone:.3f}",
             f"trusted (>= {TRUSTED}): {int((left_out >= TRUSTED).sum())}, wrong among them {int(((left_out >= TRUSTED) & (y == 0)).sum())}",
             f"not trusted (< {DOUBTED}): {int((left_out < DOUBTED).sum())}, right among them {int(((left_out < DOUBTED) & (y == 1)).sum())}",
-            f"cells with runs of both kinds: {int(between.sum())} runs, AUC {_auc(left_out[between], y[between]):.3f}, calibration error "
-            f"{_calibration(left_out[between], y[between]):.3f}",
+            f"poses 2 to 10 degrees off: {int(near.sum())} runs, AUC {_auc(left_out[near], y[near]):.3f}, calibration error "
+            f"{_calibration(left_out[near], y[near]):.3f}",
             f"signal unexplained, {int((told & two).sum())} runs on two molecules: {_range(left[told & two])}; "
             f"{int((told & ~two).sum())} other runs in which it was measured: {_range(left[told & ~two])}",
             f"largest chance given to a hopeless run: {left_out[hopeless].max() if hopeless.any() else math.nan:.3f}, "

@@ -28,8 +28,8 @@ OTHER_METHOD = (
 _LOST_DEG = 90.0  # poses that are expected to be so far off are none
 
 # Weights of a logistic function of `features`, fitted to simulated runs by benchmarks/success_rate.py --fit.
-WEIGHTS = {"constant": -20.11, "periods": 2.36, "posed": 4.08, "sharpness": 2.75}
-RUNS = 282
+WEIGHTS = {"constant": -1.47, "periods": 1.24, "posed": 0.75, "spread": 4.82}
+RUNS = 139
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,6 @@ class Evidence:
             "constant": 1.0,
             "periods": min(self.periods, 10.0),
             "posed": self.posed,
-            "sharpness": -math.log(max(self.effective, 1.0)),
             "spread": -math.log(min(max(self.spread_deg or _LOST_DEG, 1.0), _LOST_DEG)),
         }
 
