@@ -8,7 +8,14 @@ import torch
 
 from cryorbit.errors import ConfigError, DataError
 from cryorbit.io.particles import open_particles
-from cryorbit.methods.moments import MomentFit, MomentsConfig, invert_moments, particle_moments, view_directions
+from cryorbit.methods.moments import (
+    MomentFit,
+    MomentsConfig,
+    invert_from,
+    invert_moments,
+    particle_moments,
+    view_directions,
+)
 from cryorbit.metrics.map_search import align_volumes
 from cryorbit.physics.image_moments import ImageMoments, moments_of_slices, relative_errors
 from cryorbit.physics.polar import PolarBasis
@@ -109,6 +116,10 @@ def test_third_moments_tell_maps_apart_that_two_moments_do_not(exact, volume):
     assert scores[0] == pytest.approx(scores[1], rel=1e-3)  # no moment tells the hand when views are mirrored too
     assert scores[0] < 0.05
     assert scores[2] > 1.0
+    plain = invert_moments(exact, replace(QUICK, starts=1), torch.Generator().manual_seed(0))
+    start = fit.maps.basis.nearest(plain.volume).float()
+    followed = invert_from(exact, replace(QUICK, third=1.0), start, third)
+    assert followed.objective < 0.9 * float(fit.objective(start, plain.density.log().float()))
     found = invert_moments(exact, replace(QUICK, starts=1), torch.Generator().manual_seed(0), third)
     assert max(found.errors) < 0.1
 

@@ -58,7 +58,7 @@ def test_every_feature_has_a_weight():
     assert GOOD.features().keys() == WEIGHTS.keys()
 
 
-def test_weights_are_those_fitted_to_the_committed_runs_and_no_hopeless_run_is_trusted():
+def test_weights_and_table_are_those_of_the_committed_runs_and_no_hopeless_run_is_trusted():
     benchmarks = Path(__file__).parents[2] / "benchmarks"
     spec = importlib.util.spec_from_file_location("success_report", benchmarks / "success_report.py")
     report = importlib.util.module_from_spec(spec)
@@ -66,6 +66,9 @@ def test_weights_are_those_fitted_to_the_committed_runs_and_no_hopeless_run_is_t
     rows = json.loads((benchmarks / "results" / "success_rate.json").read_text())["rows"]
     assert len(rows) == RUNS
     assert report.weights_of(rows) == pytest.approx(WEIGHTS, abs=0.05)
+    page = (benchmarks.parent / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    for line in report.table(rows).splitlines():
+        assert line.rsplit("|", 3)[0] in page  # without chance and time
     _, chances = report.left_out_chances(rows)  # of a fit that has not seen the like
     hopeless = [chance for row, chance in zip(rows, chances, strict=True) if row["hopeless"]]
     assert len(hopeless) > 5

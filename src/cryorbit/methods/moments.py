@@ -311,7 +311,9 @@ def invert_moments(
     return fit.as_map(min(found, key=lambda x: x[2]))
 
 
-def invert_from(moments: ImageMoments, config: MomentsConfig, parameters: Float[Tensor, " n"]) -> MomentMap:
+def invert_from(
+    moments: ImageMoments, config: MomentsConfig, parameters: Float[Tensor, " n"], third: ThirdMoments | None = None
+) -> MomentMap:
     """The map near a given one whose moments are closest to ``moments``; all rings at once: the inner ones alone lead a good start astray.
 
     Parameters
@@ -322,6 +324,8 @@ def invert_from(moments: ImageMoments, config: MomentsConfig, parameters: Float[
         Settings; ``rings``, ``starts`` and ``kept`` are not looked at.
     parameters
         As many as the family of maps takes (``methods/moment_maps.py``), of any scale.
+    third
+        Debiased, of the same rings; to be matched as well.
 
     Raises
     ------
@@ -332,7 +336,7 @@ def invert_from(moments: ImageMoments, config: MomentsConfig, parameters: Float[
     """
     rings = len(moments.first) - 1
     _check(moments, config, rings)
-    fit = MomentFit(moments, config, rings)
+    fit = MomentFit(moments, config, rings, third)
     expected, given = len(fit.maps.start(torch.Generator())), parameters.detach().float()
     if given.shape != (expected,) or not bool(given.isfinite().all()) or not bool(given.any()):
         raise ConfigError(
