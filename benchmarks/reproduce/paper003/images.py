@@ -33,7 +33,7 @@ from cryorbit.metrics.map_search import align_volumes
 from cryorbit.physics.image_moments import ImageMoments, ImageMomentSums, moments_of_slices, relative_errors, ring_power
 from cryorbit.physics.polar import PolarBasis
 from cryorbit.physics.slicing import project
-from cryorbit.physics.third_moments import ThirdFilters, ThirdSums
+from cryorbit.physics.third_moments import ThirdFilters, ThirdMoments, ThirdSums
 from cryorbit.simulate.atoms import model_path, read_model
 from cryorbit.simulate.particles import make_projector
 from cryorbit.types import Volume
@@ -107,31 +107,40 @@ def noisy_images(
         yield images + sd * torch.randn(images.shape, generator=generator), sd
 
 
+def summed(
+    basis: PolarBasis, blocks: Iterator[tuple[Tensor, float]], filters: int, generator: torch.Generator
+) -> tuple[ImageMoments, ThirdMoments | None, float]:
+    """Moments of images, third ones through so many random filters, if any, and the CPU seconds of summing them."""
+    sums, thirds, taken = None, None, 0.0
+    for images, sd in blocks:
+        begun = time.process_time()
+        part = ImageMomentSums.of(basis, images, sd**2)
+        sums = part if sums is None else sums + part
+        if filters:
+            seen = (
+                thirds.filters
+                if thirds
+                else ThirdFilters.random(basis, image_power(sums, sd**2), filters, 12, generator)
+            )
+            more = ThirdSums.of(seen, images, sd**2)
+            thirds = more if thirds is None else thirds + more
+        taken += time.process_time() - begun
+    assert sums is not None
+    return sums.debiased(torch.ones(1)), thirds and thirds.debiased(torch.ones(1)), taken
+
+
 def one(name: str, family: str, seed: int, count: int) -> dict[str, Any]:
     """Simulate, sum, invert, compare."""
     box, pixel_size, rings, radius = CASES[name]
     generator = torch.Generator().manual_seed(seed)
     truth, library = molecule(name, generator), views(seed)
     basis = PolarBasis(box, rings, radius)
-    sums, thirds, summing = None, None, 0.0
-    for images, sd in noisy_images(truth, library, count, generator):
-        begun = time.process_time()
-        part = ImageMomentSums.of(basis, images, sd**2)
-        sums = part if sums is None else sums + part
-        if family == "third":
-            filters = (
-                thirds.filters if thirds else ThirdFilters.random(basis, image_power(sums, sd**2), 16, 12, generator)
-            )
-            more = ThirdSums.of(filters, images, sd**2)
-            thirds = more if thirds is None else thirds + more
-        summing += time.process_time() - begun
-    assert sums is not None
-    moments = sums.debiased(torch.ones(1))
+    blocks = noisy_images(truth, library, count, generator)
+    moments, third, summing = summed(basis, blocks, 16 if family == "third" else 0, generator)
     slices = basis.coefficients(project(truth, library.float(), 3))
     exact = moments_of_slices(slices, torch.full((len(library),), 1 / len(library)), basis)
     exact = ImageMoments(exact.first.to(moments.first), exact.second.to(moments.second), basis)
     begun = time.process_time()
-    third = None if thirds is None else thirds.debiased(torch.ones(1))
     found = invert_moments(moments, FAMILIES[name, family], generator, third)
     inverting = time.process_time() - begun
     aligned = align_volumes(Volume(found.volume.float(), pixel_size), Volume(truth, pixel_size))

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import scipy.optimize
 import torch
-from images import image_power, molecule, noisy_images, views
+from images import molecule, noisy_images, summed, views
 from torch import Tensor
 
 from cryorbit.methods.moment_prior import MomentPrior, PriorConfig
@@ -40,10 +40,9 @@ from cryorbit.methods.moments import MomentFit, MomentsConfig, invert_from, inve
 from cryorbit.metrics.fsc import fsc, resolution, shell_power
 from cryorbit.metrics.map_search import align_volumes
 from cryorbit.physics.fourier import fourier_to_volume, shell_index, volume_to_fourier
-from cryorbit.physics.image_moments import ImageMoments, ImageMomentSums, moments_of_slices
+from cryorbit.physics.image_moments import ImageMoments, moments_of_slices
 from cryorbit.physics.polar import PolarBasis
 from cryorbit.physics.slicing import project
-from cryorbit.physics.third_moments import ThirdFilters, ThirdSums
 from cryorbit.simulate.atoms import AtomicModel, read_model
 from cryorbit.simulate.particles import make_projector
 from cryorbit.simulate.proteins import Proteins
@@ -108,29 +107,15 @@ def seen(volume: Tensor, case: str, seed: int) -> ImageMoments:
         slices = POLAR.coefficients(project(volume, library.float(), 3))
         found = moments_of_slices(slices, torch.full((len(library),), 1 / len(library)), POLAR)
         return ImageMoments(found.first.to(torch.complex128), found.second.to(torch.complex128), POLAR)
-    sums = None
-    for images, sd in noisy_images(volume, library, IMAGES, torch.Generator().manual_seed(seed)):
-        part = ImageMomentSums.of(POLAR, images, sd**2)
-        sums = part if sums is None else sums + part
-    assert sums is not None
-    return sums.debiased(torch.ones(1))
+    generator = torch.Generator().manual_seed(seed)
+    return summed(POLAR, noisy_images(volume, library, IMAGES, generator), 0, generator)[0]
 
 
 def third_row(prior: MomentPrior, seed: int) -> dict[str, Any]:
     """4AKE from 100,000 images, third moments too: every head's map a little way, then the likeliest to the end."""
     real, library, generator = molecule("4ake", torch.Generator()), views(seed), torch.Generator().manual_seed(seed)
-    sums, thirds = None, None
     begun = time.process_time()
-    for images, sd in noisy_images(real, library, IMAGES, generator):
-        part = ImageMomentSums.of(POLAR, images, sd**2)
-        sums = part if sums is None else sums + part
-        if thirds is None:
-            filters = ThirdFilters.random(POLAR, image_power(sums, sd**2), FILTERS, 12, generator)
-        more = ThirdSums.of(filters, images, sd**2)
-        thirds = more if thirds is None else thirds + more
-    assert sums is not None
-    assert thirds is not None
-    moments, third = sums.debiased(torch.ones(1)), thirds.debiased(torch.ones(1))
+    moments, third, _ = summed(POLAR, noisy_images(real, library, IMAGES, generator), FILTERS, generator)
     summing, begun = time.process_time() - begun, time.process_time()
     tried = [invert_from(moments, FIRST, a, third) for a in prior.predict(moments)]
     best = min(tried, key=lambda found: found.objective)
@@ -148,12 +133,11 @@ def third_row(prior: MomentPrior, seed: int) -> dict[str, Any]:
             "objective": best.objective,
             "cpu_s": time.process_time() - begun,
         }
-    free = MomentFit(moments, WHOLE, RINGS, third)
     ideal = invert_from(moments, WHOLE, BASIS.nearest(real).float(), third)
     out["from_truth"] = compared(ideal.volume, real, PIXEL) | {"objective": ideal.objective}
     return out | {
         "truth_held": compared(BASIS.volume(BASIS.nearest(real)), real, PIXEL),
-        "unknowns": len(BASIS) + len(free.uniform),
+        "unknowns": len(BASIS) + (WHOLE.view_degree + 1) ** 2,
     }
 
 

@@ -26,8 +26,7 @@ def align2d(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Align particles in the plane and sort them into classes, with no reference; score how likely each is junk."""
-    from rich.console import Console
-
+    from cryorbit.cli.console import plain
     from cryorbit.cli.progress import reported
     from cryorbit.pipeline.align2d import align2d as run
     from cryorbit.pipeline.config import CLASSES
@@ -46,7 +45,7 @@ def align2d(
         contrast=contrast,
         no_ctf=no_ctf,
     )
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = plain()
     with reported(console) as progress:
         found = run(config, output, overwrite=overwrite, progress=progress)
     m = found.metrics

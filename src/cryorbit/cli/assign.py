@@ -30,14 +30,13 @@ def assign(
     ] = [],  # noqa: B006 - typer's default
 ) -> None:
     """Pose new particles of a known structure in one pass of an encoder, taught by the run the first time."""
-    from rich.console import Console
-
+    from cryorbit.cli.console import plain
     from cryorbit.cli.progress import reported
     from cryorbit.methods.distillation import DistillationConfig
     from cryorbit.pipeline.assign import assign as compute
     from cryorbit.pipeline.config import override_section
 
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = plain()
     teaching = override_section(DistillationConfig(), set_) if set_ else None
     with reported(console) as progress:
         values: dict[str, Any] = compute(

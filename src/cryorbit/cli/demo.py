@@ -11,14 +11,13 @@ def demo(
     seed: int = typer.Option(0, "--seed", help="Random seed of the reconstruction."),
 ) -> None:
     """Simulate noisy images of adenylate kinase (PDB 4AKE) and recover its map and their poses, with no starting model."""
-    from rich.console import Console
-
+    from cryorbit.cli.console import plain
     from cryorbit.cli.evaluate import evaluate
     from cryorbit.cli.reconstruct import run_and_report
     from cryorbit.cli.simulate import simulate
     from cryorbit.pipeline.config import RunConfig
 
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = plain()
     particles, run = output / "particles", output / "run"
     if not (particles / "particles.star").exists():
         console.print(f"Simulating {count:,} images of adenylate kinase (0 dB, CTF, shifts of 1 px) ...")

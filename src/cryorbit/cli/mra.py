@@ -66,6 +66,7 @@ def mra(
     import torch
     from rich.console import Console
 
+    from cryorbit.cli.console import plain
     from cryorbit.io.atomic import atomic_path, write_text
     from cryorbit.io.observations import read_observations, read_pair
     from cryorbit.pipeline.mra import compare, into_frame_of, recover
@@ -91,7 +92,7 @@ def mra(
     write_text(output / "mra.csv", "\n".join(["sample,signal,density", *lines]) + "\n")
     write_bytes(output / "mra.png", mra_figure((columns[0], columns[1]), true))
     write_text(output / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = plain()
     kind = "estimated" if noise is None else "given"
     console.print(f"observations  {metrics['observations']:,} of {metrics['length']} samples")
     console.print(f"noise         {metrics['sigma']:.4g} per sample ({kind})")
@@ -124,8 +125,8 @@ def simulate_mra(
 
     import numpy as np
     import torch
-    from rich.console import Console
 
+    from cryorbit.cli.console import plain
     from cryorbit.io.atomic import atomic_path, write_text
     from cryorbit.simulate.mra import Mixtures, observations
 
@@ -154,7 +155,6 @@ def simulate_mra(
         np.savez(temporary, signal=signals[0].numpy(), density=densities[0].numpy())
     record = {"count": count, "length": length, "components": components, "width": width, "sigma": sigma, "seed": seed}
     write_text(output / SET[2], json.dumps(record, indent=2) + "\n")
-    Console(highlight=False, soft_wrap=True).print(
-        f"observations  {output / SET[0]}: {count:,} of {length} samples, sigma {sigma:g}\ntruth         {output / SET[1]}",
-        markup=False,
+    plain().print(
+        f"observations  {output / SET[0]}: {count:,} of {length} samples, sigma {sigma:g}\ntruth         {output / SET[1]}"
     )

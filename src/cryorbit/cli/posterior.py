@@ -28,8 +28,7 @@ def posterior(
     ] = False,
 ) -> None:
     """Uncertainty of a run's map, resolution without half-sets, and missing views; adds files to the run folder."""
-    from rich.console import Console
-
+    from cryorbit.cli.console import plain
     from cryorbit.pipeline.posterior import posterior as compute
     from cryorbit.report.posterior import write_figure
 
@@ -43,7 +42,7 @@ def posterior(
         non_negative=non_negative,
     )
     page = write_figure(run)
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = plain()
     console.print(_words(values))
     console.print(f"\nmean       {run / 'map_mean.mrc'}\nstd        {run / 'map_std.mrc'}")
     console.print(f"views      {run / 'missing_views.mrc'}\ncurves     {run / 'ss_snr.csv'}\nfigure     {page}")

@@ -75,13 +75,12 @@ def configured(particles: Path, datadir: Path | None, assignments: list[str], **
 
 def run_and_report(config: "RunConfig", output: Path, overwrite: bool, posterior: bool = False) -> None:  # noqa: F821 - imported where used, to keep --help fast
     """Reconstruct with progress on stderr, write the report, print the verdict; then the map's posterior, if asked for."""
-    from rich.console import Console
-
+    from cryorbit.cli.console import plain
     from cryorbit.cli.progress import reported
     from cryorbit.pipeline.reconstruct import reconstruct as run
     from cryorbit.report.render import write_report
 
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = plain()
     with reported(console) as progress:
         result = run(config, output, overwrite=overwrite, progress=progress)
     page = write_report(output)

@@ -7,8 +7,7 @@ import typer
 
 def report(run: Path = typer.Argument(..., help="Run folder of cryorbit reconstruct.")) -> None:
     """Write report.html and figures/ of a run folder again, from its files alone."""
-    from rich.console import Console
-
+    from cryorbit.cli.console import plain
     from cryorbit.report.render import write_report
 
-    Console(highlight=False, soft_wrap=True, markup=False).print(f"report     {write_report(run)}")
+    plain().print(f"report     {write_report(run)}")

@@ -27,11 +27,10 @@ def select(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
     """Select particles by 2-D class and junk score, for `reconstruct`, `refine` or RELION."""
-    from rich.console import Console
-
+    from cryorbit.cli.console import plain
     from cryorbit.pipeline.selection import select as run
 
     source = particles / "particles.star" if particles.is_dir() else particles
     kept, total = run(source, output, classes=_numbers(classes), keep=keep, max_junk=max_junk, overwrite=overwrite)
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = plain()
     console.print(f"particles  {output}: {kept:,} of {total:,}")

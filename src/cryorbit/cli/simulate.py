@@ -48,6 +48,7 @@ def simulate(
     from rich.console import Console
     from rich.progress import Progress
 
+    from cryorbit.cli.console import plain
     from cryorbit.simulate.orientations import Orientations
     from cryorbit.simulate.particles import make_projector
     from cryorbit.simulate.settings import CTFSettings, SimulationSettings
@@ -87,7 +88,7 @@ def simulate(
     snr = f"SNR {round(10 * math.log10(summary.snr), 2) + 0.0:g} dB" if summary.noise_variance else "no noise"
     if dose is not None:
         snr += f", {dose:g} electrons per pixel, contrast {math.sqrt(summary.snr / dose):.3g}"
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"particles  {summary.particles}", markup=False)
-    console.print(f"           {count:,} images of {summary.box} px at {summary.pixel_size:g} A, {snr}", markup=False)
-    console.print(f"truth      {output / 'truth.mrc'}, {output / 'truth.star'}", markup=False)
+    console = plain()
+    console.print(f"particles  {summary.particles}")
+    console.print(f"           {count:,} images of {summary.box} px at {summary.pixel_size:g} A, {snr}")
+    console.print(f"truth      {output / 'truth.mrc'}, {output / 'truth.star'}")

@@ -76,8 +76,6 @@ class ThirdSums:
         What images were seen through.
     products
         (J, P) sums of the products, complex128.
-    mean
-        (J,) sums of ``y_0``.
     biased
         (J,) sums of ``y_0`` times the noise's strength.
     count
@@ -86,7 +84,6 @@ class ThirdSums:
 
     filters: ThirdFilters
     products: Complex[Tensor, "j p"]
-    mean: Float[Tensor, " j"]
     biased: Float[Tensor, " j"]
     count: int
 
@@ -97,7 +94,7 @@ class ThirdSums:
         first = (c[:, 0].real @ filters.weights[:, 0].mT).double()
         variance = torch.as_tensor(noise, dtype=torch.float64).expand(len(images))
         products = filters.products(c).to(torch.complex128).sum(dim=0)
-        return ThirdSums(filters, products, first.sum(dim=0), variance @ first, len(images))
+        return ThirdSums(filters, products, variance @ first, len(images))
 
     def __add__(self, other: "ThirdSums") -> "ThirdSums":
         if self.filters is not other.filters:
@@ -107,7 +104,6 @@ class ThirdSums:
         return ThirdSums(
             self.filters,
             self.products + other.products,
-            self.mean + other.mean,
             self.biased + other.biased,
             self.count + other.count,
         )

@@ -20,10 +20,8 @@ from cryorbit.physics import kernels
 from cryorbit.physics.fourier import FourierDisk
 from cryorbit.physics.shift import phase_ramp
 
-_BLOCK = {
-    "cpu": 2**20,
-    "cuda": 50 * 2**20,
-}  # images x rotations x shifts: scores of 8 MiB stay in cache; on CUDA about 40 bytes each
+# Images x rotations x shifts at once: 8 MiB of scores, which stay in cache; on CUDA about 40 bytes each.
+_BLOCK = {"cpu": 2**20, "cuda": 50 * 2**20}
 
 
 @dataclass(frozen=True)
