@@ -47,12 +47,13 @@ def exact(volume):
 
 
 def test_a_map_comes_back_from_its_moments(exact, volume):
-    found = invert_moments(exact, QUICK, torch.Generator().manual_seed(0))
+    longer = replace(QUICK, iterations=200)
+    found = invert_moments(exact, longer, torch.Generator().manual_seed(0))
     assert max(found.errors) < 0.05
     assert float(found.density.sum()) == pytest.approx(1.0, abs=1e-5)
     aligned = align_volumes(Volume(found.volume.float(), 4.0), volume)
     assert aligned.correlation > 0.7
-    again = invert_moments(exact, QUICK, torch.Generator().manual_seed(0))
+    again = invert_moments(exact, longer, torch.Generator().manual_seed(0))
     assert torch.equal(found.volume, again.volume)
 
 

@@ -34,6 +34,10 @@ _WHITENINGS = (0.5, 0.15)  # half: all voxels count alike; less: shells the movi
 _HIGHEST = 0.97  # FSC beyond which a shell is worth no more
 _UNDECIDED = 0.05
 
+# Points of Fourier space that lie on neither map's grid: between its grid points a transform is read as if the map faded outwards, noise more
+# than molecule, so maps that lie on each other would look better apart.
+_ASKEW = exp(torch.tensor([0.5, 0.3, 0.9]))
+
 Motion = tuple[Tensor, Tensor, bool]  # rotation, shift in pixels, mirrored
 
 
@@ -136,8 +140,8 @@ def _ball(radius: int) -> Int[Tensor, "p 3"]:
     return torch.stack([x[keep], y[keep], z[keep]], dim=-1)
 
 
-def _pair(moving: Tensor, reference: Tensor, radius: int) -> _Pair:
-    k = _ball(radius).to(torch.float32)
+def _pair(moving: Tensor, reference: Tensor, radius: int, turn: Tensor = _ASKEW) -> _Pair:
+    k = _ball(radius).to(torch.float32) @ turn
     shell = k.norm(dim=-1).round().to(torch.int64)
     power = shell_power(moving) * shell_power(reference)
     whitening = (power / power.max().clamp(min=1e-300)).clamp(min=1e-20).rsqrt().to(torch.float32)
@@ -170,23 +174,15 @@ def _search(pair: _Pair, power: float, radius: int) -> tuple[Float[Tensor, "2 g"
 
 
 def _refine(pair: _Pair, weight: Float[Tensor, " p"], start: Motion, iterations: int = 40) -> Motion:
-    """Nearest maximum of the weighted correlation, shell by shell over the moving map's own power: between its grid points a
-    transform reads lower, which would hold good maps on the grid. The rotation step is scaled so that 1 moves the rim by about a pixel.
-    """
+    """Nearest maximum of the weighted correlation. The rotation step is scaled so that 1 moves the rim by about a pixel."""
     reach = 0.3 * pair.moving.box
     target = (weight * pair.reference).conj()
-    begun = pair.moved(start)
-    target = target / (target * begun).abs().sum().clamp(min=1e-30)
-    none = torch.zeros(int(pair.shell.max()) + 1)
-    power = none.index_add(0, pair.shell, begun.abs().square())
+    target = target / (target * pair.moved(start)).abs().sum().clamp(min=1e-30)
 
     def loss(theta: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         step = torch.tensor(theta, dtype=torch.float32, requires_grad=True)
         motion = exp(step[:3] / reach) @ start[0], start[1] + step[3:], start[2]
-        moved = pair.moved(motion)
-        cross = none.index_add(0, pair.shell, (target * moved).real)
-        now = none.index_add(0, pair.shell, moved.real.square() + moved.imag.square())
-        value = -(cross * (power / now.clamp(min=1e-30)).sqrt()).sum()
+        value = -(target * pair.moved(motion)).real.sum()
         (gradient,) = torch.autograd.grad(value, step)
         return float(value.detach()), gradient.numpy().astype(np.float64)
 
@@ -297,7 +293,7 @@ def _best_motion(
     finer = _pair(a, b, middle)
     trials: list[Motion] = [] if start is None else [start]
     for low in sorted({min(radius, nyquist) for radius in _SEARCH_RADII}):
-        trials += _trials(_pair(a, b, low), low, candidates)
+        trials += _trials(_pair(a, b, low, torch.eye(3)), low, candidates)
         best = {}
         for mirrored in (False, True):
             ranked = sorted((t for t in trials if t[2] == mirrored), key=finer.information, reverse=True)[:3]

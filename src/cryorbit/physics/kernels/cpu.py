@@ -10,6 +10,7 @@ from cryorbit.physics.kernels.cpu_walk import rows_of, slab_edges
 from cryorbit.physics.kernels.interface import NormalEquations, Posterior
 
 _TASKS_PER_THREAD = 8
+_SLABS_PER_THREAD = 2  # where there are several, and a slab belongs to one
 _NEGLIGIBLE = 1e-5  # weight of a pose that may be left out of the sums
 _ENOUGH = 0.999  # of an image's mass must be in the sums
 _SPARSE = 0.05  # share of the poses below which the sums visit them one by one
@@ -34,11 +35,18 @@ def _use_torch_threads() -> int:
 
 
 def _plan(
-    shape: tuple[int, int, int], rotations: Tensor, kx: Tensor, ky: Tensor, oversampling: int, item_bytes: int
+    shape: tuple[int, int, int],
+    rotations: Tensor,
+    kx: Tensor,
+    ky: Tensor,
+    oversampling: int,
+    item_bytes: int,
+    threads: int = 1,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.floating]:
-    """Rotations, rows, slab edges and scale as the kernels take them."""
+    """Rotations, rows, slab edges and scale as the kernels take them, with slabs enough for ``threads`` to share."""
     rot = rotations.detach().numpy()
-    return rot, rows_of(kx.numpy(), ky.numpy()), slab_edges(shape, item_bytes), rot.dtype.type(oversampling)
+    least = 1 if threads == 1 else _SLABS_PER_THREAD * threads
+    return rot, rows_of(kx.numpy(), ky.numpy()), slab_edges(shape, item_bytes, least), rot.dtype.type(oversampling)
 
 
 def _chunks(slabs: int, images: int, threads: int) -> int:
@@ -76,24 +84,19 @@ def slice_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients with respect to grid and rotations of ``slice_forward``, those that are needed."""
     threads = _use_torch_threads()
-    rot, rows, edges, scale = _plan(_shape(data), rotations, kx, ky, oversampling, data.element_size())
+    shape, item_bytes = _shape(data), data.element_size()
     to_data = to_rotations = None
     if need_data:
         to_data = torch.zeros_like(data)
         nothing = torch.zeros(1, 1, dtype=rotations.dtype).numpy()
+        rot, rows, edges, scale = _plan(shape, rotations, kx, ky, oversampling, item_bytes, threads)
         cpu_slices.add(_floats(gradient), nothing, False, rot, rows, edges, scale, _floats(to_data), nothing[None])
     if need_rotations:
-        shares = np.zeros((len(edges) - 1, len(rot), 2, 3))
-        cpu_slices.slope(
-            _floats(gradient),
-            _floats(data),
-            rot,
-            rows,
-            edges,
-            scale,
-            _chunks(len(edges) - 1, len(rot), threads),
-            shares,
-        )
+        rot, rows, edges, scale = _plan(shape, rotations, kx, ky, oversampling, item_bytes)
+        slabs = len(edges) - 1
+        shares = np.zeros((slabs, len(rot), 2, 3))
+        chunks = _chunks(slabs, len(rot), threads)
+        cpu_slices.slope(_floats(gradient), _floats(data), rot, rows, edges, scale, chunks, shares)
         top = torch.from_numpy(shares.sum(0) * oversampling).to(rotations.dtype)
         to_rotations = torch.cat([top, torch.zeros_like(top[:, :1])], dim=1)
     return to_data, to_rotations
@@ -110,9 +113,9 @@ def insert(
     weight: Tensor,
 ) -> None:
     """Adjoint of ``slice_forward`` on (B, P) values, added to ``numerator``, and on real weights, to ``weight``, in one pass."""
-    _use_torch_threads()
+    threads = _use_torch_threads()
     size = numerator.element_size() + weight.element_size()
-    rot, rows, edges, scale = _plan(_shape(numerator), rotations, kx, ky, oversampling, size)
+    rot, rows, edges, scale = _plan(_shape(numerator), rotations, kx, ky, oversampling, size, threads)
     sums = _floats(numerator), weight.numpy()
     cpu_slices.add(_floats(values), weights.numpy(), True, rot, rows, edges, scale, *sums)
 
