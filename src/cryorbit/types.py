@@ -3,10 +3,13 @@
 Units, unmarked: angstrom, radian, kV, mm. Rotations act on ``xyz`` columns (see ``conventions``).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cryorbit.errors import DataError
@@ -90,6 +93,11 @@ class CTFParams:
                 "DATA005",
                 f"CTF field {f.name} has shape {tuple(value.shape)}, expected {tuple(n)}",
             )
+
+    @staticmethod
+    def of(columns: Mapping[str, NDArray[np.float64]], dtype: torch.dtype = torch.float64) -> "CTFParams":
+        """Parameters from (N,) arrays by the names of the fields."""
+        return CTFParams(**{name: torch.as_tensor(values, dtype=dtype) for name, values in columns.items()})
 
     def __len__(self) -> int:
         return self.defocus_u.shape[0]

@@ -24,6 +24,7 @@ from cryorbit.simulate.particles import make_projector
 from cryorbit.simulate.phantom import phantom
 from cryorbit.simulate.settings import CTFSettings, SimulationSettings
 from cryorbit.simulate.write import write_simulation
+from cryorbit.training.checkpoint import load_checkpoint, save_checkpoint
 
 BOX, APIX, COUNT = 20, 4.8, 150
 QUICK = DistillationConfig(steps=20, batch=16, side=8, heads=2)
@@ -129,6 +130,9 @@ def test_what_cannot_be_posed_is_refused_in_one_line(posed, finished, tmp_path):
     refused("CONF511", new, run, tmp_path / "out", batch=0)
     refused("DATA046", simulated(tmp_path / "larger", 1, 30, 24, CTFSettings()), run, tmp_path / "out")
     refused("DATA047", simulated(tmp_path / "plain", 1, 30), run, tmp_path / "out")
+    faint = tmp_path / "faint.star"
+    write_particles(faint, open_particles(new), extra={"rlnCtfBfactor": ["9e4"] * COUNT})
+    refused("DATA048", faint, run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -149,5 +153,9 @@ def test_a_run_that_does_not_say_its_noise_is_named(finished, tmp_path, name, va
 def test_a_damaged_encoder_is_named(posed, finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished / "run", run)
-    (run / "encoder" / "encoder.safetensors").write_bytes(b"nothing")
+    path = run / "encoder" / "encoder.safetensors"
+    tensors, meta = load_checkpoint(path)
+    save_checkpoint(path, {name: x[:-1] if x.ndim else x for name, x in tensors.items()}, meta)
+    refused("RUN048", finished / "new" / "particles.star", run, tmp_path / "out")
+    path.write_bytes(b"nothing")
     refused("RUN013", finished / "new" / "particles.star", run, tmp_path / "out")

@@ -83,6 +83,9 @@ def test_checkpoint_that_does_not_say_where_it_stopped_is_named(tmp_path):
     save_checkpoint(tmp_path / "c", tensors, {k: v for k, v in meta.items() if k != "next_step"})
     with pytest.raises(RunError, match=rf"RUN013: {tmp_path / 'c'} does not fit this run .*next_step"):
         run(Counter(3), checkpoint=tmp_path / "c")
+    save_checkpoint(tmp_path / "c", tensors, meta | {"next_step": -1})
+    with pytest.raises(RunError, match=r"RUN013.*next_step is -1"):
+        run(Counter(3), checkpoint=tmp_path / "c")
 
 
 def test_what_is_kept_is_made_once_and_must_fit(tmp_path):

@@ -130,7 +130,7 @@ def _ring_ctf(particles: ParticleSource, block: Int[Tensor, " b"], basis: PolarB
     """The CTF on each ring, mean over eight directions."""
     if particles.ctf is None:
         return None
-    params = CTFParams(**{name: torch.as_tensor(x)[block].double() for name, x in particles.ctf.items()})
+    params = CTFParams.of(particles.ctf)[block]
     angle = math.pi / 8 * torch.arange(8, dtype=torch.float64)
     ring = torch.arange(basis.rings + 1, dtype=torch.float64) / (basis.box * particles.pixel_size)
     points = ring[:, None, None] * torch.stack([angle.cos(), angle.sin()], dim=1)

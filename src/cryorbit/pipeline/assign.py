@@ -15,7 +15,7 @@ from cryorbit.methods.distillation import DistillationConfig
 from cryorbit.pipeline import outputs
 from cryorbit.pipeline.config import RunConfig
 from cryorbit.pipeline.finished import open_finished
-from cryorbit.pipeline.inputs import choose_device, open_checked
+from cryorbit.pipeline.inputs import check_ctf, choose_device, open_checked
 from cryorbit.pipeline.knowledge import Knowledge, assigner_of, taught
 from cryorbit.pipeline.verdict import TRUST
 from cryorbit.poses.assignment import Assigned, Assigner
@@ -146,6 +146,7 @@ def _opened(
             f"{particles.name} has no CTF, the particles of the run in {run} have one",
             "estimate defocus before particles are posed",
         )
+    check_ctf(new, config, config.mask_diameter)
     return new, warnings
 
 

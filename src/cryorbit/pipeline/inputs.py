@@ -157,7 +157,7 @@ def prepare(config: RunConfig) -> Inputs:
         raise ConfigError(
             "CONF026", "the particles have no CTF whose defocus could be refined", "leave --defocus-range out"
         )
-    _check_ctf(particles, *(periods / diameter for periods in config.abinitio.radii(len(group))))
+    check_ctf(particles, config, diameter)
     half_set = split_halves(particles, config.seed)
     smallest = min(int((half_set == half).sum()) for half in (1, 2))
     if smallest < FEWEST_PARTICLES // 2:
@@ -181,12 +181,14 @@ def prepare(config: RunConfig) -> Inputs:
     return Inputs(particles, diameter, symmetry, half_set, device, tuple(warnings), mask)
 
 
-def _check_ctf(particles: ParticleSet, first: float, last: float) -> None:
-    """Refuse particles whose CTF leaves next to nothing in every shell from ``first`` to ``last`` (1 / angstrom), where poses are told."""
+def check_ctf(particles: ParticleSet, config: RunConfig, diameter: float) -> None:
+    """Refuse particles whose CTF leaves next to nothing in every shell where ab initio tells poses of a molecule so wide (angstrom)."""
     if particles.ctf is None:
         return
+    elements = len(point_group("C1" if config.symmetry == AUTO else config.symmetry))
+    first, last = (periods / diameter for periods in config.abinitio.radii(elements))
     chosen = np.linspace(0, len(particles) - 1, min(len(particles), _CTF_SAMPLE)).astype(np.int64)
-    params = CTFParams(**{name: torch.from_numpy(values[chosen]) for name, values in particles.ctf.items()})
+    params = CTFParams.of(particles.ctf)[torch.from_numpy(chosen)]
     params = replace(params, scale=torch.ones_like(params.scale))
     shells = torch.linspace(first, last, _CTF_SHELLS, dtype=torch.float64)
     power = float(ctf(params, torch.stack([shells, torch.zeros_like(shells)], dim=1)).square().mean(dim=0).max())

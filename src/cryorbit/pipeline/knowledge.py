@@ -117,9 +117,11 @@ def _knowledge(meta: dict[str, object], path: Path) -> Knowledge:
             values[name] = Confidence(**{k: tuple(v) for k, v in values[name].items()})
         return Knowledge(**values)
     except (KeyError, TypeError, ValueError) as error:
-        raise RunError(
-            "RUN048", f"{path} does not hold an encoder ({error!r})", "remove it: it is taught again"
-        ) from error
+        raise _unusable(path, error) from error
+
+
+def _unusable(path: Path, error: Exception) -> RunError:
+    return RunError("RUN048", f"{path} does not hold the run's encoder ({error!r})", "remove it: it is taught again")
 
 
 def _teach(
@@ -221,7 +223,10 @@ def assigner_of(
     stack_disk = fourier_disk(box, 0.5 * box)
     view = View.around(stack_disk, teaching.side, config.mask_diameter / pixel_size)
     encoder = PoseEncoder(view, heads=teaching.heads, bfloat16=teaching.bfloat16).to(device)
-    encoder.load_state_dict(weights)
+    try:
+        encoder.load_state_dict(weights)
+    except RuntimeError as error:
+        raise _unusable(run / FOLDER / WEIGHTS, error) from error
     coarse = min(round(_PERIODS * box * pixel_size / config.mask_diameter), int(stack_disk.shell.max()))
     return Assigner(
         encoder,

@@ -150,9 +150,7 @@ class FourierStack:
             self._group = group if int(group.max()) > 0 else None
         self._ctf = None
         if particles.ctf is not None:
-            self._ctf = CTFParams(**{k: torch.as_tensor(v, dtype=torch.float32) for k, v in particles.ctf.items()}).to(
-                self.device
-            )
+            self._ctf = CTFParams.of(particles.ctf, torch.float32).to(self.device)
         self.defocus_offset: Float[Tensor, " n"] = torch.zeros(len(particles))
         """Angstrom added to each particle's DefocusU and DefocusV; methods that estimate it set it."""
         self._cached = len(particles) * len(self.disk) * 8 <= memory_gib * 2**30

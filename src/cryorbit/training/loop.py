@@ -114,6 +114,8 @@ def run(
         with in_use(checkpoint):
             method.load_state(tensors)
             first = int(str(meta["next_step"]))
+            if first < 0:
+                raise ValueError(f"next_step is {first}")
     if history is not None:
         history.truncate(method.name, first)
 
