@@ -44,7 +44,7 @@ _FEW_SAMPLES, _FINAL_SAMPLES, _FINAL_WIDEN = 16, 48, 1.5
 _SINGLE = 1.02  # modes per particle: where there are fewer, none are looked for elsewhere at last
 _JUDGED = 500  # particles of a half by which the maps' errors are judged
 _NO_MASS = 1e-3  # of a particle's mass: modes with less are not followed
-_STILL_PX = 0.06  # Fourier pixels at the rim by which settled poses move in a sweep: what is left is some times that
+_STILL_PX = 0.02  # Fourier pixels at the rim by which settled poses move in a sweep: what is left is some times that
 _LEAST_GAIN = 0.05  # nats per particle and sweep: below, the poses move by a seventh of their spread together, or less
 
 
