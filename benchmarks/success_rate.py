@@ -1,12 +1,14 @@
 """How often ab initio to final map succeeds, over molecules, noise, shifts, CTF, views and counts; and how well the verdict knows.
 
     python benchmarks/success_rate.py ../shared/data --json benchmarks/results/success_rate.json      # run (continues where it stopped)
+    python benchmarks/success_rate.py ../shared/data --json ... --ceilings                            # how near to the truth poses can stay
     python benchmarks/success_rate.py ../shared/data --json ... --fit docs/images/reliability.png     # table, verdict's weights, diagram
 
 Every run simulates new images, poses and noise from its seed, writes them as files, and runs the default pipeline on them. Success: median
 pose error below 5 degrees *and* FSC 0.5 to the truth within 1.3 of the known-pose reconstruction of the same images, both inside the
-molecule's mask (rows also say how it stands without the mask, where noise in the solvent decides). The hopeless cells (pure noise; two
-unrelated molecules) have no right answer: a run there is a failure whatever it returns.
+molecule's mask (rows also say how it stands without the mask, where noise in the solvent decides). A ceiling is where refinement ends that
+begins at the true poses, on the images of the cell's first run: what these images can tell, by this program's likelihood. The
+hopeless cells (pure noise; two unrelated molecules) have no right answer: a run there is a failure whatever it returns.
 """
 
 import argparse
@@ -34,7 +36,7 @@ from cryorbit.methods.marginal import Marginal
 from cryorbit.metrics.align import align_poses, align_volumes
 from cryorbit.metrics.masks import mask_from_map
 from cryorbit.metrics.symmetry import detect_symmetry
-from cryorbit.pipeline.config import RunConfig
+from cryorbit.pipeline.config import ABINITIO, POSES, RunConfig
 from cryorbit.pipeline.reconstruct import reconstruct
 from cryorbit.simulate.atoms import AtomicModel
 from cryorbit.simulate.orientations import Orientations
@@ -122,6 +124,13 @@ CELLS = [
 ]
 
 
+def settings(cell: Cell, seed: int, star: Path, start: str, symmetry: str) -> RunConfig:
+    """Of a run on the cell's images."""
+    return RunConfig(
+        particles=str(star), mask_diameter=MOLECULES[cell.molecule].diameter, seed=seed, start=start, symmetry=symmetry
+    )
+
+
 def simulate(cell: Cell, molecule: str, count: int, seed: int, data: Path, folder: Path) -> None:
     """Write particles and truth of one molecule."""
     made = MOLECULES[molecule]
@@ -141,8 +150,9 @@ def simulate(cell: Cell, molecule: str, count: int, seed: int, data: Path, folde
     write_simulation(folder, make_projector(opened, box, made.pixel_size), settings)
 
 
-def particles_of(cell: Cell, seed: int, data: Path, folder: Path) -> Path:
-    """The STAR file of a run's images."""
+def particles_of(cell: Cell, run: int, data: Path, folder: Path) -> Path:
+    """The STAR file of the images of a cell's run; their truth is in ``a``."""
+    seed = zlib.crc32(cell.name.encode()) % 10**6 * 1000 + 10 * run
     if not cell.second:
         simulate(cell, cell.molecule, cell.count, seed, data, folder / "a")
         return folder / "a" / "particles.star"
@@ -170,10 +180,8 @@ def one(cell: Cell, seed: int, data: Path, commit: str, at_once: int) -> dict[st
     molecule = MOLECULES[cell.molecule]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        star = particles_of(cell, zlib.crc32(cell.name.encode()) % 10**6 * 1000 + 10 * seed, data, folder)
-        config = RunConfig(
-            particles=str(star), mask_diameter=molecule.diameter, seed=seed, symmetry=cell.symmetry or molecule.imposed
-        )
+        star = particles_of(cell, seed, data, folder)
+        config = settings(cell, seed, star, ABINITIO, cell.symmetry or molecule.imposed)
         wall, cpu = time.perf_counter(), time.process_time()
         result = reconstruct(config, folder / "run")
         row: dict[str, Any] = {
@@ -226,6 +234,23 @@ def one(cell: Cell, seed: int, data: Path, commit: str, at_once: int) -> dict[st
     return row | judged(row)
 
 
+def ceiling_of(cell: Cell, data: Path, commit: str) -> dict[str, object]:
+    """Where refinement from the true poses ends."""
+    torch.set_num_threads(1)
+    molecule = MOLECULES[cell.molecule]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        particles_of(cell, 0, data, folder)
+        star = folder / "a" / "truth.star"
+        result = reconstruct(settings(cell, 0, star, POSES, "C1"), folder / "run")
+        particles = open_particles(star, require_images=False)
+        true = Poses(torch.from_numpy(particles.rotations), torch.from_numpy(particles.shifts))
+        voxels, pixel_size = read_volume(folder / "a" / "truth.mrc")
+        group = own_group(molecule, Volume(torch.from_numpy(voxels), pixel_size))
+        errors = align_poses(result.poses, true, group).summary(pixel_size)
+    return {"cell": cell.name, "commit": commit, "median_deg": errors.median_deg, "mean_deg": errors.mean_deg}
+
+
 def judged(row: dict[str, Any]) -> dict[str, bool]:
     """Whether a run was right, and whether it would be without the mask."""
     posed = row["median_deg"] < 5.0
@@ -262,16 +287,33 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", default=[cell.name for cell in CELLS])
     parser.add_argument("--seeds", type=int, default=100, help="No more than so many per cell.")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--ceilings", action="store_true", help="Refine from the true poses, a run of each cell.")
     parser.add_argument("--fit", type=Path, help="Do not run: fit the verdict and draw its reliability diagram here.")
     arguments = parser.parse_args()
-    rows = json.loads(arguments.json.read_text())["rows"] if arguments.json.exists() else []
+    kept = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+    rows, ceilings = kept.get("rows", []), kept.get("ceilings", [])
     if arguments.fit:
-        print(table(rows))
+        print(table(rows, ceilings))
         print(fit(rows, arguments.fit))
         return
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     about = {"device": f"CPU, one thread per run, {platform.machine()}", "torch": torch.__version__}
     cells = [replace(cell, seeds=min(cell.seeds, arguments.seeds)) for cell in CELLS if cell.name in arguments.cells]
+    order = [cell.name for cell in CELLS]
+
+    def write() -> None:
+        ceilings.sort(key=lambda row: order.index(row["cell"]))
+        rows.sort(key=lambda row: (order.index(row["cell"]), row["seed"]))
+        arguments.json.write_text(json.dumps({"about": about, "ceilings": ceilings, "rows": rows}, indent=1) + "\n")
+
+    if arguments.ceilings:
+        known = {row["cell"] for row in ceilings}
+        for cell in cells:
+            if not (cell.hopeless or cell.name in known or MOLECULES[cell.molecule].imposed != "C1"):
+                ceilings.append(ceiling_of(cell, arguments.data.resolve(), commit))
+                print(ceilings[-1], flush=True)
+                write()
+        return
     left = list(jobs(cells, {(row["cell"], row["seed"]) for row in rows}))
     with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
         running = {
@@ -286,9 +328,8 @@ def main() -> None:
             }
             shown |= {k: row.get(k) for k in ("median_deg", "fsc_0.5_masked_A", "known_poses_masked_A")}
             print({k: round(v, 2) if isinstance(v, float) else v for k, v in shown.items()}, flush=True)
-            rows.sort(key=lambda r: ([c.name for c in CELLS].index(r["cell"]), r["seed"]))
-            arguments.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-    print(table(rows))
+            write()
+    print(table(rows, ceilings))
 
 
 if __name__ == "__main__":
