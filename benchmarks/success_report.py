@@ -21,11 +21,11 @@ def evidence_of(row: Row) -> Evidence:
 
 
 def table(rows: list[Row], ceilings: list[Row]) -> str:
-    """One Markdown row per cell: successes (95 % Wilson interval; without the mask), poses, and those refined from the truth, resolution in the
+    """One Markdown row per cell: successes (95 % Wilson interval; without the mask), poses, and those under the true map, resolution in the
     mask, chance, time."""
     best = {str(row["cell"]): f"{float(str(row['median_deg'])):.2f}" for row in ceilings}
     lines = [
-        "| cell | right | 95 % interval | right, no mask | poses, median (deg) | begun at the truth (deg) | FSC 0.5 (A) "
+        "| cell | right | 95 % interval | right, no mask | poses, median (deg) | under the true map (deg) | FSC 0.5 (A) "
         "| known poses (A) | mean P(right) | CPU-s |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
