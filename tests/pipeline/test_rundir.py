@@ -79,27 +79,6 @@ def test_run_of_another_version_can_be_overwritten_not_continued(tmp_path):
     assert from_toml((run / "config.toml").read_text()).particles == "y"
 
 
-def test_a_run_is_gone_only_when_the_new_one_has_ended(star, ours):
-    """The headers of a stack say nothing of its images: one that is not finite is met when the old run would long be gone."""
-    before = {name: (ours / name).read_bytes() for name in ("map.mrc", "metrics.json", "config.toml", "particles.star")}
-    stack = star.with_name("spoilt.mrcs")
-    data = bytearray(star.with_name("particles.mrcs").read_bytes())
-    data[-4:] = np.float32(np.nan).tobytes()
-    stack.write_bytes(data)
-    file = read_star(star)
-    names = file.blocks["particles"].columns["rlnImageName"]
-    names[:] = [name.replace("particles.mrcs", "spoilt.mrcs") for name in names]
-    write_star(star.with_name("spoilt.star"), file)
-    with pytest.raises(DataError):
-        reconstruct(config(star.with_name("spoilt.star")), ours, overwrite=True)
-    assert {name: (ours / name).read_bytes() for name in before} == before
-    (ours / "report.html").write_text("of the old run")
-    reconstruct(config(star, "seed=3"), ours, overwrite=True)
-    assert not (ours / "report.html").exists()
-    assert not (ours / ".replaced").exists()
-    assert from_toml((ours / "config.toml").read_text()).seed == 3
-
-
 @pytest.mark.parametrize("text", ["[tool]\nx = 1\n", "", "seed = 0\n", "not toml ["])
 def test_foreign_or_damaged_config_is_never_overwritten(tmp_path, text):
     (tmp_path / "config.toml").write_text(text)

@@ -1,7 +1,6 @@
 """The run folder: created, resumed, locked or refused before any work is done."""
 
 import fcntl
-import os
 import shutil
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -9,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from cryorbit.errors import ConfigError, DataError, RunError
+from cryorbit.errors import ConfigError, RunError
 from cryorbit.io.atomic import write_text
 from cryorbit.pipeline import outputs
 from cryorbit.pipeline.config import RunConfig, decisive, flat, from_toml, to_toml
@@ -48,9 +47,6 @@ OURS = (
 )
 """Everything this program writes into a run folder, and so all that --overwrite removes; last what says that it is one."""
 
-_REPLACED = ".replaced"
-"""Where a run lies that is being overwritten: until the new one has ended, or has met images it cannot use."""
-
 
 def _config_of(folder: Path) -> RunConfig:
     try:
@@ -77,8 +73,8 @@ def _must_be_ours(folder: Path) -> None:
         )
 
 
-def _set_aside(folder: Path, read: Sequence[Path]) -> None:
-    """Move what a previous run wrote, and nothing else, out of the way; a run that was itself to replace one goes at once."""
+def _clear(folder: Path, read: Sequence[Path]) -> None:
+    """Remove what a previous run wrote, and nothing else."""
     _must_be_ours(folder)
     if (folder / "checkpoint" / "lock").exists():
         with locked(folder):  # by nobody else
@@ -90,36 +86,12 @@ def _set_aside(folder: Path, read: Sequence[Path]) -> None:
             raise RunError(
                 "RUN006", f"{kept} is the input: --overwrite would delete it", "choose another --output folder"
             )
-    aside = folder / _REPLACED
-    if aside.exists():
-        _remove(folder)
-    else:
-        aside.mkdir()
-        _move(folder, aside)
-
-
-def _move(source: Path, target: Path) -> None:
-    for name in OURS:
-        if os.path.lexists(source / name):
-            (source / name).rename(target / name)
-
-
-def _remove(folder: Path) -> None:
     for name in OURS:
         path = folder / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-
-
-def _put_back(folder: Path) -> None:
-    """The run that was to be replaced, if there was one, in place of what the new one wrote."""
-    aside = folder / _REPLACED
-    if aside.is_dir():
-        _remove(folder)
-        _move(aside, folder)
-        aside.rmdir()
 
 
 def _differences(before: RunConfig, now: RunConfig) -> str:
@@ -140,7 +112,7 @@ def open_run(folder: Path, config: RunConfig, read: Sequence[Path] = (), *, over
     try:
         cleared = overwrite and (folder / "config.toml").is_file()
         if cleared:
-            _set_aside(folder, read)
+            _clear(folder, read)
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "config.toml").is_file():
             if decisive(before := _config_of(folder)) != decisive(config):
@@ -163,22 +135,14 @@ def open_run(folder: Path, config: RunConfig, read: Sequence[Path] = (), *, over
 
 @contextmanager
 def opened(folder: Path, config: RunConfig, inputs: Inputs, *, overwrite: bool) -> Iterator[str]:
-    """The run folder ready, described and locked; yields what a checkpoint in it must have been made from: settings and files.
-
-    A run that is overwritten is there again after a :class:`~cryorbit.errors.DataError`: some images are only seen when they are used.
-    """
+    """The run folder ready, described and locked; yields what a checkpoint in it must have been made from: settings and files."""
     stacks = inputs.particles.images.stacks if inputs.particles.images else ()
     read = [Path(config.particles), *(s.path for s in stacks), *([Path(config.mask)] if config.mask else [])]
     open_run(folder, config, read, overwrite=overwrite)
     if not (folder / "provenance.json").exists():  # a continued run keeps how it began
         outputs.write_json(folder / "provenance.json", outputs.provenance(Path(config.particles), str(inputs.device)))
-    try:
-        with locked(folder):
-            yield " ".join([to_toml(decisive(config)), *(outputs.checksum(path) for path in read)])
-    except DataError:
-        _put_back(folder)
-        raise
-    shutil.rmtree(folder / _REPLACED, ignore_errors=True)
+    with locked(folder):
+        yield " ".join([to_toml(decisive(config)), *(outputs.checksum(path) for path in read)])
 
 
 @contextmanager
