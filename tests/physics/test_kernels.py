@@ -22,6 +22,12 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _several_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As grids of real size have."""
+    monkeypatch.setattr(cpu_walk, "SLAB_BYTES", 4096)
+
+
 @pytest.fixture(params=FAST)
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -142,7 +148,7 @@ def test_every_pixel_is_walked_once(box: int, radius: float, dtype: torch.dtype)
     kind = np.dtype(str(dtype).removeprefix("torch.")).type
     rows = cpu_walk.rows_of(disk.kx.numpy(), disk.ky.numpy())
     c = int(np.ceil(2 * radius)) + 1
-    edges = cpu_walk.slab_edges((2 * c + 1, 2 * c + 1, c + 2), 8, least=8)
+    edges = cpu_walk.slab_edges((2 * c + 1, 2 * c + 1, c + 2), 8)
     assert edges[0] == 0
     assert edges[-1] == 2 * c + 1
     for matrix in rotations.numpy():

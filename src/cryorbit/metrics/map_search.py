@@ -34,8 +34,8 @@ _WHITENINGS = (0.5, 0.15)  # half: all voxels count alike; less: shells the movi
 _HIGHEST = 0.97  # FSC beyond which a shell is worth no more
 _UNDECIDED = 0.05
 
-# Points of Fourier space that lie on neither map's grid: between its grid points a transform is read as if the map faded outwards, noise more
-# than molecule, so maps that lie on each other would look better apart.
+# Points of Fourier space that lie on neither map's grid, but for a chance motion: between its grid points a transform is read as if the map
+# faded outwards, noise more than molecule, so maps that lie on each other would look better apart.
 _ASKEW = exp(torch.tensor([0.5, 0.3, 0.9]))
 
 Motion = tuple[Tensor, Tensor, bool]  # rotation, shift in pixels, mirrored
