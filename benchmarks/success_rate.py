@@ -7,9 +7,9 @@
 Every run simulates new images, poses and noise from its seed, writes them as files, and runs the default pipeline on them. Success: median
 pose error below 5 degrees *and* FSC 0.5 to the truth within 1.3 of the known-pose reconstruction of the same images, both inside the
 molecule's mask (rows also say how it stands without the mask, where noise in the solvent decides). The hopeless cells (pure noise; two
-unrelated molecules) have no right answer: a run there is a failure whatever it returns. A ceiling is how near
-to the truth the heaviest modes of 500 such images lie under the true map and the true noise, looked for around the truth and eight places
-of a whole grid: an optimistic bound.
+unrelated molecules) have no right answer: a run there is a failure whatever it returns. A ceiling is how near to the truth the
+heaviest modes of 500 such images lie under the true map and the true noise, looked for around the truth and eight places of a whole grid:
+an optimistic bound.
 """
 
 import argparse
@@ -31,7 +31,7 @@ import torch
 
 from cryorbit.groups.point import point_group
 from cryorbit.io.mrc import read_volume
-from cryorbit.io.particles import open_particles
+from cryorbit.io.particles import ParticleSet, open_particles
 from cryorbit.io.star import read_star, write_star
 from cryorbit.methods.marginal import Marginal
 from cryorbit.methods.refinement import Refinement
@@ -169,6 +169,14 @@ def particles_of(cell: Cell, run: int, data: Path, folder: Path) -> Path:
     return folder / "both.star"
 
 
+def truth_of(folder: Path) -> tuple[ParticleSet, Poses, Volume]:
+    """What :func:`particles_of` wrote there: images with their true poses, these alone, and the true map."""
+    particles = open_particles(folder / "a" / "truth.star")
+    voxels, pixel_size = read_volume(folder / "a" / "truth.mrc")
+    true = Poses(torch.from_numpy(particles.rotations), torch.from_numpy(particles.shifts))
+    return particles, true, Volume(torch.from_numpy(voxels), pixel_size)
+
+
 def marched(history: Path) -> dict[str, int]:
     """Steps and rounds of starts that ab initio took."""
     rows = [row for row in map(json.loads, history.read_text().splitlines()) if row["stage"] == Marginal.name]
@@ -217,10 +225,8 @@ def one(cell: Cell, seed: int, data: Path, commit: str, at_once: int) -> dict[st
         row["evidence"] = result.metrics["evidence"]
         if cell.hopeless:
             return row | {"success": False, "success_unmasked": False}
-        voxels, pixel_size = read_volume(folder / "a" / "truth.mrc")
-        truth = Volume(torch.from_numpy(voxels), pixel_size)
-        particles = open_particles(folder / "a" / "truth.star")
-        true = Poses(torch.from_numpy(particles.rotations), torch.from_numpy(particles.shifts))
+        particles, true, truth = truth_of(folder)
+        pixel_size = truth.pixel_size
         group = own_group(molecule, truth)
         imposed = result.metrics["symmetry"] == molecule.group
         known = ceiling(particles, true, molecule.diameter, group if imposed else None)
@@ -244,10 +250,8 @@ def ceiling_of(cell: Cell, data: Path, commit: str) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         particles_of(replace(cell, count=min(cell.count, _ASKED)), 0, data, folder)
-        particles = open_particles(folder / "a" / "truth.star")
-        true = Poses(torch.from_numpy(particles.rotations), torch.from_numpy(particles.shifts))
-        voxels, pixel_size = read_volume(folder / "a" / "truth.mrc")
-        truth = Volume(torch.from_numpy(voxels), pixel_size)
+        particles, true, truth = truth_of(folder)
+        pixel_size = truth.pixel_size
         stack = FourierStack(particles, 0.5 * particles.box, mask_diameter=molecule.diameter)
         rotations, shifts = true.rotations.float(), true.shifts.float() / pixel_size
         refinement = Refinement(
@@ -262,11 +266,9 @@ def ceiling_of(cell: Cell, data: Path, commit: str) -> dict[str, object]:
         )
         tensors = refinement.tensors
         grid = slicing_grid(tensors["reference_1"], stack.disk.radius)
-        tensors["noise"].zero_()
-        for chosen in torch.arange(len(stack)).split(500):
-            predicted = forward(grid, rotations[chosen], shifts[chosen], stack.disk, stack.ctf(chosen))
-            power = (stack.images(chosen) - predicted).abs().square().sum(dim=0) / len(stack)
-            tensors["noise"] += shell_mean(power, stack.disk, len(tensors["noise"]))
+        every = torch.arange(len(stack))
+        residual = stack.images(every) - forward(grid, rotations, shifts, stack.disk, stack.ctf(every))
+        tensors["noise"] = shell_mean(residual.abs().square().mean(dim=0), stack.disk, len(tensors["noise"]))
         tensors["fsc"].fill_(1.0)
         tensors["mass"].fill_(1 / tensors["mass"].shape[1])  # modes are looked for everywhere
         # From the truth, and from where that ends: poses that move the second time are taken for errors of the map, which has none.
@@ -314,9 +316,7 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", default=[cell.name for cell in CELLS])
     parser.add_argument("--seeds", type=int, default=100, help="No more than so many per cell.")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument(
-        "--ceilings", action="store_true", help="Find the poses of each cell's first images under the true map."
-    )
+    parser.add_argument("--ceilings", action="store_true", help="Find poses of each cell's images under the true map.")
     parser.add_argument("--fit", type=Path, help="Do not run: fit the verdict and draw its reliability diagram here.")
     arguments = parser.parse_args()
     kept = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}

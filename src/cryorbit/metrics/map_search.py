@@ -149,7 +149,7 @@ def _pair(moving: Tensor, reference: Tensor, radius: int, turn: Tensor = _ASKEW)
 
 
 def _search(pair: _Pair, power: float, radius: int) -> tuple[Float[Tensor, "2 g"], Float[Tensor, "2 g 3"]]:
-    """Best weighted correlation over all shifts, and that shift in pixels, for each hand and rotation of the grid."""
+    """Best weighted correlation over all shifts, and that shift in pixels, for each hand and rotation of the grid; ``pair`` was not turned."""
     box, side = pair.moving.box, 2 * radius + 2
     target = pair.reference * pair.whitening ** (2 * power)
     x, y, z = pair.k.to(torch.int64).unbind(-1)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cryorbit.conventions import PARTICLE_COLUMNS
 from cryorbit.errors import ConfigError, DataError, RunError
+from cryorbit.groups.point import point_group
 from cryorbit.io.particles import ParticleSet, open_particles, write_particles
 from cryorbit.methods.distillation import DistillationConfig
 from cryorbit.pipeline import outputs
@@ -146,7 +147,7 @@ def _opened(
             f"{particles.name} has no CTF, the particles of the run in {run} have one",
             "estimate defocus before particles are posed",
         )
-    check_ctf(new, config, config.mask_diameter)
+    check_ctf(new, config.abinitio.radii(len(point_group(config.symmetry))), config.mask_diameter)
     return new, warnings
 
 

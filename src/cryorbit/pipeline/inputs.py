@@ -157,7 +157,7 @@ def prepare(config: RunConfig) -> Inputs:
         raise ConfigError(
             "CONF026", "the particles have no CTF whose defocus could be refined", "leave --defocus-range out"
         )
-    check_ctf(particles, config, diameter)
+    check_ctf(particles, config.abinitio.radii(len(group)), diameter)
     half_set = split_halves(particles, config.seed)
     smallest = min(int((half_set == half).sum()) for half in (1, 2))
     if smallest < FEWEST_PARTICLES // 2:
@@ -181,12 +181,13 @@ def prepare(config: RunConfig) -> Inputs:
     return Inputs(particles, diameter, symmetry, half_set, device, tuple(warnings), mask)
 
 
-def check_ctf(particles: ParticleSet, config: RunConfig, diameter: float) -> None:
-    """Refuse particles whose CTF leaves next to nothing in every shell where ab initio tells poses of a molecule so wide (angstrom)."""
+def check_ctf(particles: ParticleSet, radii: tuple[float, float], diameter: float) -> None:
+    """Refuse particles whose CTF leaves next to nothing in every shell between ``radii``, periods per ``diameter`` (angstrom), where poses are
+    told.
+    """
     if particles.ctf is None:
         return
-    elements = len(point_group("C1" if config.symmetry == AUTO else config.symmetry))
-    first, last = (periods / diameter for periods in config.abinitio.radii(elements))
+    first, last = (periods / diameter for periods in radii)
     chosen = np.linspace(0, len(particles) - 1, min(len(particles), _CTF_SAMPLE)).astype(np.int64)
     params = CTFParams.of(particles.ctf)[torch.from_numpy(chosen)]
     params = replace(params, scale=torch.ones_like(params.scale))

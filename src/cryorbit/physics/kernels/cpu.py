@@ -34,19 +34,15 @@ def _use_torch_threads() -> int:
     return threads
 
 
-def _plan(
-    shape: tuple[int, int, int],
-    rotations: Tensor,
-    kx: Tensor,
-    ky: Tensor,
-    oversampling: int,
-    item_bytes: int,
-    threads: int = 1,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.floating]:
-    """Rotations, rows, slab edges and scale as the kernels take them, with slabs enough for ``threads`` to share."""
+def _plan(rotations: Tensor, kx: Tensor, ky: Tensor, oversampling: int) -> tuple[np.ndarray, np.ndarray, np.floating]:
+    """Rotations, rows and scale as the kernels take them."""
     rot = rotations.detach().numpy()
-    least = 1 if threads == 1 else _SLABS_PER_THREAD * threads
-    return rot, rows_of(kx.numpy(), ky.numpy()), slab_edges(shape, item_bytes, least), rot.dtype.type(oversampling)
+    return rot, rows_of(kx.numpy(), ky.numpy()), rot.dtype.type(oversampling)
+
+
+def _owned(shape: tuple[int, int, int], item_bytes: int, threads: int) -> np.ndarray:
+    """Edges of slabs enough for ``threads`` that each own some; sums do not depend on how many there are."""
+    return slab_edges(shape, item_bytes, 1 if threads == 1 else _SLABS_PER_THREAD * threads)
 
 
 def _chunks(slabs: int, images: int, threads: int) -> int:
@@ -67,7 +63,8 @@ def slice_forward(data: Tensor, rotations: Tensor, kx: Tensor, ky: Tensor, overs
     """(B, P) slices of a grid."""
     threads = _use_torch_threads()
     out = torch.empty(len(rotations), len(kx), dtype=data.dtype)
-    rot, rows, edges, scale = _plan(_shape(data), rotations, kx, ky, oversampling, data.element_size())
+    rot, rows, scale = _plan(rotations, kx, ky, oversampling)
+    edges = slab_edges(_shape(data), data.element_size())
     cpu_slices.read(_floats(data), rot, rows, edges, scale, _chunks(len(edges) - 1, len(rot), threads), _floats(out))
     return out
 
@@ -84,15 +81,16 @@ def slice_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients with respect to grid and rotations of ``slice_forward``, those that are needed."""
     threads = _use_torch_threads()
+    rot, rows, scale = _plan(rotations, kx, ky, oversampling)
     shape, item_bytes = _shape(data), data.element_size()
     to_data = to_rotations = None
     if need_data:
         to_data = torch.zeros_like(data)
         nothing = torch.zeros(1, 1, dtype=rotations.dtype).numpy()
-        rot, rows, edges, scale = _plan(shape, rotations, kx, ky, oversampling, item_bytes, threads)
+        edges = _owned(shape, item_bytes, threads)
         cpu_slices.add(_floats(gradient), nothing, False, rot, rows, edges, scale, _floats(to_data), nothing[None])
     if need_rotations:
-        rot, rows, edges, scale = _plan(shape, rotations, kx, ky, oversampling, item_bytes)
+        edges = slab_edges(shape, item_bytes)  # sums over slabs: their number may not depend on the threads
         slabs = len(edges) - 1
         shares = np.zeros((slabs, len(rot), 2, 3))
         chunks = _chunks(slabs, len(rot), threads)
@@ -115,7 +113,8 @@ def insert(
     """Adjoint of ``slice_forward`` on (B, P) values, added to ``numerator``, and on real weights, to ``weight``, in one pass."""
     threads = _use_torch_threads()
     size = numerator.element_size() + weight.element_size()
-    rot, rows, edges, scale = _plan(_shape(numerator), rotations, kx, ky, oversampling, size, threads)
+    rot, rows, scale = _plan(rotations, kx, ky, oversampling)
+    edges = _owned(_shape(numerator), size, threads)
     sums = _floats(numerator), weight.numpy()
     cpu_slices.add(_floats(values), weights.numpy(), True, rot, rows, edges, scale, *sums)
 
@@ -133,9 +132,8 @@ def _posed(
     box: int,
 ) -> tuple[np.ndarray | np.floating | float, ...]:
     """What the kernels of ``cpu_pose`` read, as they take it."""
-    rot = rotations.numpy()
+    rot, rows, scale = _plan(rotations, kx, ky, oversampling)
     images_, shifts = _floats(images), shifts_px.numpy().astype(np.float64)
-    rows, scale = rows_of(kx.numpy(), ky.numpy()), rot.dtype.type(oversampling)
     return _floats(data), images_, ctf.numpy(), precision.numpy(), rot, shifts, rows, scale, 2 * np.pi / box
 
 

@@ -12,9 +12,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-SLAB_BYTES = (
-    6 << 20
-)  # more slabs fit a nearer cache, but each costs another walk along all rows (measured: 2 MiB is slower)
+# More slabs fit a nearer cache, but each costs another walk along all rows (measured: 2 MiB is slower).
+SLAB_BYTES = 6 << 20
 MIN_PLANES = 4
 
 
