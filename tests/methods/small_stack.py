@@ -1,5 +1,12 @@
 """Images of a small blob in coloured noise, posed: what the tests of map posteriors are about."""
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cryorbit.groups.point import point_group
+from cryorbit.groups.so3 import exp
+from cryorbit.simulate.atoms import AtomicModel
 from cryorbit.simulate.particles import SimulatedParticles, simulate_particles
 from cryorbit.simulate.phantom import phantom
 from cryorbit.training.dataset import ArrayParticles, FourierStack
@@ -19,4 +26,20 @@ def small_stack(seed: int) -> tuple[FourierStack, SimulatedParticles]:
         noise="coloured",
         seed=seed,
     )
+    return FourierStack(ArrayParticles(truth.images.numpy(), APIX), BOX / 2, mask_diameter=70.0), truth
+
+
+def askew_group(name: str) -> Float[Tensor, "s 3 3"]:
+    """A point group about axes that are none of the grid's."""
+    frame = exp(torch.tensor([0.3, -0.5, 0.2]))
+    return frame.T @ point_group(name).float() @ frame
+
+
+def symmetric_stack(group: Float[Tensor, "s 3 3"], seed: int) -> tuple[FourierStack, SimulatedParticles]:
+    """As many images of blobs that are alike under the group."""
+    one = phantom(radius=25.0, blobs=4, width=2.0)
+    positions = torch.cat([one.positions @ element.double().T for element in group])
+    repeat = (len(group), 1)
+    model = AtomicModel(positions, one.amplitudes.repeat(repeat), one.widths.repeat(repeat), "symmetric phantom")
+    truth = simulate_particles(model, count=COUNT, box=BOX, pixel_size=APIX, snr_db=-10.0, seed=seed)
     return FourierStack(ArrayParticles(truth.images.numpy(), APIX), BOX / 2, mask_diameter=70.0), truth

@@ -4,6 +4,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from small_stack import askew_group, symmetric_stack
 
 from cryorbit.errors import DataError
 from cryorbit.groups.so3 import exp, random_rotations
@@ -59,6 +60,19 @@ def test_intervals_hold_the_truth(case):
         coverage = interval_coverage(found.mean, found.variance, true, level)
         assert coverage.overall == pytest.approx(level, abs=0.02)
     assert 0.84 < float(coverage.by_shell[3:-1].min()) < float(coverage.by_shell[3:-1].max()) < 0.96
+
+
+@pytest.mark.parametrize("name", ["C7", "O"])
+def test_intervals_hold_the_truth_under_a_point_group(name):
+    """About axes that are none of the grid's."""
+    group, covered = askew_group(name), []
+    for seed in range(3):
+        stack, truth = symmetric_stack(group, seed)
+        count = len(truth.images)
+        poses = PoseSamples(torch.arange(count), truth.poses.rotations, truth.poses.shifts / APIX, torch.ones(count))
+        found = map_posterior(stack, torch.ones(count), poses, group)
+        covered.append(interval_coverage(found.mean, found.variance, truth.volume.data * stack.scale).overall)
+    assert sum(covered) / 3 == pytest.approx(0.9, abs=0.025)
 
 
 def test_noise_spectrum_is_found(case):

@@ -11,7 +11,7 @@ Memory does not grow with the number of images.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -202,16 +202,23 @@ def _residual(
     mean: Float[Tensor, "d d d"],
     symmetry: Float[Tensor, "s 3 3"] | None,
 ) -> tuple[Float[Tensor, " shells"], Accumulator | None]:
-    """Mean power per shell of what ``mean`` leaves of the images, and the same inserted (``symmetry`` None: not)."""
+    """Mean power per shell of what ``mean`` leaves of the images, and the same inserted (``symmetry`` None: not).
+
+    Each mate of a pose has its own: what one leaves, inserted at all, would never correct what of ``mean`` is not symmetric.
+    """
     disk = stack.disk.to(stack.device)
     grid, power, mass = slicing_grid(mean, disk.radius), torch.zeros(len(disk), device=stack.device), 0.0
     out: Accumulator | None = None
+    one = torch.eye(3, device=stack.device)[None]
+    mates = one if symmetry is None else symmetry
     for posed in posed_images(stack, intensity, samples):
-        left = posed.images - form_images(slice_grid(grid, posed.rotations, disk), posed.shifts, disk, posed.ctf)
-        power += (posed.weight[:, None] * left.abs().square()).sum(dim=0)
-        mass += float(posed.weight.sum())
-        if symmetry is not None:
-            out = posed.inserted(left, symmetry, disk, out)
+        for element in mates:
+            mate = replace(posed, rotations=posed.rotations @ element)
+            left = mate.images - form_images(slice_grid(grid, mate.rotations, disk), mate.shifts, disk, mate.ctf)
+            power += (mate.weight[:, None] * left.abs().square()).sum(dim=0)
+            mass += float(mate.weight.sum())
+            if symmetry is not None:
+                out = mate.inserted(left, one, disk, out)
     return shell_mean(power / mass, disk, _shells(stack)), out
 
 

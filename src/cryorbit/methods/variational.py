@@ -11,6 +11,8 @@ Changed from the paper: steps are natural gradients. With W the inserted ``CTF^2
 pixel, t the prior and g the likelihood's gradient at the draw v, a batch says ``W v + N g`` of each coefficient, which for the Gaussian
 likelihood is its back-projection. That and W are averaged over batches with weights that fall (Hoffman et al. 2013, J. Mach. Learn. Res. 14,
 1303); the mean is the one over ``W + N / t``, the variance ``1 / (W / N + 1 / t)``. So one pass over the images is nearly the answer.
+g is divided by the weights where it was inserted, on the grid, as in ``map_posterior``: coefficient by coefficient, W is too small for what
+slices say together near the origin, and steps grow without end where no noise holds them back.
 
 The N of the Gaussian likelihood is learned from residuals. That of counts is one over their Fisher information at the draw, averaged over
 pixels: the diagonal of what it is in Fourier space. Their dose is the mean of the pixels around the particles, one for all images: of few
@@ -21,7 +23,7 @@ images and do not depend on the fit: a spectrum learned from the fit itself (EM)
 strong. Counts are linear in the map as well, and their noise there is their mean.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Complex, Float, Int
@@ -29,11 +31,10 @@ from torch import Tensor
 
 from cryorbit.errors import ConfigError
 from cryorbit.methods.half_maps import PosedImages
-from cryorbit.metrics.resample import move_volume
 from cryorbit.physics.counts import check_counts, check_dose, count_information, count_log_likelihood
 from cryorbit.physics.cryoem import form_images
 from cryorbit.physics.fourier import fourier_to_volume, shell_index, volume_to_fourier
-from cryorbit.physics.linear_gaussian import ball, information, learned_prior, least_squares
+from cryorbit.physics.linear_gaussian import ball, information, learned_prior, least_squares, posterior_mean
 from cryorbit.physics.noise import log_likelihood
 from cryorbit.physics.slicing import Accumulator, half_width, slice_grid, slicing_grid
 from cryorbit.physics.spectrum import shell_mean
@@ -48,6 +49,7 @@ POSTERIORS = ("gaussian", "dirac")
 PRIORS = ("learned", "standard")
 _OVERSAMPLING = 2
 _CHUNK = 512
+_ONE = torch.eye(3)[None]
 
 
 @dataclass(frozen=True)
@@ -151,8 +153,7 @@ class Variational:
         if self.config.posterior == "dirac":
             return GaussianVolume.from_map(self.tensors["mean"])
         t = self.tensors
-        precision = information(self._sums) / self._of(t["noise"]) + 1 / self._of(t["prior"])
-        return GaussianVolume.from_map(t["mean"], variance=self.kept / precision)
+        return GaussianVolume.from_map(t["mean"], variance=self.kept * self._of(t["noise"]) / self._precision)
 
     def state(self) -> State:
         """Everything a resumed run needs."""
@@ -187,26 +188,49 @@ class Variational:
         if self.config.prior == "learned":
             t["prior"] = self._learned(index)
         volume = self.volume
-        draw = volume.draw(torch.Generator().manual_seed(self.seed * 1_000_003 + index))
-        slices = slice_grid(slicing_grid(draw, self.disk.radius), rotations, self.disk)
-        per_image, noise = self._fit(chosen, images, form_images(slices, shifts, self.disk, ctf))
-        likelihood = scale * per_image.sum()
-        (gradient,) = torch.autograd.grad(likelihood, [volume.data])
-        pull = volume_to_fourier(self._symmetrised(gradient)) / self.stack.box**3
-        around = t["mean"] + self._symmetrised(draw.detach() - t["mean"]) / len(self.symmetry)
-        said = information(batch) * volume_to_fourier(around) + self._of(t["noise"]) * pull
-        elbo = float((likelihood - volume.divergence(t["prior"])).detach()) / len(self.stack)
+        draw = volume.draw(torch.Generator().manual_seed(self.seed * 1_000_003 + index)).detach()
+        likelihood, left, noise = self._left(chosen, posed, draw)
+        bound = scale * likelihood - float(volume.divergence(t["prior"]).detach())
+        towards = posterior_mean(replace(left.scaled(scale), weight=t["weight"]), t["noise"], t["prior"])
+        said = information(batch) * volume_to_fourier(draw) + self._precision * volume_to_fourier(towards)
         t["numerator"] = (1 - rate) * t["numerator"] + rate * said
         t["noise"] = (1 - rate) * t["noise"] + rate * noise
-        mean = self.kept * t["numerator"] / (information(self._sums) + self._of(t["noise"] / t["prior"]))
-        t["mean"] = fourier_to_volume(mean, self.stack.box)
-        return {"elbo_per_image": elbo, "rate": rate}
+        t["mean"] = fourier_to_volume(self.kept * t["numerator"] / self._precision, self.stack.box)
+        return {"elbo_per_image": bound / len(self.stack), "rate": rate}
+
+    def _left(
+        self, chosen: Int[Tensor, " b"], posed: PosedImages, draw: Float[Tensor, "d d d"]
+    ) -> tuple[float, Accumulator, Float[Tensor, " shells"]]:
+        """The batch's log-likelihood under a map, its gradient inserted, and the noise the batch shows.
+
+        An image shows the map at every mate of its pose, and pulls at each by what that one leaves of it: only so is a map drawn to its
+        group. The gradient is that by predicted pixels times their noise: of the Gaussian likelihood, the image less its prediction.
+        """
+        grid, strength = slicing_grid(draw, self.disk.radius), self.tensors["noise"][self.disk.shell] / self.disk.weight
+        out: Accumulator | None = None
+        total, noise = 0.0, torch.zeros_like(self.tensors["noise"])
+        for element in self.symmetry:
+            mate = replace(posed, rotations=posed.rotations @ element)
+            slices = slice_grid(grid, mate.rotations, self.disk)
+            predicted = form_images(slices, mate.shifts, self.disk, mate.ctf).requires_grad_()
+            per_image, shown = self._fit(chosen, mate.images, predicted)
+            (gradient,) = torch.autograd.grad(per_image.sum(), [predicted])
+            out = mate.inserted(strength * gradient, _ONE.to(gradient.device), self.disk, out)
+            total, noise = total + float(per_image.detach().sum()), noise + shown
+        assert out is not None
+        return total / len(self.symmetry), out, noise / len(self.symmetry)
 
     @property
     def _sums(self) -> Accumulator:
         """What a pass over all images would insert, as far as batches say."""
         t = self.tensors
         return Accumulator(t["inserted"], t["weight"], self.stack.box, _OVERSAMPLING, self.disk.radius)
+
+    @property
+    def _precision(self) -> Float[Tensor, "d d h"]:
+        """Of each coefficient, in units of one over the noise."""
+        t = self.tensors
+        return information(self._sums) + self._of(t["noise"] / t["prior"])
 
     def _of(self, spectrum: Float[Tensor, " shells"]) -> Float[Tensor, "d d h"]:
         """A spectrum at each coefficient of the map."""
@@ -238,13 +262,6 @@ class Variational:
     def _batch(self, index: int) -> Int[Tensor, " b"]:
         """Every image once in each pass, in an order of the pass's own."""
         return epoch_batch(len(self.stack), self.config.batch, index, self.seed)[1].sort().values
-
-    def _symmetrised(self, values: Float[Tensor, "d d d"]) -> Float[Tensor, "d d d"]:
-        """A gradient, or what differs from the mean, summed over the group: images show every mate of the map."""
-        if len(self.symmetry) == 1:
-            return values
-        still = torch.zeros(3)
-        return torch.stack([move_volume(values, element, still) for element in self.symmetry]).sum(dim=0)
 
 
 def _electrons(stack: FourierStack) -> tuple[float, float]:
