@@ -143,6 +143,7 @@ class Variational:
             "numerator": torch.zeros(d, d, d // 2 + 1, dtype=torch.complex64, device=stack.device),
             "inserted": torch.zeros(grid, dtype=torch.complex64, device=stack.device),
             "weight": torch.zeros(grid, device=stack.device),
+            "information": torch.zeros(d, d, d // 2 + 1, device=stack.device),
             "noise": torch.ones(self.shells, device=stack.device),
             "prior": torch.full((self.shells,), 2.0, device=stack.device),
         }
@@ -183,6 +184,8 @@ class Variational:
         batch = posed.inserted(images, self.symmetry, self.disk, None).scaled(scale)
         t["inserted"] = (1 - rate) * t["inserted"] + rate * batch.numerator
         t["weight"] = (1 - rate) * t["weight"] + rate * batch.weight
+        seen = information(batch)
+        t["information"] = (1 - rate) * t["information"] + rate * seen
         if index == 0:
             t["noise"] = self._fit(chosen, images, torch.zeros_like(images))[1]
         if self.config.prior == "learned":
@@ -192,7 +195,7 @@ class Variational:
         likelihood, left, noise = self._left(chosen, posed, draw)
         bound = scale * likelihood - float(volume.divergence(t["prior"]).detach())
         towards = posterior_mean(replace(left.scaled(scale), weight=t["weight"]), t["noise"], t["prior"])
-        said = information(batch) * volume_to_fourier(draw) + self._precision * volume_to_fourier(towards)
+        said = seen * volume_to_fourier(draw) + self._precision * volume_to_fourier(towards)
         t["numerator"] = (1 - rate) * t["numerator"] + rate * said
         t["noise"] = (1 - rate) * t["noise"] + rate * noise
         t["mean"] = fourier_to_volume(self.kept * t["numerator"] / self._precision, self.stack.box)
@@ -221,16 +224,9 @@ class Variational:
         return total / len(self.symmetry), out, noise / len(self.symmetry)
 
     @property
-    def _sums(self) -> Accumulator:
-        """What a pass over all images would insert, as far as batches say."""
-        t = self.tensors
-        return Accumulator(t["inserted"], t["weight"], self.stack.box, _OVERSAMPLING, self.disk.radius)
-
-    @property
     def _precision(self) -> Float[Tensor, "d d h"]:
         """Of each coefficient, in units of one over the noise."""
-        t = self.tensors
-        return information(self._sums) + self._of(t["noise"] / t["prior"])
+        return self.tensors["information"] + self._of(self.tensors["noise"] / self.tensors["prior"])
 
     def _of(self, spectrum: Float[Tensor, " shells"]) -> Float[Tensor, "d d h"]:
         """A spectrum at each coefficient of the map."""
@@ -243,8 +239,10 @@ class Variational:
 
     def _learned(self, index: int) -> Float[Tensor, " shells"]:
         """The prior that the sums so far make most probable; in the first pass they have the noise of fewer images."""
-        noise = self.tensors["noise"] if self.dose is None else self._white(self._mean_count)
-        return learned_prior(least_squares(self._sums), noise * max(1.0, self.batches / (index + 1)))
+        t = self.tensors
+        noise = t["noise"] if self.dose is None else self._white(self._mean_count)
+        sums = Accumulator(t["inserted"], t["weight"], self.stack.box, _OVERSAMPLING, self.disk.radius)
+        return learned_prior(least_squares(sums), noise * max(1.0, self.batches / (index + 1)))
 
     def _fit(
         self, chosen: Int[Tensor, " b"], images: Complex[Tensor, "b p"], predicted: Complex[Tensor, "b p"]

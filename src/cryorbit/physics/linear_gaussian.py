@@ -60,10 +60,10 @@ def _box_mean(values: Float[Tensor, "z y x"], acc: Accumulator) -> Float[Tensor,
     density = fourier_to_volume(uncropped(values, side).to(values.dtype.to_complex()), side)
     axis = torch.arange(side, device=values.device, dtype=values.dtype) - side // 2
     triangle = (1 - axis.abs() / box).clamp_min(0)
-    density = density * triangle[:, None, None] * triangle[:, None] * triangle
-    wide = volume_to_fourier(density).real
-    rows = (frequencies(box, values.device) * o) % side
-    return wide[rows[:, None], rows[None, :]][..., : o * (box // 2) + 1 : o]
+    density = density * (triangle[:, None] * triangle)[..., None] * triangle
+    # Of the grid's points every o-th is a coefficient of the map: the transform of the density folded into the box.
+    folded = density.reshape(o, box, o, box, o, box).sum(dim=(0, 2, 4))
+    return volume_to_fourier(folded.roll([box // 2 - side // 2] * 3, dims=(0, 1, 2))).real
 
 
 def _mean_inside(values: Float[Tensor, "z y x"], acc: Accumulator) -> Float[Tensor, "d d h"]:
