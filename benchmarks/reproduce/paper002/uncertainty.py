@@ -3,7 +3,8 @@
     python benchmarks/reproduce/paper002/uncertainty.py ../shared/data --json benchmarks/results/paper002_uncertainty.json
 
 `fig4`: resolution predicted from the posterior of all images, beside that measured between posterior means of half-sets (FSC 0.143) and
-against the truth (FSC 0.5); coverage of 90 % intervals, overall and over shells. `fig5`: a cone of 30 degrees, without and with noise (`fig9`):
+against the truth (FSC 0.5), and that of each half's own mean against the truth (section 6.2: what is lost by splitting the images); coverage
+of 90 % intervals, overall and over shells. `fig5`: a cone of 30 degrees, without and with noise (`fig9`):
 mean of variance over prior (with noise: up to the predicted resolution) where no slice passes within half a Fourier pixel and where many
 do, and the rank correlation of what is learnt with the number of slices that pass.
 """
@@ -34,6 +35,7 @@ def figure4(data: Data, cell: dict[str, object]) -> dict[str, object]:
     halves = [exact(stack, half(data.known, which))[0].mean for which in (0, 1)]
     alpha = ss_snr(found.mean, found.variance)
     between, against = fsc(*halves), fsc(found.mean, truth)
+    alone = sum(resolution(fsc(mean, truth), 0.5, box, apix) for mean in halves) / 2
     coverage = interval_coverage(found.mean, found.variance, truth)
     shells = coverage.by_shell[2 : box // 2]
     predicted, measured = predicted_resolution(alpha, box, apix), resolution(between, 0.143, box, apix)
@@ -41,6 +43,7 @@ def figure4(data: Data, cell: dict[str, object]) -> dict[str, object]:
         "predicted_A": predicted,
         "half_sets_0143_A": measured,
         "truth_05_A": resolution(against, 0.5, box, apix),
+        "half_truth_05_A": alone,
         "shells_off_half_sets": abs(box * apix / predicted - box * apix / measured),
         "shells_off_truth": abs(box * apix / predicted - box * apix / resolution(against, 0.5, box, apix)),
         "largest_difference_half_sets": float((half_set_fsc(alpha) - between)[2:-1].abs().max()),
