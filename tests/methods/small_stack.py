@@ -35,11 +35,15 @@ def askew_group(name: str) -> Float[Tensor, "s 3 3"]:
     return frame.T @ point_group(name).float() @ frame
 
 
-def symmetric_stack(group: Float[Tensor, "s 3 3"], seed: int) -> tuple[FourierStack, SimulatedParticles]:
-    """As many images of blobs that are alike under the group."""
-    one = phantom(radius=25.0, blobs=4, width=2.0)
+def symmetric_model(group: Float[Tensor, "s 3 3"]) -> AtomicModel:
+    """Blobs that are alike under the group."""
+    one, repeat = phantom(radius=25.0, blobs=4, width=2.0), (len(group), 1)
     positions = torch.cat([one.positions @ element.double().T for element in group])
-    repeat = (len(group), 1)
-    model = AtomicModel(positions, one.amplitudes.repeat(repeat), one.widths.repeat(repeat), "symmetric phantom")
+    return AtomicModel(positions, one.amplitudes.repeat(repeat), one.widths.repeat(repeat), "symmetric phantom")
+
+
+def symmetric_stack(group: Float[Tensor, "s 3 3"], seed: int) -> tuple[FourierStack, SimulatedParticles]:
+    """As many images of them, fainter."""
+    model = symmetric_model(group)
     truth = simulate_particles(model, count=COUNT, box=BOX, pixel_size=APIX, snr_db=-10.0, seed=seed)
     return FourierStack(ArrayParticles(truth.images.numpy(), APIX), BOX / 2, mask_diameter=70.0), truth

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from small_stack import APIX, BOX
+from small_stack import APIX, BOX, askew_group, symmetric_model
 from torch import Tensor
 
 from cryorbit.errors import CryorbitError
@@ -16,6 +16,7 @@ from cryorbit.physics.cryoem import form_images
 from cryorbit.physics.fourier import shell_index, volume_to_fourier
 from cryorbit.physics.slicing import slice_grid, slicing_grid
 from cryorbit.poses.local import PoseSamples
+from cryorbit.simulate.atoms import AtomicModel
 from cryorbit.simulate.particles import CTFSettings, SimulatedParticles, simulate_particles
 from cryorbit.simulate.phantom import phantom
 from cryorbit.training.dataset import ArrayParticles, FourierStack
@@ -24,9 +25,11 @@ from cryorbit.training.loop import run
 ONE = torch.eye(3)[None]
 
 
-def counted(dose: float, contrast: float, count: int, **options: object) -> SimulatedParticles:
+def counted(
+    dose: float, contrast: float, count: int, *, source: AtomicModel | None = None, **options: object
+) -> SimulatedParticles:
     return simulate_particles(
-        phantom(radius=25.0, width=2.0),
+        source or phantom(radius=25.0, width=2.0),
         count=count,
         box=BOX,
         pixel_size=APIX,
@@ -44,11 +47,16 @@ def stack_of(truth: SimulatedParticles, part: slice = slice(None), radius: float
 
 
 def fitted(
-    stack: FourierStack, truth: SimulatedParticles, part: slice = slice(None), **settings: object
+    stack: FourierStack,
+    truth: SimulatedParticles,
+    part: slice = slice(None),
+    *,
+    symmetry: Tensor = ONE,
+    **settings: object,
 ) -> Variational:
     r, s = truth.poses.rotations[part], truth.poses.shifts[part] / APIX
     poses = PoseSamples(torch.arange(len(r)), r, s, torch.ones(len(r)))
-    method = Variational(stack, VariationalConfig(batch=100, **settings), poses=poses, symmetry=ONE)
+    method = Variational(stack, VariationalConfig(batch=100, **settings), poses=poses, symmetry=symmetry)
     run(method)
     return method
 
@@ -126,6 +134,18 @@ def test_ctf_and_images_larger_than_the_map() -> None:
         shell_sum(volume_to_fourier(x).abs().square(), index, stack.box)[2:6] for x in (poisson - gaussian, gaussian)
     ]
     assert float((power[0] / power[1]).max()) < 0.02
+
+
+def test_under_a_point_group_one_pass_is_nearly_the_answer() -> None:
+    group = askew_group("C7")
+    truth = counted(10.0, 0.1, 300, seed=5, source=symmetric_model(group))
+    stack = stack_of(truth)
+    one, many = (
+        fitted(stack, truth, symmetry=group, likelihood="poisson", epochs=epochs).tensors["mean"] for epochs in (1, 6)
+    )
+    clean = truth.volume.data * stack.scale
+    off = [float(squared(mean - clean).sum() / squared(clean).sum()) for mean in (one, many)]
+    assert off[0] < 1.05 * off[1] < 0.105
 
 
 def refused(images: Tensor, groups: int = 1, likelihood: str = "poisson") -> CryorbitError:
