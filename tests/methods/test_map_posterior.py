@@ -9,10 +9,11 @@ from small_stack import askew_group, symmetric_stack
 from cryorbit.errors import DataError
 from cryorbit.groups.so3 import exp, random_rotations
 from cryorbit.methods.map_posterior import map_posterior, pose_variance, standard_normal
+from cryorbit.methods.masked_posterior import masked_posterior
 from cryorbit.metrics.calibration import interval_coverage
-from cryorbit.metrics.fsc import fsc, shell_power
+from cryorbit.metrics.fsc import fsc, shell_power, shell_sum
 from cryorbit.metrics.spectrum import predicted_resolution, ss_snr, truth_fsc
-from cryorbit.physics.fourier import fourier_to_volume, volume_to_fourier
+from cryorbit.physics.fourier import fourier_to_volume, shell_index, volume_to_fourier
 from cryorbit.physics.linear_gaussian import ball
 from cryorbit.poses.local import PoseSamples
 from cryorbit.simulate.particles import SimulatedParticles, simulate_particles
@@ -73,6 +74,23 @@ def test_intervals_hold_the_truth_under_a_point_group(name):
         found = map_posterior(stack, torch.ones(count), poses, group)
         covered.append(interval_coverage(found.mean, found.variance, truth.volume.data * stack.scale).overall)
     assert sum(covered) / 3 == pytest.approx(0.9, abs=0.025)
+
+
+@pytest.mark.parametrize("name", ["C1", "C7"])
+def test_mean_is_that_of_the_normal_equations(name):
+    """Solved by conjugate gradients, on the same noise and prior, in a box without a mask; the last shell is partly filled."""
+    group = askew_group(name)
+    stack, truth = symmetric_stack(group, 1)
+    count = len(truth.images)
+    poses = PoseSamples(torch.arange(count), truth.poses.rotations, truth.poses.shifts / APIX, torch.ones(count))
+    found = map_posterior(stack, torch.ones(count), poses, group)
+    free = torch.ones(stack.box, stack.box, stack.box, dtype=torch.bool)
+    solved = masked_posterior(stack, torch.ones(count), poses, group, free, found.noise, found.prior, draws=2)
+    index = shell_index(stack.box)
+    off = shell_sum(volume_to_fourier(found.mean - solved.mean).abs().square(), index, stack.box)
+    apart = (off / shell_sum(found.variance, index, stack.box))[1:-1]
+    assert float(apart[0]) < 0.4  # of the posterior's variance
+    assert float(apart[1:].max()) < 0.12
 
 
 def test_noise_spectrum_is_found(case):

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from small_stack import askew_group, symmetric_stack
 
 from cryorbit.groups.point import point_group
 from cryorbit.methods.map_posterior import MapPosterior, map_posterior
@@ -94,6 +95,22 @@ def test_no_voxel_is_negative_and_the_error_falls_again(case):
     assert float(free.mean.min()) < -0.01 * float(free.mean.max())
     assert case.error(found.mean) < 0.75 * case.error(free.mean)
     torch.testing.assert_close(found.variance, free.variance)
+
+
+@pytest.mark.parametrize("name", ["C7", "O"])
+def test_intervals_hold_the_truth_under_a_point_group(name):
+    group, covered = askew_group(name), []
+    for seed in range(3):
+        stack, truth = symmetric_stack(group, seed)
+        count = len(truth.images)
+        poses = PoseSamples(torch.arange(count), truth.poses.rotations, truth.poses.shifts / APIX, torch.ones(count))
+        plain = map_posterior(stack, torch.ones(count), poses, group)
+        sphere = soft_sphere(stack.box, 8.0, 0.0) > 0.5
+        found = masked_posterior(
+            stack, torch.ones(count), poses, group, sphere, plain.noise, plain.prior, draws=4, seed=seed
+        )
+        covered.append(interval_coverage(found.mean, found.variance, truth.volume.data * stack.scale).overall)
+    assert sum(covered) / 3 == pytest.approx(0.9, abs=0.025)
 
 
 def test_level_of_the_images_says_nothing():

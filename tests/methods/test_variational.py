@@ -77,6 +77,18 @@ def test_symmetry_is_imposed():
     assert float(apart[3:-1].max()) < 0.1  # of the posterior's own variance
 
 
+def test_bound_is_highest_under_the_group_of_the_molecule():
+    stack, truth = symmetric_stack(askew_group("C7"), 3)
+    poses = PoseSamples(torch.arange(COUNT), truth.poses.rotations, truth.poses.shifts / APIX, torch.ones(COUNT))
+    bound = {}
+    for name in ("C7", "C6", "C1"):
+        method = Variational(stack, VariationalConfig(batch=100), poses=poses, symmetry=askew_group(name))
+        bounds = [float(method.step(step)["elbo_per_image"]) for step in range(method.total_steps())]
+        bound[name] = sum(bounds[-method.batches :]) / method.batches
+    assert bound["C7"] > bound["C1"] + 1.0, bound
+    assert bound["C7"] > bound["C6"] + 1.0, bound
+
+
 @pytest.mark.parametrize("posterior", ["gaussian", "dirac"])
 def test_without_noise_every_batch_comes_nearer(posterior):
     """Batches of few images, and nothing to hold the map back where their weights are uneven."""

@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=40_000)
     parser.add_argument("--memory", type=float, default=4.0)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--epochs", type=int, default=2, help="Passes of the variational inference.")
+    parser.add_argument("--epochs", type=int, default=1, help="Passes of the variational inference.")
     parser.add_argument("--batch", type=int, default=1000, help="Images at a time of the variational inference.")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

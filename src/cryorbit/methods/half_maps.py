@@ -1,7 +1,7 @@
 """Maps of two halves from posed particles: insertion, solvent mask, Wiener filter by their agreement, and one frame for both."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Complex, Float, Int
@@ -13,9 +13,17 @@ from cryorbit.methods.halves import HALVES, members_of
 from cryorbit.metrics.align import improve_alignment
 from cryorbit.metrics.fsc import last_shell, masked_fsc
 from cryorbit.metrics.masks import mask_within, soft_sphere
+from cryorbit.physics.cryoem import form_images
 from cryorbit.physics.fourier import FourierDisk
 from cryorbit.physics.shift import phase_ramp
-from cryorbit.physics.slicing import Accumulator, insert_symmetric, volume_from_accumulator
+from cryorbit.physics.slicing import (
+    Accumulator,
+    SlicingGrid,
+    insert_slices,
+    insert_symmetric,
+    slice_grid,
+    volume_from_accumulator,
+)
 from cryorbit.physics.spectrum import mean_weight
 from cryorbit.poses.local import PoseSamples
 from cryorbit.training.dataset import FourierStack
@@ -38,14 +46,32 @@ class PosedImages:
     def inserted(
         self,
         images: Complex[Tensor, "m p"],
-        symmetry: Float[Tensor, "s 3 3"],
+        symmetry: Float[Tensor, "s 3 3"] | None,
         disk: FourierDisk,
         out: Accumulator | None,
     ) -> Accumulator:
-        """``images`` back-projected at these poses into ``out``: the M-step's numerator and CTF^2 weight."""
+        """``images`` back-projected at every mate of these poses into ``out`` (``symmetry`` None: at these alone).
+
+        The M-step's numerator and CTF^2 weight.
+        """
         weight = self.weight[:, None]
         values = images * (self.ctf * weight) * phase_ramp(self.shifts, disk).conj()
+        if symmetry is None:
+            return insert_slices(values, self.ctf.square() * weight, self.rotations, disk, out=out)
         return insert_symmetric(values, self.ctf.square() * weight, self.rotations, symmetry, disk, out=out)
+
+    def mates(self, symmetry: Float[Tensor, "s 3 3"]) -> "Iterator[PosedImages]":
+        """The same at each mate of their poses.
+
+        What a map leaves of an image must be inserted where it was left: one mate's, inserted at all, never corrects what of the map is not
+        symmetric.
+        """
+        for element in symmetry:
+            yield replace(self, rotations=self.rotations @ element)
+
+    def predicted(self, grid: SlicingGrid, disk: FourierDisk) -> Complex[Tensor, "m p"]:
+        """What a map makes of the images."""
+        return form_images(slice_grid(grid, self.rotations, disk), self.shifts, disk, self.ctf)
 
 
 def posed_images(

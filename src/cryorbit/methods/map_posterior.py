@@ -11,7 +11,7 @@ Memory does not grow with the number of images.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -20,7 +20,6 @@ from torch import Tensor
 from cryorbit.errors import DataError
 from cryorbit.methods.half_maps import insert_posed, posed_images
 from cryorbit.metrics.fsc import shell_sum
-from cryorbit.physics.cryoem import form_images
 from cryorbit.physics.fourier import shell_index, volume_to_fourier
 from cryorbit.physics.linear_gaussian import (
     ball,
@@ -32,7 +31,7 @@ from cryorbit.physics.linear_gaussian import (
     posterior_mean,
     posterior_variance,
 )
-from cryorbit.physics.slicing import Accumulator, slice_grid, slicing_grid
+from cryorbit.physics.slicing import Accumulator, slicing_grid
 from cryorbit.physics.spectrum import shell_mean
 from cryorbit.poses.local import PoseSamples
 from cryorbit.training.dataset import FourierStack
@@ -202,23 +201,17 @@ def _residual(
     mean: Float[Tensor, "d d d"],
     symmetry: Float[Tensor, "s 3 3"] | None,
 ) -> tuple[Float[Tensor, " shells"], Accumulator | None]:
-    """Mean power per shell of what ``mean`` leaves of the images, and the same inserted (``symmetry`` None: not).
-
-    Each mate of a pose has its own: what one leaves, inserted at all, would never correct what of ``mean`` is not symmetric.
-    """
+    """What ``mean`` leaves of the images at each mate of their poses: mean power per shell, and inserted (``symmetry`` None: not)."""
     disk = stack.disk.to(stack.device)
     grid, power, mass = slicing_grid(mean, disk.radius), torch.zeros(len(disk), device=stack.device), 0.0
     out: Accumulator | None = None
-    one = torch.eye(3, device=stack.device)[None]
-    mates = one if symmetry is None else symmetry
     for posed in posed_images(stack, intensity, samples):
-        for element in mates:
-            mate = replace(posed, rotations=posed.rotations @ element)
-            left = mate.images - form_images(slice_grid(grid, mate.rotations, disk), mate.shifts, disk, mate.ctf)
+        for mate in [posed] if symmetry is None else posed.mates(symmetry):
+            left = mate.images - mate.predicted(grid, disk)
             power += (mate.weight[:, None] * left.abs().square()).sum(dim=0)
             mass += float(mate.weight.sum())
             if symmetry is not None:
-                out = mate.inserted(left, one, disk, out)
+                out = mate.inserted(left, None, disk, out)
     return shell_mean(power / mass, disk, _shells(stack)), out
 
 

@@ -18,10 +18,9 @@ from scipy import ndimage
 from torch import Tensor
 
 from cryorbit.methods.half_maps import PosedImages, posed_images
-from cryorbit.physics.cryoem import form_images
 from cryorbit.physics.fourier import FourierDisk, fourier_to_volume, volume_to_fourier
 from cryorbit.physics.linear_gaussian import ball
-from cryorbit.physics.slicing import Accumulator, back_projected, insert_symmetric, slice_grid, slicing_grid
+from cryorbit.physics.slicing import Accumulator, back_projected, insert_symmetric, slicing_grid
 from cryorbit.physics.support import SupportedGaussian
 from cryorbit.poses.local import PoseSamples
 from cryorbit.training.dataset import FourierStack
@@ -171,14 +170,14 @@ class _Whitened:
         return back_projected(out)
 
     def left(self, mean: Float[Tensor, "d d d"]) -> Float[Tensor, "d d d"]:
-        """What ``mean`` leaves of the images, back-projected."""
+        """What ``mean`` leaves of the images at each mate of their poses, back-projected."""
         grid = slicing_grid(mean, self.disk.radius)
-
-        def rest(images: PosedImages) -> Complex[Tensor, "m p"]:
-            slices = slice_grid(grid, images.rotations, self.disk)
-            return images.images - form_images(slices, images.shifts, self.disk, images.ctf)
-
-        return self.back_projected(rest)
+        out: Accumulator | None = None
+        for images in self:
+            for mate in images.mates(self.symmetry):
+                out = mate.inserted(mate.images - mate.predicted(grid, self.disk), None, self.disk, out)
+        assert out is not None
+        return back_projected(out)
 
     def white(self, generator: torch.Generator) -> Float[Tensor, "d d d"]:
         """White noise in place of the images, back-projected with the covariance that they have at their weights."""

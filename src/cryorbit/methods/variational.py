@@ -32,11 +32,10 @@ from torch import Tensor
 from cryorbit.errors import ConfigError
 from cryorbit.methods.half_maps import PosedImages
 from cryorbit.physics.counts import check_counts, check_dose, count_information, count_log_likelihood
-from cryorbit.physics.cryoem import form_images
 from cryorbit.physics.fourier import fourier_to_volume, shell_index, volume_to_fourier
 from cryorbit.physics.linear_gaussian import ball, information, learned_prior, least_squares, posterior_mean
 from cryorbit.physics.noise import log_likelihood
-from cryorbit.physics.slicing import Accumulator, half_width, slice_grid, slicing_grid
+from cryorbit.physics.slicing import Accumulator, half_width, slicing_grid
 from cryorbit.physics.spectrum import shell_mean
 from cryorbit.poses.local import PoseSamples
 from cryorbit.training.checkpoint import State, fitted
@@ -49,7 +48,6 @@ POSTERIORS = ("gaussian", "dirac")
 PRIORS = ("learned", "standard")
 _OVERSAMPLING = 2
 _CHUNK = 512
-_ONE = torch.eye(3)[None]
 
 
 @dataclass(frozen=True)
@@ -193,7 +191,8 @@ class Variational:
         volume = self.volume
         draw = volume.draw(torch.Generator().manual_seed(self.seed * 1_000_003 + index)).detach()
         likelihood, left, noise = self._left(chosen, posed, draw)
-        bound = scale * likelihood - float(volume.divergence(t["prior"]).detach())
+        # Mates of a coefficient are one number, which the divergence counts as often as there are mates.
+        bound = scale * likelihood - float(volume.divergence(t["prior"]).detach()) / len(self.symmetry)
         towards = posterior_mean(replace(left.scaled(scale), weight=t["weight"]), t["noise"], t["prior"])
         said = seen * volume_to_fourier(draw) + self._precision * volume_to_fourier(towards)
         t["numerator"] = (1 - rate) * t["numerator"] + rate * said
@@ -206,19 +205,16 @@ class Variational:
     ) -> tuple[float, Accumulator, Float[Tensor, " shells"]]:
         """The batch's log-likelihood under a map, its gradient inserted, and the noise the batch shows.
 
-        An image shows the map at every mate of its pose, and pulls at each by what that one leaves of it: only so is a map drawn to its
-        group. The gradient is that by predicted pixels times their noise: of the Gaussian likelihood, the image less its prediction.
+        The gradient is that by predicted pixels times their noise: of the Gaussian likelihood, the image less its prediction.
         """
         grid, strength = slicing_grid(draw, self.disk.radius), self.tensors["noise"][self.disk.shell] / self.disk.weight
         out: Accumulator | None = None
         total, noise = 0.0, torch.zeros_like(self.tensors["noise"])
-        for element in self.symmetry:
-            mate = replace(posed, rotations=posed.rotations @ element)
-            slices = slice_grid(grid, mate.rotations, self.disk)
-            predicted = form_images(slices, mate.shifts, self.disk, mate.ctf).requires_grad_()
+        for mate in posed.mates(self.symmetry):
+            predicted = mate.predicted(grid, self.disk).requires_grad_()
             per_image, shown = self._fit(chosen, mate.images, predicted)
             (gradient,) = torch.autograd.grad(per_image.sum(), [predicted])
-            out = mate.inserted(strength * gradient, _ONE.to(gradient.device), self.disk, out)
+            out = mate.inserted(strength * gradient, None, self.disk, out)
             total, noise = total + float(per_image.detach().sum()), noise + shown
         assert out is not None
         return total / len(self.symmetry), out, noise / len(self.symmetry)
