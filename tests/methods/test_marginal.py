@@ -1,6 +1,7 @@
 """The population of runs: selection, pairing across frames and hands, joining, intensity."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -137,6 +138,32 @@ def test_each_half_keeps_the_likelier_run_of_two_heats_and_a_resumed_run_too(tru
     assert second is old[2]
     assert resumed.finished()
     assert torch.equal(resumed.maps()[1], made.maps()[1])
+
+
+def test_a_heat_settles_on_with_more_images_while_that_makes_poses_sharper_or_more_alike(truth, monkeypatch):
+    """And no longer: not once the halves agree, not in vain, and not for ever."""
+    made = engine(truth, march_steps=2, heats=1)
+    while float(made.march) < 1:
+        made.step(int(made.batch))
+    made.settled = torch.tensor(3)
+    found = made.agreement()
+
+    def extended(posed: float, effective: float) -> bool:
+        monkeypatch.setattr(made, "agreement", lambda: replace(found, posed=posed))
+        return made._extend(effective)
+
+    assert not extended(0.7, 5.0)
+    assert extended(0.2, 5.0)
+    assert int(made.settled) == 0
+    assert int(made.batch) == COUNT // 2  # all of a half
+    assert not extended(0.21, 4.9)  # neither
+    assert extended(0.21, 4.0)  # sharper
+    again = engine(truth, march_steps=2, heats=1)
+    again.load_state(made.state())
+    assert int(again.extended) == 2
+    assert again.gained.tolist() == pytest.approx([0.21, 4.0])
+    assert extended(0.3, 4.0)  # more alike
+    assert not extended(0.5, 2.0)  # the fourth
 
 
 def test_noise_joins_the_halves(truth, generator):

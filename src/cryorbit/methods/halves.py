@@ -1,6 +1,6 @@
 """Two runs on different halves of the particles, laid on each other: in which frame and hand, and how well they agree."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -15,6 +15,7 @@ from cryorbit.types import Poses
 
 HALVES = (1, 2)
 SAME_POSE_DEG = 20.0
+SURE = 0.6  # of the images with the same pose in both halves, from which on they show one structure
 
 
 def members_of(half_set: Int[Tensor, " n"], half: int) -> Int[Tensor, " m"]:
@@ -38,6 +39,15 @@ class Agreement:
     reach: int
     pose_deg: float
     posed: float
+
+    @property
+    def packed(self) -> Float[Tensor, "13"]:
+        """The motion in one tensor."""
+        return torch.cat([self.rotation.flatten(), self.shift, torch.tensor([float(self.mirrored)])])
+
+    def with_motion(self, packed: Float[Tensor, "13"]) -> "Agreement":
+        """The same with another motion, as :attr:`packed` wrote it."""
+        return replace(self, rotation=packed[:9].view(3, 3), shift=packed[9:12], mirrored=bool(packed[12]))
 
     def moved(self, volume: Float[Tensor, "d d d"]) -> Float[Tensor, "d d d"]:
         """A map of the second run in the frame and hand of the first."""

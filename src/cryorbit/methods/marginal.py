@@ -13,17 +13,16 @@ disagree, the likelier one becomes the start of both halves and the result says 
 """
 
 import math
-from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from cryorbit.groups import so3
-from cryorbit.methods.halves import HALVES, Agreement, compare, members_of, unmoved
+from cryorbit.methods.halves import HALVES, SURE, Agreement, compare, members_of, unmoved
 from cryorbit.methods.marginal_config import MarginalConfig
 from cryorbit.methods.online_em import Grids, OnlineEM, rotation_grid
-from cryorbit.methods.symmetric import SymmetryTest, find_symmetry, group_of, symmetrised
+from cryorbit.methods.symmetric import SymmetryTest, find_symmetry, group_of, symmetrised, tested
 from cryorbit.metrics.fsc import fsc, last_shell
 from cryorbit.metrics.masks import soft_sphere
 from cryorbit.metrics.symmetry import SymmetryFinding, no_symmetry
@@ -34,19 +33,19 @@ from cryorbit.training.dataset import FourierStack
 _ROUNDS = (0.25, 0.5)  # of the march: where half of the runs are dropped, and where one is left for each half
 _LAST_PAIRING = 0.85  # of the march: a last attempt to pair, and where halves that were joined go on
 _RETRY = 3  # steps between attempts to pair
-_SURE = 0.6  # of the images with the same pose in both halves: below, another round of starts
+_EXTENSIONS = 3  # of a heat's settling, at most, while its halves pose images differently
+_LARGEST = 2000  # images of a half at a time in these
+_SHARPER, _NEARER = 0.05, 0.03  # by which an extension must make poses fewer, or pose more images alike
 _SAMPLE = 400  # images by which runs are compared and laid on each other
 _AGREED = 5.0  # Fourier periods per particle diameter to which two runs must correlate by 0.5 to count as one
 _CAPPED_AT = 0.143  # correlation of the halves that carries the radius outwards, with _MARGIN shells to spare
 _MARGIN = 2
 _PATIENCE = 5  # broad steps before batches grow
-_CLEAR = 2.0  # standard errors of a change of the held-out likelihood
-_FEWER = 0.75  # of the images posed alike up to a symmetry are posed alike without it, at most, where it is true
 _REACH = 2.5  # standard deviations of the shifts to be searched
 _WIDEST = 2.0  # times ``shift_range`` to which the search may grow
 _MORE_STARTS = 4  # at most, with an imposed symmetry
 
-_SCALARS = tuple("march settled batch heat done paired joined at_pairing correlation still broad".split())
+_SCALARS = "march settled batch heat done paired joined at_pairing correlation still broad extended gained".split()
 
 
 class Marginal:
@@ -85,6 +84,7 @@ class Marginal:
         self.symmetry = symmetry.to(stack.device)
         self.half_set = half_set
         self.members = {half: members_of(half_set, half) for half in HALVES}
+        self.largest = torch.tensor(float(max(len(m) for m in self.members.values())))
         self.mask = soft_sphere(stack.box, 0.5 * mask_diameter / stack.pixel_size, 3.0).to(stack.device)
         self.starts = config.starts * min(len(symmetry), _MORE_STARTS)
         self.first, self.last = config.radii(len(symmetry))
@@ -105,7 +105,10 @@ class Marginal:
 
     def _march_from(self, march: float) -> None:
         self.march = torch.tensor(march)
-        self.settled, self.still, self.broad = (torch.zeros((), dtype=torch.int64) for _ in range(3))
+        self.settled, self.still, self.broad, self.extended = (torch.zeros((), dtype=torch.int64) for _ in range(4))
+        self.gained = torch.tensor(
+            [0.0, float("inf")]
+        )  # images posed alike and effective poses, before the last extension
         self.paired = torch.zeros((), dtype=torch.bool)
         self.correlation = torch.ones(self.stack.box // 2 + 1)
 
@@ -116,8 +119,6 @@ class Marginal:
 
     def _new_run(self) -> OnlineEM:
         return OnlineEM(self.stack, self.mask, self.symmetry, self.config.tau_fudge, self._shift_range() / _REACH)
-
-    # -- schedule ---------------------------------------------------------------------------------------------------------------
 
     def periods(self, shell: float) -> float:
         """Fourier pixels of the working box as periods per particle diameter."""
@@ -154,16 +155,11 @@ class Marginal:
 
     def total_steps(self) -> int:
         """Steps if posteriors stay broad throughout and the halves never agree."""
-        c = self.config
-        joined = math.ceil(4 * (1 - _LAST_PAIRING) * c.march_steps) + c.settle_steps
-        heat = 4 * c.march_steps + 1 + c.settle_steps  # sums of 0.25 / march_steps may end just below 1
-        return c.heats * heat + joined + 1
+        return self.config.most_steps(_LAST_PAIRING, _EXTENSIONS)
 
     def finished(self) -> bool:
         """Whether the halves agree, or every heat has been run and the winners been joined."""
         return bool(self.done)
-
-    # -- one step ---------------------------------------------------------------------------------------------------------------
 
     def step(self, index: int) -> dict[str, float | str]:
         """One minibatch for every run of either half; then selection, pairing or the halves' correlation; at last the verdict on a heat."""
@@ -178,6 +174,8 @@ class Marginal:
                     run.start(chosen, grids, generator)
                     continue
                 decay = self.config.settle_decay if float(self.march) >= 1 else self.config.decay
+                if int(self.extended):  # sums are of every image once
+                    decay = min(decay, max(0.0, 1 - float(self.batch) / len(members)))
                 result = run.step(chosen, grids, decay, intensities=bool(self.paired))
                 effective.append(float(recounted(result.effective.median(), order, self.config.order)))
         sharpest = min(effective, default=float("inf"))
@@ -185,7 +183,7 @@ class Marginal:
         if bool(self.paired):
             self._follow(radius)
         runs = [run for half in HALVES for run in self.runs[half].values()]
-        self._advance(sharpest, order)
+        self._advance(sharpest, max(effective, default=float("inf")), order)
         noise = [float(r.noise[1 : radius + 1].mean() / r.initial_noise[1 : radius + 1].mean()) for r in runs]
         return {
             "radius": float(radius),
@@ -198,20 +196,35 @@ class Marginal:
             "batch": float(int(self.batch)),
         }
 
-    def _advance(self, effective: float, order: int) -> None:
+    def _advance(self, effective: float, loosest: float, order: int) -> None:
         c = self.config
         if float(self.march) >= 1:
             self.settled = self.settled + 1
         slow = effective * 8 ** (order - c.order) >= c.sharp  # a finer grid has more to settle
         self.broad = self.broad + (1 if slow else 0)
         if slow and int(self.broad) >= _PATIENCE:
-            largest = max(len(m) for m in self.members.values())
-            self.batch = torch.minimum(1.25 * self.batch, torch.tensor(float(largest)))
+            self.batch = torch.minimum(1.25 * self.batch, self.largest)
         self.march = (self.march + (0.25 if slow else 1.0) / c.march_steps).clamp(max=1.0)
-        if int(self.settled) >= c.settle_steps or int(self.still) >= 3:
+        still = int(self.still) >= 3 and not int(self.extended)
+        if (int(self.settled) >= c.settle_steps or still) and not (effective < c.sharp and self._extend(loosest)):
             self._end_heat(effective < c.sharp)
 
-    # -- selection and pairing --------------------------------------------------------------------------------------------------
+    def _extend(self, effective: float) -> bool:
+        """Settle on with many images at a time, if the halves pose images differently and this is not known to be in vain.
+
+        Few images a step come to rest where many would still sharpen their poses: what looks like two structures may be one that neither
+        half has found yet.
+        """
+        agreement = self._up_to_symmetry(self.agreement())
+        posed, spread = self.gained.tolist()
+        gains = agreement.posed > posed + _NEARER or effective < (1 - _SHARPER) * spread
+        if agreement.posed >= SURE or int(self.extended) >= _EXTENSIONS or not gains:
+            return False
+        self.gained = torch.tensor([agreement.posed, effective])
+        self.paired = self.paired | (self.periods(float(agreement.reach)) >= _AGREED)
+        self.extended, self.settled, self.still = self.extended + 1, 0 * self.settled, 0 * self.still
+        self.batch = torch.maximum(self.batch, self.largest.clamp(max=_LARGEST))
+        return True
 
     def _select(self, index: int, radius: int) -> None:
         """Drop runs at the two rounds of the march, judged by images of the other half; then pair the winners."""
@@ -261,6 +274,12 @@ class Marginal:
             self.motion = agreement
             self.paired = torch.ones_like(self.paired)
 
+    def _up_to_symmetry(self, agreement: Agreement) -> Agreement:
+        """The same with equivalent poses as one, where that makes the winners one structure."""
+        if agreement.posed < SURE and (found := self.found_symmetry()).name != "C1":
+            agreement = test.agreement if (test := self.test_symmetry(found)).allowed else agreement
+        return agreement
+
     def _end_heat(self, sharp: bool) -> None:
         """Keep the best run of each half; fresh starts if their poses differ, and in the end one map for both halves."""
         contested = any(self.best.values())
@@ -276,12 +295,10 @@ class Marginal:
         agreement = self.agreement()
         if contested or not bool(self.paired):
             self._follow(self.radius())
-        if agreement.posed < _SURE and (found := self.found_symmetry()).name != "C1":
-            test = self.test_symmetry(found)
-            agreement = test.agreement if test.allowed else agreement
+        agreement = self._up_to_symmetry(agreement)
         periods = self.periods(float(agreement.reach))
         self.best = {half: {} for half in HALVES}
-        if bool(self.joined) or agreement.posed >= _SURE or (last and periods >= _AGREED):
+        if bool(self.joined) or agreement.posed >= SURE or (last and periods >= _AGREED):
             self.done = torch.ones_like(self.done)
         elif last:
             self.at_pairing = torch.tensor([periods, agreement.posed, agreement.pose_deg])
@@ -330,8 +347,6 @@ class Marginal:
         self._follow(self.radius())
         self.done = torch.ones_like(self.done)
 
-    # -- hand-over and resume ---------------------------------------------------------------------------------------------------
-
     def agreement(self) -> Agreement:
         """How the two winners compare at the end; from now on :meth:`maps` and ``assign`` use this motion."""
         self.motion = self._compare(self.radius())
@@ -344,9 +359,7 @@ class Marginal:
         return find_symmetry(self.maps(), self.motion.fsc, self.mask_diameter, self.stack.pixel_size)
 
     def test_symmetry(self, found: SymmetryFinding) -> SymmetryTest:
-        """Average each half's map over ``found``: images of the other half must be likelier for it, or as likely while the halves pose images
-        alike when equivalent poses are one, and clearly fewer of them otherwise (which :meth:`agreement` has counted).
-        """
+        """What images of the other half say of each half's map averaged over ``found``; after :meth:`agreement`."""
         radius, gains = self.radius(), []
         for half, run, volume in zip(HALVES, self.winners(), self.maps(), strict=True):
             chosen, grids = self.sample(3 - half), self.grids(run, radius)
@@ -356,18 +369,12 @@ class Marginal:
                 for changed in (averaged, run.with_map(volume))
             )
             gains.append((ours - plain).cpu())
-        both = torch.cat(gains)
-        gain, error = float(both.mean()), float(both.std()) / len(both) ** 0.5
-        agreement = self._compare(radius, group_of(found))
-        alike = agreement.posed >= _SURE and self.motion.posed <= _FEWER * agreement.posed
-        least = -_CLEAR if alike else _CLEAR
-        return SymmetryTest(found, gain, error, agreement, gain > least * error)
+        return tested(found, torch.cat(gains), self.motion, self._compare(radius, group_of(found)))
 
     def state(self) -> State:
         """Tensors that continue the run exactly."""
         state: State = {name: getattr(self, name) for name in _SCALARS}
-        m = self.motion
-        state["motion"] = torch.cat([m.rotation.flatten(), m.shift, torch.tensor([float(m.mirrored)])])
+        state["motion"] = self.motion.packed
         for kind, halves in (("runs", self.runs), ("best", self.best)):
             for half, runs in halves.items():
                 for start, run in runs.items():
@@ -380,10 +387,7 @@ class Marginal:
         """Inverse of :meth:`state`."""
         for name in _SCALARS:
             setattr(self, name, state[name])
-        m = state["motion"]
-        self.motion = replace(
-            unmoved(self.stack.box // 2 + 1), rotation=m[:9].view(3, 3), shift=m[9:12], mirrored=bool(m[12])
-        )
+        self.motion = unmoved(self.stack.box // 2 + 1).with_motion(state["motion"])
         self.runs, self.best = {half: {} for half in HALVES}, {half: {} for half in HALVES}
         for kind, half, start in sorted(
             {(k, int(h), int(n)) for k, h, n, *_ in (key.split(".") for key in state if "." in key)}

@@ -1,5 +1,6 @@
 """Settings of the ab initio engine."""
 
+import math
 from dataclasses import dataclass
 
 FINEST = 4
@@ -18,7 +19,8 @@ class MarginalConfig:
         Most rounds of starts; another follows while the halves give less than 60 % of the images the same pose and the last
         one found a likelier map.
     batch
-        Images per run and step at first; grows by a quarter with every step that leaves posteriors broad.
+        Images per run and step at first; grows by a quarter with every step that leaves posteriors broad, and to 2,000 while halves
+        that have settled give less than 60 % of the images the same pose.
     order
         HEALPix order of the rotation grid (2: 4,608 rotations, 15 degrees apart). With an imposed symmetry of 8 or more elements one
         more from where a single run is left to each half: its asymmetric unit is then as long a list as the whole grid was.
@@ -28,7 +30,8 @@ class MarginalConfig:
     march_steps
         Steps from the first radius to the last while posteriors are sharp; four times as many while they are broad.
     settle_steps
-        Most steps at the last radius, with slowly forgotten statistics; fewer when the halves' correlation stands still.
+        Most steps at the last radius, with slowly forgotten statistics; fewer when the halves' correlation stands still, up to four
+        times as many while halves pose images differently and more steps help.
     decay, settle_decay
         Factor on the old statistics at each step, while marching and while settling.
     sharp
@@ -65,3 +68,10 @@ class MarginalConfig:
     def order_of(self, elements: int) -> int:
         """HEALPix order that leaves an asymmetric unit of so many elements no more rotations than ``order`` has for all of them."""
         return min(self.order + 1, FINEST) if elements >= 8 else self.order
+
+    def most_steps(self, joined_from: float, extensions: int) -> int:
+        """Steps if posteriors stay broad throughout, every heat settles ``extensions`` times more, and the halves never agree."""
+        settled = (1 + extensions) * self.settle_steps
+        joined = math.ceil(4 * (1 - joined_from) * self.march_steps) + settled
+        heat = 4 * self.march_steps + 1 + settled  # sums of 0.25 / march_steps may end just below 1
+        return self.heats * heat + joined + 1

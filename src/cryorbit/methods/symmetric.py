@@ -8,13 +8,15 @@ from torch import Tensor
 
 from cryorbit.errors import DataError
 from cryorbit.groups.point import point_group
-from cryorbit.methods.halves import Agreement
+from cryorbit.methods.halves import SURE, Agreement
 from cryorbit.metrics.masks import contrast_sign
 from cryorbit.metrics.resample import move_volume
 from cryorbit.metrics.symmetry import SymmetryFinding, detect_symmetry, no_symmetry
 from cryorbit.types import Volume
 
 _SMALLEST_BOX = 16  # in which a symmetry is looked for
+_CLEAR = 2.0  # standard errors of a change of the held-out likelihood
+_FEWER = 0.75  # of the images posed alike up to a symmetry are posed alike without it, at most, where it is true
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,14 @@ def find_symmetry(
         return detect_symmetry(Volume(mean, pixel_size), mask_diameter=mask_diameter, fsc=shells)
     except DataError:  # no density to look at: a map of noise
         return no_symmetry()
+
+
+def tested(found: SymmetryFinding, gain: Float[Tensor, " b"], plain: Agreement, agreement: Agreement) -> SymmetryTest:
+    """Whether a symmetry is allowed: held-out images must be likelier for it (``gain``, of each), or as likely while the halves pose images
+    alike when equivalent poses are one (``agreement``), and clearly fewer of them otherwise (``plain``)."""
+    mean, error = float(gain.mean()), float(gain.std()) / len(gain) ** 0.5
+    alike = agreement.posed >= SURE and plain.posed <= _FEWER * agreement.posed
+    return SymmetryTest(found, mean, error, agreement, mean > (-_CLEAR if alike else _CLEAR) * error)
 
 
 def group_of(found: SymmetryFinding) -> Float[Tensor, "s 3 3"]:
