@@ -161,7 +161,7 @@ def test_a_heat_settles_on_with_more_images_while_that_makes_poses_sharper_or_mo
     again = engine(truth, march_steps=2, heats=1)
     again.load_state(made.state())
     assert int(again.extended) == 2
-    assert again.gained.tolist() == pytest.approx([0.21, 4.0])
+    assert (float(again.alike), float(again.spread)) == pytest.approx((0.21, 4.0))
     assert extended(0.3, 4.0)  # more alike
     assert not extended(0.5, 2.0)  # the fourth
 

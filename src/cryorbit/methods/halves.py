@@ -41,11 +41,11 @@ class Agreement:
     posed: float
 
     @property
-    def packed(self) -> Float[Tensor, "13"]:
+    def packed(self) -> Float[Tensor, " m"]:
         """The motion in one tensor."""
         return torch.cat([self.rotation.flatten(), self.shift, torch.tensor([float(self.mirrored)])])
 
-    def with_motion(self, packed: Float[Tensor, "13"]) -> "Agreement":
+    def with_motion(self, packed: Float[Tensor, " m"]) -> "Agreement":
         """The same with another motion, as :attr:`packed` wrote it."""
         return replace(self, rotation=packed[:9].view(3, 3), shift=packed[9:12], mirrored=bool(packed[12]))
 

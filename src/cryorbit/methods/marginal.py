@@ -45,7 +45,8 @@ _REACH = 2.5  # standard deviations of the shifts to be searched
 _WIDEST = 2.0  # times ``shift_range`` to which the search may grow
 _MORE_STARTS = 4  # at most, with an imposed symmetry
 
-_SCALARS = "march settled batch heat done paired joined at_pairing correlation still broad extended gained".split()
+_SCALARS = "march settled batch heat done paired joined at_pairing correlation still broad extended".split()
+_SCALARS += ["alike", "spread"]  # at the last extension: share of images posed alike, effective poses
 
 
 class Marginal:
@@ -106,9 +107,7 @@ class Marginal:
     def _march_from(self, march: float) -> None:
         self.march = torch.tensor(march)
         self.settled, self.still, self.broad, self.extended = (torch.zeros((), dtype=torch.int64) for _ in range(4))
-        self.gained = torch.tensor(
-            [0.0, float("inf")]
-        )  # images posed alike and effective poses, before the last extension
+        self.alike, self.spread = torch.zeros(()), torch.tensor(1e9)  # as an extension finds them
         self.paired = torch.zeros((), dtype=torch.bool)
         self.correlation = torch.ones(self.stack.box // 2 + 1)
 
@@ -216,11 +215,10 @@ class Marginal:
         half has found yet.
         """
         agreement = self._up_to_symmetry(self.agreement())
-        posed, spread = self.gained.tolist()
-        gains = agreement.posed > posed + _NEARER or effective < (1 - _SHARPER) * spread
+        gains = agreement.posed > float(self.alike) + _NEARER or effective < (1 - _SHARPER) * float(self.spread)
         if agreement.posed >= SURE or int(self.extended) >= _EXTENSIONS or not gains:
             return False
-        self.gained = torch.tensor([agreement.posed, effective])
+        self.alike, self.spread = torch.tensor(agreement.posed), torch.tensor(effective)
         self.paired = self.paired | (self.periods(float(agreement.reach)) >= _AGREED)
         self.extended, self.settled, self.still = self.extended + 1, 0 * self.settled, 0 * self.still
         self.batch = torch.maximum(self.batch, self.largest.clamp(max=_LARGEST))
