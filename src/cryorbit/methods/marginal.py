@@ -214,7 +214,9 @@ class Marginal:
         Few images a step come to rest where many would still sharpen their poses: what looks like two structures may be one that neither
         half has found yet.
         """
-        agreement = self._up_to_symmetry(self.agreement())
+        agreement = self.agreement()
+        if not int(self.extended):
+            agreement = self._up_to_symmetry(agreement)
         gains = agreement.posed > float(self.alike) + _NEARER or effective < (1 - _SHARPER) * float(self.spread)
         if agreement.posed >= SURE or int(self.extended) >= _EXTENSIONS or not gains:
             return False
