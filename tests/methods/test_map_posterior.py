@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from small_stack import askew_group, symmetric_stack
+from small_stack import askew_group, covered, known, symmetric_stack
 
 from cryorbit.errors import DataError
 from cryorbit.groups.so3 import exp, random_rotations
@@ -44,10 +44,6 @@ def simulated(box: int, width: float = 2.0) -> tuple[FourierStack, SimulatedPart
     return FourierStack(ArrayParticles(truth.images.numpy(), APIX, values), box / 2, mask_diameter=80.0), truth
 
 
-def known(truth: SimulatedParticles) -> PoseSamples:
-    return PoseSamples(torch.arange(COUNT), truth.poses.rotations, truth.poses.shifts / APIX, torch.ones(COUNT))
-
-
 @pytest.fixture(scope="module", params=[24, 25], ids=["even", "odd"])
 def case(request):
     stack, truth = simulated(request.param)
@@ -66,14 +62,9 @@ def test_intervals_hold_the_truth(case):
 @pytest.mark.parametrize("name", ["C7", "O"])
 def test_intervals_hold_the_truth_under_a_point_group(name):
     """About axes that are none of the grid's."""
-    group, covered = askew_group(name), []
-    for seed in range(3):
-        stack, truth = symmetric_stack(group, seed)
-        count = len(truth.images)
-        poses = PoseSamples(torch.arange(count), truth.poses.rotations, truth.poses.shifts / APIX, torch.ones(count))
-        found = map_posterior(stack, torch.ones(count), poses, group)
-        covered.append(interval_coverage(found.mean, found.variance, truth.volume.data * stack.scale).overall)
-    assert sum(covered) / 3 == pytest.approx(0.9, abs=0.025)
+    group = askew_group(name)
+    share = covered(group, lambda stack, poses: map_posterior(stack, torch.ones(len(stack)), poses, group))
+    assert share == pytest.approx(0.9, abs=0.025)
 
 
 @pytest.mark.parametrize("name", ["C1", "C7"])
@@ -81,11 +72,10 @@ def test_mean_is_that_of_the_normal_equations(name):
     """Solved by conjugate gradients, on the same noise and prior, in a box without a mask; the last shell is partly filled."""
     group = askew_group(name)
     stack, truth = symmetric_stack(group, 1)
-    count = len(truth.images)
-    poses = PoseSamples(torch.arange(count), truth.poses.rotations, truth.poses.shifts / APIX, torch.ones(count))
-    found = map_posterior(stack, torch.ones(count), poses, group)
+    equal, poses = torch.ones(len(stack)), known(truth)
+    found = map_posterior(stack, equal, poses, group)
     free = torch.ones(stack.box, stack.box, stack.box, dtype=torch.bool)
-    solved = masked_posterior(stack, torch.ones(count), poses, group, free, found.noise, found.prior, draws=2)
+    solved = masked_posterior(stack, equal, poses, group, free, found.noise, found.prior, draws=2)
     index = shell_index(stack.box)
     off = shell_sum(volume_to_fourier(found.mean - solved.mean).abs().square(), index, stack.box)
     apart = (off / shell_sum(found.variance, index, stack.box))[1:-1]

@@ -150,7 +150,7 @@ def test_a_heat_settles_on_with_more_images_while_that_makes_poses_sharper_or_mo
 
     def extended(posed: float, effective: float) -> bool:
         monkeypatch.setattr(made, "agreement", lambda: replace(found, posed=posed))
-        return made._extend(effective)
+        return made._extend(effective) is None
 
     assert not extended(0.7, 5.0)
     assert extended(0.2, 5.0)

@@ -4,13 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_stack import APIX, BOX, COUNT, askew_group, small_stack, symmetric_stack
+from small_stack import APIX, BOX, COUNT, askew_group, known, small_stack, symmetric_stack
 
 from cryorbit.errors import ConfigError
+from cryorbit.groups.point import point_group
 from cryorbit.methods.map_posterior import MapPosterior, map_posterior
 from cryorbit.methods.variational import Variational, VariationalConfig
 from cryorbit.metrics.calibration import interval_coverage
 from cryorbit.metrics.fsc import fsc, shell_sum
+from cryorbit.metrics.resample import move_volume
 from cryorbit.physics.fourier import shell_index, volume_to_fourier
 from cryorbit.poses.local import PoseSamples
 from cryorbit.simulate.particles import SimulatedParticles, simulate_particles
@@ -24,7 +26,7 @@ ONE = torch.eye(3)[None]
 @pytest.fixture(scope="module")
 def case() -> tuple[FourierStack, SimulatedParticles, PoseSamples, MapPosterior]:
     stack, truth = small_stack(3)
-    poses = PoseSamples(torch.arange(COUNT), truth.poses.rotations, truth.poses.shifts / APIX, torch.ones(COUNT))
+    poses = known(truth)
     return stack, truth, poses, map_posterior(stack, torch.ones(COUNT), poses, ONE)
 
 
@@ -64,11 +66,22 @@ def test_bound_rises_and_wrong_poses_have_a_lower_one(case):
     assert ends[0] > ends[1] + 1.0
 
 
-def test_symmetry_is_imposed():
-    """A map under C7 is C7, and is the exact one."""
+def test_symmetry_is_imposed(case):
+    """A map of given poses under C2 is C2, and is the exact one."""
+    stack, _, poses, _ = case
+    group = point_group("C2").float()
+    exact = map_posterior(stack, torch.ones(COUNT), poses, group)
+    method = Variational(stack, VariationalConfig(epochs=6, batch=100), poses=poses, symmetry=group)
+    run(method)
+    mean = method.tensors["mean"]
+    assert float(fsc(mean, exact.mean)[1:-1].min()) > 0.9
+    assert float(fsc(mean, move_volume(mean, group[1], torch.zeros(3)))[1:-1].min()) > 0.97
+
+
+def test_under_the_group_of_the_molecule_it_is_the_exact_posterior():
     group = askew_group("C7")
     stack, truth = symmetric_stack(group, 3)
-    poses = PoseSamples(torch.arange(COUNT), truth.poses.rotations, truth.poses.shifts / APIX, torch.ones(COUNT))
+    poses = known(truth)
     exact = map_posterior(stack, torch.ones(COUNT), poses, group)
     method = Variational(stack, VariationalConfig(epochs=4, batch=100), poses=poses, symmetry=group)
     run(method)
@@ -79,7 +92,7 @@ def test_symmetry_is_imposed():
 
 def test_bound_is_highest_under_the_group_of_the_molecule():
     stack, truth = symmetric_stack(askew_group("C7"), 3)
-    poses = PoseSamples(torch.arange(COUNT), truth.poses.rotations, truth.poses.shifts / APIX, torch.ones(COUNT))
+    poses = known(truth)
     bound = {}
     for name in ("C7", "C6", "C1"):
         method = Variational(stack, VariationalConfig(batch=100), poses=poses, symmetry=askew_group(name))
@@ -97,7 +110,7 @@ def test_without_noise_every_batch_comes_nearer(posterior):
         phantom(radius=60.0, width=5.0), count=count, box=box, pixel_size=APIX, snr_db=None, seed=1
     )
     stack = FourierStack(ArrayParticles(truth.images.numpy(), APIX), box / 2, mask_diameter=150.0)
-    poses = PoseSamples(torch.arange(count), truth.poses.rotations, truth.poses.shifts / APIX, torch.ones(count))
+    poses = known(truth)
     method = Variational(stack, VariationalConfig(posterior=posterior, batch=50), poses=poses, symmetry=ONE)
     clean, off = truth.volume.data * stack.scale, []
     for step in range(8):

@@ -13,7 +13,7 @@ from cryorbit.methods.halves import HALVES, members_of
 from cryorbit.metrics.align import improve_alignment
 from cryorbit.metrics.fsc import last_shell, masked_fsc
 from cryorbit.metrics.masks import mask_within, soft_sphere
-from cryorbit.physics.cryoem import form_images
+from cryorbit.physics.cryoem import forward
 from cryorbit.physics.fourier import FourierDisk
 from cryorbit.physics.shift import phase_ramp
 from cryorbit.physics.slicing import (
@@ -21,7 +21,6 @@ from cryorbit.physics.slicing import (
     SlicingGrid,
     insert_slices,
     insert_symmetric,
-    slice_grid,
     volume_from_accumulator,
 )
 from cryorbit.physics.spectrum import mean_weight
@@ -71,7 +70,7 @@ class PosedImages:
 
     def predicted(self, grid: SlicingGrid, disk: FourierDisk) -> Complex[Tensor, "m p"]:
         """What a map makes of the images."""
-        return form_images(slice_grid(grid, self.rotations, disk), self.shifts, disk, self.ctf)
+        return forward(grid, self.rotations, self.shifts, disk, self.ctf)
 
 
 def posed_images(

@@ -17,10 +17,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cryorbit.metrics.held_out import effective_samples, importance_weighted
-from cryorbit.physics.cryoem import form_images
+from cryorbit.physics.cryoem import forward
 from cryorbit.physics.linear_gaussian import slice_variance
 from cryorbit.physics.noise import log_likelihood
-from cryorbit.physics.slicing import slice_grid, slicing_grid
+from cryorbit.physics.slicing import slicing_grid
 from cryorbit.physics.spectrum import shell_mean
 from cryorbit.poses.proposals import PoseProposals
 from cryorbit.training.dataset import FourierStack
@@ -107,7 +107,7 @@ def held_out(
         images, ctf = stack.images(particle[rows]), stack.ctf(particle[rows])
         terms, ratios = [], []
         for rotations, shifts in proposals.each(rows, device):
-            predicted = form_images(slice_grid(grid, rotations, disk), shifts, disk, ctf)
+            predicted = forward(grid, rotations, shifts, disk, ctf)
             variance = floor + ctf.square() * slice_variance(map_variance, rotations, disk) / stack.box**2
             terms.append(log_likelihood(images, predicted, variance, disk))
             ratios.append((images - predicted).abs().square() / (variance * stack.box**2))

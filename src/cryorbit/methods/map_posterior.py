@@ -134,9 +134,10 @@ def map_posterior(
     if alone is not None:
         alone = calibrated(alone, one, two, power)
     noise = left(power)
-    variance = posterior_variance(acc, noise, spectrum())
-    mean = corrected_mean(mean, variance, one + two, noise, spectrum())
-    return MapPosterior(mean, variance, seen, noise, spectrum())
+    final = spectrum()
+    variance = posterior_variance(acc, noise, final)
+    mean = corrected_mean(mean, variance, one + two, noise, final)
+    return MapPosterior(mean, variance, seen, noise, final)
 
 
 def pose_variance(

@@ -204,27 +204,26 @@ class Marginal:
         if slow and int(self.broad) >= _PATIENCE:
             self.batch = torch.minimum(1.25 * self.batch, self.largest)
         self.march = (self.march + (0.25 if slow else 1.0) / c.march_steps).clamp(max=1.0)
-        still = int(self.still) >= 3 and not int(self.extended)
-        if (int(self.settled) >= c.settle_steps or still) and not (effective < c.sharp and self._extend(loosest)):
-            self._end_heat(effective < c.sharp)
+        still, sharp = int(self.still) >= 3 and not int(self.extended), effective < c.sharp
+        if int(self.settled) >= c.settle_steps or still:
+            found = self._extend(loosest) if sharp else None
+            if found is not None or not sharp:
+                self._end_heat(sharp, found)
 
-    def _extend(self, effective: float) -> bool:
-        """Settle on with many images at a time, if the halves pose images differently and this is not known to be in vain.
+    def _extend(self, effective: float) -> Agreement | None:
+        """Settle on with many images at a time (None), but for halves that pose images alike or gain nothing: then how they compare.
 
-        Few images a step come to rest where many would still sharpen their poses: what looks like two structures may be one that neither
-        half has found yet.
+        Few images a step come to rest where many would still sharpen poses: two structures may be one that neither half has found yet.
         """
-        agreement = self.agreement()
-        if not int(self.extended):
-            agreement = self._up_to_symmetry(agreement)
+        agreement = self.agreement() if int(self.extended) else self._up_to_symmetry(self.agreement())
         gains = agreement.posed > float(self.alike) + _NEARER or effective < (1 - _SHARPER) * float(self.spread)
         if agreement.posed >= SURE or int(self.extended) >= _EXTENSIONS or not gains:
-            return False
+            return self._up_to_symmetry(agreement) if int(self.extended) else agreement
         self.alike, self.spread = torch.tensor(agreement.posed), torch.tensor(effective)
         self.paired = self.paired | (self.periods(float(agreement.reach)) >= _AGREED)
         self.extended, self.settled, self.still = self.extended + 1, 0 * self.settled, 0 * self.still
         self.batch = torch.maximum(self.batch, self.largest.clamp(max=_LARGEST))
-        return True
+        return None
 
     def _select(self, index: int, radius: int) -> None:
         """Drop runs at the two rounds of the march, judged by images of the other half; then pair the winners."""
@@ -280,8 +279,8 @@ class Marginal:
             agreement = test.agreement if (test := self.test_symmetry(found)).allowed else agreement
         return agreement
 
-    def _end_heat(self, sharp: bool) -> None:
-        """Keep the best run of each half; fresh starts if their poses differ, and in the end one map for both halves."""
+    def _end_heat(self, sharp: bool, found: Agreement | None) -> None:
+        """Keep the best run of each half; fresh starts if their poses differ (``found``, if known), and in the end one map for both."""
         contested = any(self.best.values())
         if contested:
             self._march_from(1.0)  # to the full radius, whatever the correlation of this heat's winners
@@ -292,16 +291,17 @@ class Marginal:
             self.runs[half] = {start: other for start, other in self.runs[half].items() if other is run}
         beaten = contested and self.runs == self.best  # by both earlier winners
         last = beaten or not sharp or int(self.heat) + 1 >= self.config.heats
-        agreement = self.agreement()
-        if contested or not bool(self.paired):
-            self._follow(self.radius())
-        agreement = self._up_to_symmetry(agreement)
-        periods = self.periods(float(agreement.reach))
+        if found is None or not bool(self.paired):  # where earlier winners came back it is not
+            found = self.agreement()
+            if not bool(self.paired):
+                self._follow(self.radius())
+            found = self._up_to_symmetry(found)
+        periods = self.periods(float(found.reach))
         self.best = {half: {} for half in HALVES}
-        if bool(self.joined) or agreement.posed >= SURE or (last and periods >= _AGREED):
+        if bool(self.joined) or found.posed >= SURE or (last and periods >= _AGREED):
             self.done = torch.ones_like(self.done)
         elif last:
-            self.at_pairing = torch.tensor([periods, agreement.posed, agreement.pose_deg])
+            self.at_pairing = torch.tensor([periods, found.posed, found.pose_deg])
             self._join()
         else:
             self.best = self.runs
