@@ -66,7 +66,7 @@ def one(star: Path, true: Poses, diameter: float, seed: int, kind: str) -> dict[
     errors = []
     for half, winner in zip(HALVES, engine.winners(), strict=True):
         own = engine.members[half]
-        poses = winner.top_poses(own, engine.grids(winner, engine.radius()))
+        poses = winner.top_poses(own, engine.grids(winner, engine.radius()))[0]
         found = Poses(poses.rotations, poses.shifts * stack.pixel_size)
         errors.append(
             float(torch.rad2deg(align_poses(found, Poses(true.rotations[own], true.shifts[own])).error).median())

@@ -88,7 +88,7 @@ def with_true_map(name: str, data: Path, true: Poses) -> dict[str, float] | None
     perfect.noise = shell_mean((images - scale * model).abs().square().mean(dim=0), stack.disk, len(perfect.noise))
     limit = float(shifts.norm(dim=1).max())
     grids = Grids(rotation_grid(2, group), shift_grid(limit, 0.38 * stack.box / 12, float(shifts.std())), 12)
-    found = align_poses(perfect.top_poses(chosen, grids), true).summary(stack.pixel_size)
+    found = align_poses(perfect.top_poses(chosen, grids)[0], true).summary(stack.pixel_size)
     random = so3.random_rotations(len(stack), torch.Generator().manual_seed(0))
     chance = align_poses(Poses(random.double(), torch.zeros_like(true.shifts)), true).summary(stack.pixel_size)
     return {"true_map_median_deg": found.median_deg, "random_poses_median_deg": chance.median_deg}

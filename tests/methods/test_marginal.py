@@ -143,25 +143,29 @@ def test_each_half_keeps_the_likelier_run_of_two_heats_and_a_resumed_run_too(tru
 def test_a_heat_settles_on_with_more_images_while_that_makes_poses_sharper_or_more_alike(truth, monkeypatch):
     """And no longer: not once the halves agree, not in vain, and not for ever."""
     made = engine(truth, march_steps=2, heats=1)
-    while float(made.march) < 1:
-        made.step(int(made.batch))
-    made.settled = torch.tensor(3)
+    for index in range(2):
+        made.step(index)
+    made.march, made.settled = torch.tensor(1.0), torch.tensor(3)
     found = made.agreement()
 
     def extended(posed: float, effective: float) -> bool:
-        monkeypatch.setattr(made, "agreement", lambda: replace(found, posed=posed))
-        return made._extend(effective) is None
+        monkeypatch.setattr(made, "agreement", lambda: replace(found, posed=posed, effective=effective, reach=2))
+        before = int(made.extended)
+        made._extend()
+        return int(made.extended) > before
 
     assert not extended(0.7, 5.0)
     assert extended(0.2, 5.0)
     assert int(made.settled) == 0
     assert int(made.batch) == COUNT // 2  # all of a half
     assert not extended(0.21, 4.9)  # neither
+    assert not extended(0.1, 4.0)  # sharper but less alike
     assert extended(0.21, 4.0)  # sharper
     again = engine(truth, march_steps=2, heats=1)
-    again.load_state(made.state())
-    assert int(again.extended) == 2
-    assert (float(again.alike), float(again.spread)) == pytest.approx((0.21, 4.0))
+    again.load_state({name: value.clone() for name, value in made.state().items()})
+    for each in (made, again):
+        each.step(2)
+    assert all(torch.equal(value, again.state()[name]) for name, value in made.state().items())
     assert extended(0.3, 4.0)  # more alike
     assert not extended(0.5, 2.0)  # the fourth
 
@@ -172,6 +176,8 @@ def test_noise_joins_the_halves(truth, generator):
     run(made)
     assert bool(made.joined)
     assert float(made.at_pairing[1]) < 0.2
+    assert not int(made.extended)  # one start for both halves: they cannot say more
+    assert int(made.batch) < COUNT // 2  # grown anew
 
 
 def test_given_maps_start_one_run_of_each_half_and_their_frames_are_laid_on_each_other(truth, generator):
@@ -241,7 +247,7 @@ def test_images_that_cannot_tell_do_not_impose_a_symmetry_that_poses_tell(finish
 def test_framed_poses_see_the_moved_map_as_the_old_poses_saw_the_old_one(mirrored, generator):
     volume = simulate_particles(phantom(), count=1, box=24, pixel_size=APIX, snr_db=None, seed=0).volume.data.float()
     rotation, shift = random_rotations(1, generator)[0], torch.tensor([0.7, -0.4, 0.5])
-    motion = Agreement(rotation, shift, mirrored, torch.ones(3), 2, 0.0, 1.0)
+    motion = Agreement(rotation, shift, mirrored, torch.ones(3), 2, 0.0, 1.0, 1.0)
     poses = Poses(random_rotations(6, generator), torch.randn(6, 2, generator=generator))
     framed = motion.framed(poses)
     disk = fourier_disk(24, 6.0)

@@ -34,8 +34,7 @@ _ROUNDS = (0.25, 0.5)  # of the march: where half of the runs are dropped, and w
 _LAST_PAIRING = 0.85  # of the march: a last attempt to pair, and where halves that were joined go on
 _RETRY = 3  # steps between attempts to pair
 _EXTENSIONS = 3  # of a heat's settling, at most, while its halves pose images differently
-_LARGEST = 2000  # images of a half at a time in these
-_SHARPER, _NEARER = 0.05, 0.03  # by which an extension must make poses fewer, or pose more images alike
+_AT_ONCE, _LARGEST = 2_000, 10_000  # images of a half at a time in these, and however broad posteriors stay
 _SAMPLE = 400  # images by which runs are compared and laid on each other
 _AGREED = 5.0  # Fourier periods per particle diameter to which two runs must correlate by 0.5 to count as one
 _CAPPED_AT = 0.143  # correlation of the halves that carries the radius outwards, with _MARGIN shells to spare
@@ -45,8 +44,9 @@ _REACH = 2.5  # standard deviations of the shifts to be searched
 _WIDEST = 2.0  # times ``shift_range`` to which the search may grow
 _MORE_STARTS = 4  # at most, with an imposed symmetry
 
-_SCALARS = "march settled batch heat done paired joined at_pairing correlation still broad extended".split()
-_SCALARS += ["alike", "spread"]  # at the last extension: share of images posed alike, effective poses
+_SCALARS = (
+    "march settled batch heat done paired joined at_pairing correlation still broad extended alike spread".split()
+)
 
 
 class Marginal:
@@ -85,12 +85,11 @@ class Marginal:
         self.symmetry = symmetry.to(stack.device)
         self.half_set = half_set
         self.members = {half: members_of(half_set, half) for half in HALVES}
-        self.largest = torch.tensor(float(max(len(m) for m in self.members.values())))
+        self.largest = torch.tensor(float(min(_LARGEST, max(len(m) for m in self.members.values()))))
         self.mask = soft_sphere(stack.box, 0.5 * mask_diameter / stack.pixel_size, 3.0).to(stack.device)
         self.starts = config.starts * min(len(symmetry), _MORE_STARTS)
         self.first, self.last = config.radii(len(symmetry))
-        self.joined = torch.zeros((), dtype=torch.bool)
-        self.done = torch.zeros((), dtype=torch.bool)
+        self.joined, self.done = (torch.zeros((), dtype=torch.bool) for _ in range(2))
         self.at_pairing = torch.zeros(3)  # periods, share of equal poses, their difference before halves were joined
         self.motion = unmoved(stack.box // 2 + 1)  # of map 2 onto map 1
         self.best: dict[int, dict[int, OnlineEM]] = {half: {} for half in HALVES}  # of the heats before this one
@@ -101,13 +100,16 @@ class Marginal:
         starts = range(heat * self.starts, (heat + 1) * self.starts)
         self.runs = {half: {start: self._new_run() for start in starts} for half in HALVES}
         self.heat = torch.tensor(heat)
-        self.batch = torch.tensor(float(self.config.batch))
         self._march_from(0.0)
 
     def _march_from(self, march: float) -> None:
         self.march = torch.tensor(march)
+        self.batch = self.largest.clamp(max=self.config.batch)
         self.settled, self.still, self.broad, self.extended = (torch.zeros((), dtype=torch.int64) for _ in range(4))
-        self.alike, self.spread = torch.zeros(()), torch.tensor(1e9)  # as an extension finds them
+        self.alike, self.spread = (
+            torch.zeros(()),
+            torch.tensor(1e9),
+        )  # images posed alike and effective poses as the heat last settled on
         self.paired = torch.zeros((), dtype=torch.bool)
         self.correlation = torch.ones(self.stack.box // 2 + 1)
 
@@ -173,7 +175,7 @@ class Marginal:
                     run.start(chosen, grids, generator)
                     continue
                 decay = self.config.settle_decay if float(self.march) >= 1 else self.config.decay
-                if int(self.extended):  # sums are of every image once
+                if int(self.extended):  # sums of every image once
                     decay = min(decay, max(0.0, 1 - float(self.batch) / len(members)))
                 result = run.step(chosen, grids, decay, intensities=bool(self.paired))
                 effective.append(float(recounted(result.effective.median(), order, self.config.order)))
@@ -182,7 +184,7 @@ class Marginal:
         if bool(self.paired):
             self._follow(radius)
         runs = [run for half in HALVES for run in self.runs[half].values()]
-        self._advance(sharpest, max(effective, default=float("inf")), order)
+        self._advance(sharpest, order)
         noise = [float(r.noise[1 : radius + 1].mean() / r.initial_noise[1 : radius + 1].mean()) for r in runs]
         return {
             "radius": float(radius),
@@ -195,7 +197,7 @@ class Marginal:
             "batch": float(int(self.batch)),
         }
 
-    def _advance(self, effective: float, loosest: float, order: int) -> None:
+    def _advance(self, effective: float, order: int) -> None:
         c = self.config
         if float(self.march) >= 1:
             self.settled = self.settled + 1
@@ -204,26 +206,25 @@ class Marginal:
         if slow and int(self.broad) >= _PATIENCE:
             self.batch = torch.minimum(1.25 * self.batch, self.largest)
         self.march = (self.march + (0.25 if slow else 1.0) / c.march_steps).clamp(max=1.0)
-        still, sharp = int(self.still) >= 3 and not int(self.extended), effective < c.sharp
-        if int(self.settled) >= c.settle_steps or still:
-            found = self._extend(loosest) if sharp else None
-            if found is not None or not sharp:
+        if int(self.settled) >= c.settle_steps or (int(self.still) >= 3 and not int(self.extended)):
+            sharp = effective < c.sharp or int(self.extended) > 0
+            found = self._extend() if sharp and not bool(self.joined) else None
+            if int(self.settled):
                 self._end_heat(sharp, found)
 
-    def _extend(self, effective: float) -> Agreement | None:
-        """Settle on with many images at a time (None), but for halves that pose images alike or gain nothing: then how they compare.
+    def _extend(self) -> Agreement:
+        """How the halves compare; where they pose images differently, and settling on helps or has not been tried, the heat settles on.
 
         Few images a step come to rest where many would still sharpen poses: two structures may be one that neither half has found yet.
         """
-        agreement = self.agreement() if int(self.extended) else self._up_to_symmetry(self.agreement())
-        gains = agreement.posed > float(self.alike) + _NEARER or effective < (1 - _SHARPER) * float(self.spread)
-        if agreement.posed >= SURE or int(self.extended) >= _EXTENSIONS or not gains:
-            return self._up_to_symmetry(agreement) if int(self.extended) else agreement
-        self.alike, self.spread = torch.tensor(agreement.posed), torch.tensor(effective)
-        self.paired = self.paired | (self.periods(float(agreement.reach)) >= _AGREED)
-        self.extended, self.settled, self.still = self.extended + 1, 0 * self.settled, 0 * self.still
-        self.batch = torch.maximum(self.batch, self.largest.clamp(max=_LARGEST))
-        return None
+        plain = self.agreement()
+        found = self._up_to_symmetry(plain)
+        gains = int(self.extended) < _EXTENSIONS and plain.gains_on(float(self.alike), float(self.spread))
+        if gains and found.posed < SURE:
+            self.alike, self.spread = torch.tensor(plain.posed), torch.tensor(plain.effective)
+            self.extended, self.settled, self.still = self.extended + 1, 0 * self.settled, 0 * self.still
+            self.batch = torch.maximum(self.batch, self.largest.clamp(max=_AT_ONCE))
+        return found
 
     def _select(self, index: int, radius: int) -> None:
         """Drop runs at the two rounds of the march, judged by images of the other half; then pair the winners."""
@@ -263,21 +264,21 @@ class Marginal:
 
     def _compare(self, radius: int, group: Float[Tensor, "s 3 3"] | None = None) -> Agreement:
         first, second = ((run, self.grids(run, radius)) for run in self.winners())
-        chosen = torch.cat([self.sample(half) for half in HALVES])
-        return compare(first, second, chosen, self.symmetry if group is None else group)
+        chosen = self.sample(HALVES[0]), self.sample(HALVES[1])
+        return compare(first, second, chosen, self.symmetry if group is None else group, self.config.order)
 
     def _pair(self, radius: int) -> None:
         """Lay the two winners on each other, if they are maps of one molecule."""
         agreement = self._compare(radius)
         if self.periods(float(agreement.reach)) >= _AGREED:
-            self.motion = agreement
-            self.paired = torch.ones_like(self.paired)
+            self.motion, self.paired = agreement, torch.ones_like(self.paired)
 
     def _up_to_symmetry(self, agreement: Agreement) -> Agreement:
-        """The same with equivalent poses as one, where that makes the winners one structure."""
-        if agreement.posed < SURE and (found := self.found_symmetry()).name != "C1":
-            agreement = test.agreement if (test := self.test_symmetry(found)).allowed else agreement
-        return agreement
+        """The same with equivalent poses as one, where that makes of like maps one structure."""
+        if agreement.posed >= SURE or self.periods(float(agreement.reach)) < _AGREED:
+            return agreement
+        test = None if (found := self.found_symmetry()).name == "C1" else self.test_symmetry(found)
+        return test.agreement if test and test.allowed and test.agreement.posed >= SURE else agreement
 
     def _end_heat(self, sharp: bool, found: Agreement | None) -> None:
         """Keep the best run of each half; fresh starts if their poses differ (``found``, if known), and in the end one map for both."""
@@ -287,15 +288,14 @@ class Marginal:
             for half in HALVES:
                 self.runs[half] |= self.best[half]
                 self._judge(half, self.radius(), refit=True)
+            found = None
         for half, run in zip(HALVES, self.winners(), strict=True):
             self.runs[half] = {start: other for start, other in self.runs[half].items() if other is run}
         beaten = contested and self.runs == self.best  # by both earlier winners
         last = beaten or not sharp or int(self.heat) + 1 >= self.config.heats
-        if found is None or not bool(self.paired):  # where earlier winners came back it is not
-            found = self.agreement()
-            if not bool(self.paired):
-                self._follow(self.radius())
-            found = self._up_to_symmetry(found)
+        found = self._up_to_symmetry(self.agreement()) if found is None else found
+        if not bool(self.paired):
+            self._follow(self.radius())
         periods = self.periods(float(found.reach))
         self.best = {half: {} for half in HALVES}
         if bool(self.joined) or found.posed >= SURE or (last and periods >= _AGREED):
@@ -378,9 +378,8 @@ class Marginal:
         for kind, halves in (("runs", self.runs), ("best", self.best)):
             for half, runs in halves.items():
                 for start, run in runs.items():
-                    if run.statistics is None:  # a start of a heat not begun yet
-                        continue
-                    state |= {f"{kind}.{half}.{start}.{name}": value for name, value in run.state().items()}
+                    if run.statistics is not None:  # else a start of a heat not begun yet
+                        state |= {f"{kind}.{half}.{start}.{name}": value for name, value in run.state().items()}
         return state
 
     def load_state(self, state: State) -> None:

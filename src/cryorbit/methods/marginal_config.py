@@ -71,7 +71,8 @@ class MarginalConfig:
 
     def most_steps(self, joined_from: float, extensions: int) -> int:
         """Steps if posteriors stay broad throughout, every heat settles ``extensions`` times more, and the halves never agree."""
-        settled = (1 + extensions) * self.settle_steps
-        joined = math.ceil(4 * (1 - joined_from) * self.march_steps) + settled
-        heat = 4 * self.march_steps + 1 + settled  # sums of 0.25 / march_steps may end just below 1
+        joined = math.ceil(4 * (1 - joined_from) * self.march_steps) + self.settle_steps
+        heat = (
+            4 * self.march_steps + 1 + (1 + extensions) * self.settle_steps
+        )  # sums of 0.25 / march_steps may end just below 1
         return self.heats * heat + joined + 1

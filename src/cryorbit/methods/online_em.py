@@ -90,8 +90,6 @@ class OnlineEM:
         self.intensity = torch.ones(len(stack), device=device)  # how much stronger each image is than the map
         self.statistics: Accumulator | None = None
 
-    # -- E-step -----------------------------------------------------------------------------------------------------------------
-
     def batch(self, chosen: Int[Tensor, " b"], radius: int) -> tuple[Tensor, Tensor, FourierDisk]:
         """Images and CTF of the particles ``chosen`` inside ``radius``."""
         disk, keep = self.stack.at_radius(radius)
@@ -134,19 +132,17 @@ class OnlineEM:
 
     def with_noise_of(self, chosen: Int[Tensor, " b"], grids: Grids) -> "OnlineEM":
         """This run with the noise spectrum that makes the images ``chosen`` likeliest, as runs of different ages are to be compared."""
-        fitted = copy.copy(self)
+        changed = copy.copy(self)
         disk, _ = self.stack.at_radius(grids.radius)
         for _ in range(_NOISE_ROUNDS):
-            fitted._update_noise(fitted.expect(chosen, grids, sums=True).power / len(chosen), disk, grids.radius, 1.0)
-        return fitted
+            changed._update_noise(changed.expect(chosen, grids, sums=True).power / len(chosen), disk, grids.radius, 1.0)
+        return changed
 
-    def top_poses(self, chosen: Int[Tensor, " b"], grids: Grids) -> Poses:
-        """The most probable pose of each particle, on the grid; shifts in pixels of the working box, float64."""
+    def top_poses(self, chosen: Int[Tensor, " b"], grids: Grids) -> tuple[Poses, Float[Tensor, " b"]]:
+        """The most probable pose of each particle, on the grid (shifts in pixels of the working box, float64), and how many it keeps."""
         result = self.expect(chosen, grids)
-        rotations = with_half_turns(grids.rotations)[result.best[:, 0]]
-        return Poses(rotations.cpu().double(), grids.shifts.points[result.best_shift[:, 0].cpu()].double())
-
-    # -- one step ---------------------------------------------------------------------------------------------------------------
+        rotations = with_half_turns(grids.rotations)[result.best[:, 0]].cpu().double()
+        return Poses(rotations, grids.shifts.points[result.best_shift[:, 0].cpu()].double()), result.effective.cpu()
 
     def start(self, chosen: Int[Tensor, " b"], grids: Grids, generator: torch.Generator) -> None:
         """Random poses for the first batch, unless there is a map to weigh poses by; noise variance = power of the images."""
@@ -220,12 +216,11 @@ class OnlineEM:
             prior = _START_PRIOR * weight
         else:
             signal = power_spectrum(slicing_grid(self.volume, float(radius)), shells)
-            noise = torch.cat([self.noise, self.noise[-1:].expand(2)])[:shells]
             spread = statistics.oversampling**3  # one Fourier pixel's weight is spread over this many grid points
-            prior = torch.minimum(noise / (self.tau_fudge * signal).clamp_min(1e-12) / spread, weight.max())
+            prior = torch.minimum(
+                self.noise[:shells] / (self.tau_fudge * signal).clamp_min(1e-12) / spread, weight.max()
+            )
         self.volume = volume_from_accumulator(statistics, prior) * self.mask
-
-    # -- resume -----------------------------------------------------------------------------------------------------------------
 
     def state(self) -> State:
         """Tensors that continue the run exactly."""
