@@ -195,10 +195,12 @@ def test_map_is_zero_outside_the_mask_of_the_prior(even, tmp_path):
     truth, plain = (read_volume(p)[0] for p in (even.parent / "in" / "truth.mrc", even / "map_mean.mrc"))
     without = json.loads((even / "posterior.json").read_text())
     assert (without["prior_mask"], without["non_negative"], without["prior_mask_share"]) == ("", False, 1.0)
+    assert without["prior_mask_gain_nats"] == 0.0
     run = tmp_path / "run"
     shutil.copytree(even, run, ignore=shutil.ignore_patterns(*WRITTEN))
     done = cryorbit("posterior", run, "--draws", "2", "--prior-mask", "solvent")
     assert done.returncode == 0, done.stderr
+    assert "prior mask  makes such an image +" in done.stdout
     mean, spread = (read_volume(run / f"{name}.mrc")[0] for name in ("map_mean", "map_std"))
     inside = spread > 0
     values = json.loads((run / "posterior.json").read_text())
@@ -214,6 +216,20 @@ def test_map_is_zero_outside_the_mask_of_the_prior(even, tmp_path):
     assert mean.min() == 0.0
     assert not mean[~inside].any()
     assert values["non_negative"] is True
+
+
+def test_images_tell_a_mask_that_cuts_the_molecule(even, tmp_path):
+    """Unseen images are likelier for the molecule's mask, and less likely for one that leaves half of it out."""
+    run = tmp_path / "run"
+    shutil.copytree(even, run, ignore=shutil.ignore_patterns(*WRITTEN))
+    right = posterior(run, draws=2, prior_mask="solvent")
+    assert right["prior_mask_gain_nats"] > 5 * right["prior_mask_gain_error"] > 0
+    inside = (read_volume(run / "map_std.mrc")[0] > 0).astype(np.float32)
+    inside[:12] = 0.0
+    write_volume(tmp_path / "mask.mrc", inside, 4.0)
+    cut = posterior(run, draws=2, prior_mask=str(tmp_path / "mask.mrc"))
+    assert cut["prior_mask_gain_nats"] < -5 * cut["prior_mask_gain_error"]
+    assert cut["held_out_residual"] > right["held_out_residual"]
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,14 @@ from common import Data, half, simulate, write
 from torch import Tensor
 
 from cryorbit.groups.point import point_group
-from cryorbit.methods.held_out import HeldOut, held_out
+from cryorbit.methods.held_out import HeldOut, held_out, without_background
 from cryorbit.methods.map_posterior import MapPosterior, map_posterior, standard_normal
+from cryorbit.methods.masked_posterior import masked_posterior
 from cryorbit.metrics.held_out import effective_samples, importance_weighted
 from cryorbit.metrics.masks import mask_from_map, soft_sphere
-from cryorbit.physics.cryoem import form_images
+from cryorbit.physics.cryoem import forward
 from cryorbit.physics.noise import log_likelihood
-from cryorbit.physics.slicing import slice_grid, slicing_grid
+from cryorbit.physics.slicing import slicing_grid
 from cryorbit.poses.proposals import PoseProposals
 from cryorbit.training.dataset import FourierStack
 from cryorbit.volumes.gaussian import GaussianVolume
@@ -36,12 +37,6 @@ def score(data: Data, stack: FourierStack, volume: GaussianVolume, noise: Tensor
     unseen = half(data.known, 1)
     proposals = PoseProposals.known(unseen.rotations, unseen.shifts)
     return held_out(stack, unseen.particle, proposals, volume, noise)
-
-
-def masked(found: MapPosterior, mask: Tensor) -> GaussianVolume:
-    """The posterior if nothing were outside the mask: the noise there is gone, the rest stays."""
-    share = mask.square().mean()
-    return GaussianVolume.from_map(found.mean * mask, variance=found.variance * share)
 
 
 def models(data: Data, stack: FourierStack) -> dict[str, HeldOut]:
@@ -66,7 +61,8 @@ def models(data: Data, stack: FourierStack) -> dict[str, HeldOut]:
     molecule = mask_from_map(data.truth.volume.data, data.truth.pixel_size)
     tight = soft_sphere(stack.box, 0.2 * stack.box)
     for name, mask in (("mask of the molecule", molecule), ("mask that cuts the molecule", tight)):
-        out[f"C1, {name}"] = score(data, stack, masked(plain, mask), plain.noise)
+        inside = masked_posterior(stack, one, trained, torch.eye(3)[None], mask > 0, plain.noise, plain.prior)
+        out[f"C1, {name}"] = score(data, stack, inside.volume, plain.noise)
     return out
 
 
@@ -81,8 +77,8 @@ def bound(data: Data, stack: FourierStack) -> list[dict[str, object]]:
     noise, generator, terms = found.noise[stack.disk.shell] / stack.box**2, torch.Generator().manual_seed(0), []
     for _ in range(DRAWS):
         grid = slicing_grid(found.volume.draw(generator), stack.disk.radius)
-        predicted = form_images(slice_grid(grid, unseen.rotations, stack.disk), unseen.shifts, stack.disk, ctf)
-        terms.append(log_likelihood(images, predicted, noise, stack.disk).double())
+        predicted = forward(grid, unseen.rotations, unseen.shifts, stack.disk, ctf)
+        terms.append(log_likelihood(images, predicted, noise, without_background(stack.disk)).double())
     weights, rows = torch.stack(terms, dim=1), []
     for count in (1, 16, DRAWS):
         below = importance_weighted(weights.view(BOUNDED, -1, count)).mean(dim=1) - closed

@@ -10,7 +10,7 @@ are taken as independent, and those a pixel apart are correlated by a tenth or s
 (``metrics/held_out.py``). Images are scored one by one: the sum over images is no joint density of them, it is how well each is predicted.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cryorbit.metrics.held_out import effective_samples, importance_weighted
 from cryorbit.physics.cryoem import forward
+from cryorbit.physics.fourier import FourierDisk
 from cryorbit.physics.linear_gaussian import slice_variance
 from cryorbit.physics.noise import log_likelihood
 from cryorbit.physics.slicing import slicing_grid
@@ -73,6 +74,11 @@ class HeldOut:
         )
 
 
+def without_background(disk: FourierDisk) -> FourierDisk:
+    """The pixels of ``disk``, 0 weighing nothing: what images have there, models of the map do not tell from the density's level."""
+    return replace(disk, weight=torch.where(disk.shell > 0, disk.weight, 0.0))
+
+
 @torch.no_grad()
 def held_out(
     stack: FourierStack,
@@ -81,7 +87,7 @@ def held_out(
     volume: GaussianVolume,
     noise: Float[Tensor, " shells"],
 ) -> HeldOut:
-    """Score images under a map that was made without them.
+    """Score images under a map that was made without them; all but Fourier pixel 0, their background.
 
     Parameters
     ----------
@@ -97,6 +103,7 @@ def held_out(
         ``E|n|^2`` of a Fourier pixel per shell, as in ``MapPosterior``.
     """
     map_variance = volume.variance
+    scored = without_background(stack.disk.to(stack.device))
     disk, device, shells = stack.disk.to(stack.device), stack.device, stack.box // 2 + 1
     grid, floor = slicing_grid(volume.data, disk.radius), noise[disk.shell] / stack.box**2
     spectrum = stack.power.to(device)[disk.shell] / stack.box**2
@@ -109,13 +116,13 @@ def held_out(
         for rotations, shifts in proposals.each(rows, device):
             predicted = forward(grid, rotations, shifts, disk, ctf)
             variance = floor + ctf.square() * slice_variance(map_variance, rotations, disk) / stack.box**2
-            terms.append(log_likelihood(images, predicted, variance, disk))
+            terms.append(log_likelihood(images, predicted, variance, scored))
             ratios.append((images - predicted).abs().square() / (variance * stack.box**2))
         weights = torch.stack(terms, dim=1).double() + proposals.log_weight[rows].to(device)
         for share, ratio in zip(torch.softmax(weights, dim=1).T, ratios, strict=True):
             square += (share[:, None] * ratio).sum(dim=0).to(square)
         bound.append(importance_weighted(weights).cpu())
         effective.append(effective_samples(weights).cpu())
-        empty.append(log_likelihood(images, torch.zeros_like(images), spectrum, disk).double().cpu())
-    residual = shell_mean(square / len(particle), disk, shells)
+        empty.append(log_likelihood(images, torch.zeros_like(images), spectrum, scored).double().cpu())
+    residual = shell_mean(square / len(particle), scored, shells)
     return HeldOut(torch.cat(bound), torch.cat(empty), torch.cat(effective), residual.cpu())

@@ -49,6 +49,11 @@ class MaskedPosterior:
     variance: Float[Tensor, "d d h"]
     voxel_variance: Float[Tensor, "d d d"]
 
+    @property
+    def volume(self) -> GaussianVolume:
+        """As a distribution of independent coefficients, to slice."""
+        return GaussianVolume.from_map(self.mean, variance=self.variance)
+
 
 def masked_posterior(
     stack: FourierStack,

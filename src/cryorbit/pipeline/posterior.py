@@ -1,6 +1,7 @@
 """What a finished run knows of its own map: ``cryorbit posterior run/``. Orchestration only."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from cryorbit.pipeline.rundir import locked
 from cryorbit.pipeline.start import fourier_stack
 from cryorbit.poses.local import PoseSamples
 from cryorbit.poses.posterior import PosePosterior
-from cryorbit.poses.proposals import proposed
+from cryorbit.poses.proposals import PoseProposals, proposed
 from cryorbit.training.dataset import FourierStack
 
 WRITTEN = ("map_mean.mrc", "map_std.mrc", "missing_views.mrc", "ss_snr.csv", "directions.csv", "posterior.json")
@@ -116,13 +117,18 @@ def posterior(
         samples, modes = joint_draws(poses, draws, seed), weighted_modes(poses)
         found = map_posterior(stack, equal, modes, group)
         by_shell, by_voxel = pose_variance(stack, equal, samples, group, found)
-        unseen = _unseen(stack, poses, _own_poses(run, stack), inputs.half_set, group, draws, seed)
-        masked = None
-        if support is not None:
+
+        def within(samples: PoseSamples, found: MapPosterior) -> MaskedPosterior | None:
+            if support is None:
+                return None
             spectra = found.noise, found.prior
-            masked = masked_posterior(
-                stack, equal, modes, group, support, *spectra, draws=draws, seed=seed, non_negative=non_negative
+            return masked_posterior(
+                stack, equal, samples, group, support, *spectra, draws=draws, seed=seed, non_negative=non_negative
             )
+
+        proposals = proposed(poses, draws, torch.Generator().manual_seed(seed), group=len(group))
+        unseen = _unseen(stack, proposals, _own_poses(run, stack), inputs.half_set, group, within)
+        masked = within(modes, found)
         values = _write(run, inputs, stack, mask, found, masked, by_shell.cpu(), by_voxel.cpu(), unseen)
         values |= {"prior_mask": prior_mask, "non_negative": non_negative}
         values |= {"prior_mask_share": 1.0 if support is None else float(support.float().mean())}
@@ -161,21 +167,22 @@ def _own_poses(run: Path, stack: FourierStack) -> PoseSamples:
 
 def _unseen(
     stack: FourierStack,
-    poses: PosePosterior,
+    proposals: PoseProposals,
     own: PoseSamples,
     half_set: Int[Tensor, " n"],
     group: Float[Tensor, "s 3 3"],
-    draws: int,
-    seed: int,
-) -> HeldOut:
-    """Every image scored under the map of the half it is not in, made at that half's ``own`` poses; poses integrated by ``draws`` proposals."""
-    equal, parts = torch.ones(len(stack)), []
-    proposals = proposed(poses, draws, torch.Generator().manual_seed(seed), group=len(group))
+    within: Callable[[PoseSamples, MapPosterior], MaskedPosterior | None],
+) -> tuple[HeldOut, HeldOut | None]:
+    """Every image scored under the map of the half it is not in, made at that half's ``own`` poses, and under that map with the mask
+    that ``within`` gives it."""
+    plain, masked = [], []
     for half in HALVES:
-        rest = members_of(half_set, half)
-        other = map_posterior(stack, equal, own.rows(half_set != half), group)
-        parts.append(held_out(stack, rest, proposals.rows(rest), other.volume, other.noise))
-    return HeldOut.joined(parts)
+        rest, seen = members_of(half_set, half), own.rows(half_set != half)
+        other = map_posterior(stack, torch.ones(len(stack)), seen, group)
+        plain.append(held_out(stack, rest, proposals.rows(rest), other.volume, other.noise))
+        if (inside := within(seen, other)) is not None:
+            masked.append(held_out(stack, rest, proposals.rows(rest), inside.volume, other.noise))
+    return HeldOut.joined(plain), HeldOut.joined(masked) if masked else None
 
 
 def _mask(run: Path, config: RunConfig, inputs: Inputs, box: int, pixel_size: float) -> Float[Tensor, "d d d"]:
@@ -225,17 +232,19 @@ def _write(
     masked: MaskedPosterior | None,
     by_shell: Float[Tensor, " shells"],
     by_voxel: Float[Tensor, "d d d"],
-    unseen: HeldOut,
+    scores: tuple[HeldOut, HeldOut | None],
 ) -> dict[str, object]:
     box, apix, scale = stack.box, stack.pixel_size, stack.scale
     group = point_group(inputs.symmetry).float()
+    plain, inside = scores
+    unseen, masks_gain = inside or plain, (inside or plain).log_density - plain.log_density
     map_, seen = masked or found, found.information.cpu()
     mean, variance = map_.mean.cpu(), added_to_shells(map_.variance.cpu(), by_shell)
     # of what is uncertain of the map, how much a mask would keep
     filled = mask if masked is None else torch.ones_like(mask)
     alpha = ss_snr(mean, variance)
     alpha_masked = in_mask(alpha, filled)
-    resolution, inside = (predicted_resolution(a, box, apix) for a in (alpha, alpha_masked))
+    resolution, resolution_inside = (predicted_resolution(a, box, apix) for a in (alpha, alpha_masked))
     pose_part = torch.from_numpy(ndimage.gaussian_filter(by_voxel.numpy(), _SMOOTH_PX))
     voxels = (found.volume.voxel_variance(group) if masked is None else masked.voxel_variance).cpu()
     if masked is not None:
@@ -262,7 +271,7 @@ def _write(
     limit = round(box * apix / resolution)
     return {
         "resolution_A": resolution,
-        "resolution_masked_A": inside,
+        "resolution_masked_A": resolution_inside,
         "resolution_best_direction_A": float(along.min()),
         "resolution_worst_direction_A": float(along.max()),
         "unseen_share": unseen_share(views, limit),
@@ -271,6 +280,8 @@ def _write(
         "pose_share_of_variance": float(pose_part[solid].mean() / (voxels + pose_part)[solid].mean()),
         "held_out_gain_nats": unseen.gain,
         "held_out_gain_error": unseen.gain_error,
+        "prior_mask_gain_nats": float(masks_gain.double().mean()),
+        "prior_mask_gain_error": float(masks_gain.double().std()) / len(masks_gain) ** 0.5,
         "held_out_residual": float(unseen.residual[2 : max(limit, 2) + 1].mean()),
         "held_out_effective_draws": float(unseen.effective.median()),
         "noise_variance": [float(x) / scale**2 for x in found.noise],
