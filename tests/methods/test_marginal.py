@@ -180,6 +180,23 @@ def test_noise_joins_the_halves(truth, generator):
     assert int(made.batch) < COUNT // 2  # grown anew
 
 
+@pytest.mark.parametrize("kind", ["coarse", "one wrong"])
+def test_maps_that_another_method_learnt_are_improved_on(truth, generator, kind):
+    """Coarse maps in unlike frames and hands, or one of noise alone: the halves end with one structure, by their own images."""
+    made = engine(truth)
+    volume = resize_volume(truth.volume.data.float(), made.stack.box) * made.stack.scale
+    coarse = resize_volume(resize_volume(volume, 8), made.stack.box)
+    wrong = torch.randn(volume.shape, generator=generator) * volume.std()
+    turned = move_volume(coarse, random_rotations(1, generator)[0], torch.zeros(3), True)
+    made.take_over((coarse, turned if kind == "coarse" else wrong))
+    run(made)
+    found = made.agreement()
+    assert not bool(made.joined)
+    assert found.posed > 0.8
+    assert made.periods(float(found.reach)) >= 5
+    assert found.mirrored or kind == "one wrong"  # whose hand is by chance
+
+
 def test_given_maps_start_one_run_of_each_half_and_their_frames_are_laid_on_each_other(truth, generator):
     """Coarse maps in unlike frames and hands: the halves must still pair, and the second start of each stay random."""
     made = engine(truth, heats=1)

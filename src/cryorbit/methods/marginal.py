@@ -336,16 +336,16 @@ class Marginal:
         self.correlation = fresh
 
     def take_over(self, maps: tuple[Float[Tensor, "d d d"], Float[Tensor, "d d d"]]) -> None:
-        """Maps of the halves that another method learnt, in place of runs of its own; each with the noise that its half's images show."""
-        self._march_from(1.0)
+        """Maps of the halves that another method learnt become the last heat's runs, half way in the march, each with its half's noise."""
+        self.heat = torch.tensor(self.config.heats - 1)
+        self._march_from(_ROUNDS[-1])
         for half, volume in zip(HALVES, maps, strict=True):
-            run = self._new_run()
-            run.take_noise(self.sample(half))
-            run = run.with_map(volume.to(self.mask) * self.mask)
-            self.runs[half] = {0: run.with_noise_of(self.sample(half), self.grids(run, self.radius()))}
-        self.agreement()
-        self._follow(self.radius())
-        self.done = torch.ones_like(self.done)
+            run, chosen = self._new_run(), self.sample(half)
+            run.take_noise(chosen)
+            grids = self.grids(run, self.radius())
+            run = run.with_map(volume.to(self.mask) * self.mask).with_noise_of(chosen, grids)
+            run.step(chosen, grids, decay=0.0)
+            self.runs[half] = {0: run}
 
     def agreement(self) -> Agreement:
         """How the two winners compare at the end; from now on :meth:`maps` and ``assign`` use this motion."""

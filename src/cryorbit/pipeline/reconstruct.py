@@ -119,10 +119,9 @@ def _abinitio(
         half_set=inputs.half_set,
         seed=config.seed,
     )
+    checkpoint = folder / f"{engine.name}.safetensors"
     if config.method == AMORTIZED:
         engine.take_over(learnt_maps(config, inputs, stack, folder, history, progress, fingerprint))
-        return engine
-    checkpoint = folder / f"{engine.name}.safetensors"
     if config.init == MOMENTS and not checkpoint.exists():
         engine.begin_at(moment_maps(config, inputs, stack))
     run(engine, checkpoint=checkpoint, history=history, progress=progress, fingerprint=fingerprint)
