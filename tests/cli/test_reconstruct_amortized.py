@@ -12,7 +12,7 @@ from cryorbit.simulate.settings import SimulationSettings
 from cryorbit.simulate.write import write_simulation
 from cryorbit.training.checkpoint import load_checkpoint
 
-FEW = ["amortized.steps=4", "amortized.side=8", "abinitio.order=1", "refine.sweeps=1", "refine.search_every=0"]
+FEW = ["amortized.steps=4", "amortized.side=16", "abinitio.order=1", "refine.sweeps=1", "refine.search_every=0"]
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,11 @@ from cryorbit.errors import ConfigError
 from cryorbit.groups import so3
 from cryorbit.groups.point import point_group
 from cryorbit.networks.cnn import ConvEncoder
+from cryorbit.networks.polar import PolarEncoder
+from cryorbit.physics.copies import Copies
 from cryorbit.physics.fourier import disk_to_images, fourier_disk, images_to_disk
 from cryorbit.physics.shift import phase_ramp
+from cryorbit.physics.slicing import slice_grid, slicing_grid
 from cryorbit.poses.density import cosines, drawn, log_concentrated, log_mixture
 from cryorbit.poses.encoder import PARAMETRISATIONS, EncodedPoses, PoseEncoder, View, euler_rotations, rotations_of
 
@@ -84,6 +87,8 @@ def test_unknown_parametrisation_is_refused():
         rotations_of("axis", torch.zeros(1, 3))
     with pytest.raises(ConfigError, match="CONF500"):
         ConvEncoder(7, 3)
+    with pytest.raises(ConfigError, match="CONF500"):
+        PolarEncoder(15, 3)
 
 
 @pytest.mark.parametrize("box", [40, 41])
@@ -124,6 +129,33 @@ def test_candidates_are_poses_with_weights_that_sum_to_one(generator):
     assert torch.equal(rotations[2], found.rotations[2, row[2]])
     assert torch.equal(shifts[2], found.shifts[2, row[2]])
     assert not encoder(fit_shift=False)(values).shifts.any()
+
+
+@torch.no_grad()
+def test_polar_candidates_turn_with_the_image(generator):
+    """By a quarter exactly, which is two of eight directions; by an eighth as far as rings can be sampled."""
+    disk = fourier_disk(24)
+    network = PoseEncoder(View.around(disk, 24, math.inf), heads=3, polar=True).eval()
+    seen = network.view.columns(disk)
+    copies = Copies.of("c4", disk)
+    values = torch.randn(5, len(disk), generator=generator, dtype=torch.complex64) * torch.exp(-0.1 * disk.k_norm**2)
+    found = network(values[:, seen])
+    assert found.rotations.shape == (5, 24, 3, 3)
+    turned = network(copies.images(values, torch.ones(5, dtype=torch.int64))[:, seen])
+    back = copies.back(turned.rotations, turned.shifts, torch.ones(5, dtype=torch.int64))
+    for mine, theirs in zip((found.rotations, found.shifts, found.log_weight), (*back, turned.log_weight), strict=True):
+        torch.testing.assert_close(theirs.roll(-6, dims=1), mine, atol=2e-4, rtol=1e-3)
+    assert so3.distance(found.rotations[:, :3], found.rotations[:, 3:6]).min() > 0.01
+
+    blob = torch.exp(-((torch.arange(24) - 12.0) ** 2) / 8)
+    turn = network.turns[1]
+    grid = slicing_grid(torch.einsum("i,j,k->ijk", blob, blob.roll(3), blob.roll(-2)), 12.0)
+    pose = so3.random_rotations(4, generator)
+    one, other = (network(slice_grid(grid, r, disk)[:, seen]) for r in (pose, turn @ pose))
+    expected = (turn @ one.rotations).roll(3, dims=1)
+    assert float(so3.distance(other.rotations, expected).median()) < 0.2 * float(
+        so3.distance(other.rotations, one.rotations).median()
+    )
 
 
 def test_seed_decides_the_start_and_nothing_else_is_touched():

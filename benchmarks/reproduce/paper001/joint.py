@@ -25,6 +25,7 @@ from cryorbit.pipeline.config import RunConfig, preset
 from cryorbit.training.loop import Method, run
 
 RADIUS, TRAINED, HELD_OUT = 15.0, 2000, 500
+BASE = {"polar": False, "heads": 4, "copies": "c2", "radius_start": 2.0}  # what the other rows change one setting of
 ROWS: dict[str, dict[str, object]] = {
     "all": {},
     "without the symmetrised loss": {"copies": "c1"},
@@ -33,6 +34,9 @@ ROWS: dict[str, dict[str, object]] = {
     "no batch normalisation, PyTorch's start": {"normalised": False, "he": False},
     "no copies drawn": {"augmented": False},
     "quarter turns": {"copies": "c4"},
+    "eight directions": {"polar": True, "copies": "c1", "heads": 2},
+    "eight directions, more detail at first": {"polar": True, "copies": "c1", "heads": 2, "radius_start": 4.0},
+    "more detail at first": {"radius_start": 4.0},
     "quarter turns and mirror images": {"copies": "d4", "augmented": False},
     "a Gauss-Newton step": {"gauss_newton": 1},
     "a Gauss-Newton step from the start": {"gauss_newton": 1, "gauss_newton_from": 0.0},
@@ -73,10 +77,10 @@ def ablation(
     out: dict[str, object],
     keep: Callable[[dict[str, object]], None],
 ) -> None:
-    """The rows ``names``: the default, and the default with one setting changed; added to ``out``."""
+    """The rows ``names``, each :data:`BASE` with what the row changes; added to ``out``."""
     members = torch.arange(TRAINED)
     for name in names:
-        config = dataclasses.replace(AmortizedConfig(steps=steps), **ROWS[name])
+        config = dataclasses.replace(AmortizedConfig(steps=steps), **{**BASE, **ROWS[name]})
         ends = []
         for seed in range(seeds):
             method = Amortized(data.stack, config, mask_diameter=DIAMETER, members=members, seed=seed)

@@ -142,6 +142,7 @@ class Amortized(Decoding):
             parametrisation=config.parametrisation,
             heads=config.heads,
             fit_shift=config.fit_shift,
+            polar=config.polar,
             normalised=config.normalised,
             he=config.he,
             bfloat16=config.bfloat16,

@@ -37,7 +37,7 @@ class DecoderConfig:
     steps: int = 1400
     batch: int = 40
     likelihood: str = "noise"
-    radius_start: float = 2.0
+    radius_start: float = 4.0
     radius_end: float = 8.0
     march: float = 0.9
     volume: str = "voxel"
@@ -77,6 +77,8 @@ class AmortizedConfig(DecoderConfig):
         and its half turn, ``c4`` its quarter turns, ``d4`` these and their mirror images. What is found turns with the image exactly.
     augmented
         Show the network each image turned by a random quarter turn and mirrored or not, at every step anew.
+    polar
+        Convolve over rings about the centre, and propose ``heads`` poses from each of 8 directions of the plane, which turn with the image.
     normalised, he
         Batch normalisation, and He's starting weights.
     matched
@@ -100,9 +102,10 @@ class AmortizedConfig(DecoderConfig):
     """
 
     parametrisation: str = "s2s2"
-    heads: int = 4
-    copies: str = "c2"
+    heads: int = 2
+    copies: str = "c1"
     augmented: bool = True
+    polar: bool = True
     normalised: bool = True
     he: bool = True
     matched: bool = True
@@ -163,7 +166,7 @@ def checked(config: DecoderConfig) -> None:
             "gauss_newton_from": 0 <= config.gauss_newton_from < 1,
             "objective": config.objective in OBJECTIVES,
             "copies": config.copies in GROUPS,
-            "side": config.side == 0 or config.side >= 8,
+            "side": config.side == 0 or config.side >= (16 if config.polar else 8),
             "encoder_rate": config.encoder_rate > 0,
         }
     for name, good in fine.items():
@@ -173,8 +176,8 @@ def checked(config: DecoderConfig) -> None:
                 f"{name} = {getattr(config, name)!r} is out of range",
                 f"likelihood: {', '.join(LIKELIHOODS)}; parametrisation: {', '.join(PARAMETRISATIONS)}; copies: {', '.join(GROUPS)}; "
                 f"objective: {', '.join(OBJECTIVES)}; radii not negative and the last at least the first; march 0 to 1; heads 1 to 64; "
-                "gauss_newton 0 to 20, from a share of the steps below 1; side 0 or at least 8; counts and rates positive, batches of 2 or "
-                "more where they are normalised",
+                "gauss_newton 0 to 20, from a share of the steps below 1; side 0 or at least 8, 16 where polar; counts "
+                "and rates positive, batches of 2 or more where they are normalised",
             )
     if isinstance(config, AmortizedConfig):
         _checked_together(config)

@@ -42,6 +42,8 @@ class DistillationConfig:
         Pixels across 1.25 particle diameters that the encoder sees.
     heads
         Candidate poses per image.
+    polar
+        Convolve over rings about the centre, and propose ``heads`` poses from each of 8 directions of the plane, which turn with the image.
     synthetic
         Share of each batch that is drawn from the map; the rest are the run's own particles.
     bfloat16
@@ -53,15 +55,20 @@ class DistillationConfig:
     rate: float = 1e-3
     side: int = 24
     heads: int = 4
+    polar: bool = False
     synthetic: float = 0.75
     bfloat16: bool = True
+
+    def encoder(self, view: View, seed: int = 0) -> PoseEncoder:
+        """The network that these settings teach."""
+        return PoseEncoder(view, heads=self.heads, polar=self.polar, bfloat16=self.bfloat16, seed=seed)
 
     def __post_init__(self) -> None:
         fine = {
             "steps": self.steps > 0,
             "batch": self.batch > 1,
             "rate": self.rate > 0,
-            "side": self.side >= 8,
+            "side": self.side >= (16 if self.polar else 8),
             "heads": 1 <= self.heads <= 64,
             "synthetic": 0 <= self.synthetic <= 1,
         }
@@ -70,7 +77,7 @@ class DistillationConfig:
                 raise ConfigError(
                     "CONF510",
                     f"{name} = {getattr(self, name)} is out of range",
-                    "steps and rate positive, batch at least 2, side at least 8, heads 1 to 64, synthetic 0 to 1",
+                    "steps and rate positive, batch at least 2, side at least 8 (16 where polar), heads 1 to 64, synthetic 0 to 1",
                 )
 
 
@@ -136,7 +143,7 @@ class Distillation:
         self.stack, self.config, self.structure, self.seed = stack, config, structure, seed
         self.posterior, self.members = posterior, members
         view = View.around(stack.disk, config.side, mask_diameter / stack.pixel_size)
-        self.encoder = PoseEncoder(view, heads=config.heads, bfloat16=config.bfloat16, seed=seed).to(stack.device)
+        self.encoder = config.encoder(view, seed).to(stack.device)
         self.columns = view.columns(stack.disk).to(stack.device)
         self.disk = view.disk.to(stack.device)
         self.grid = slicing_grid(structure.volume, view.disk.radius)

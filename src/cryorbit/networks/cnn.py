@@ -12,6 +12,49 @@ _BLOCKS = 3
 SMALLEST_SIDE = 2**_BLOCKS
 
 
+def convolutions(
+    filters: tuple[int, ...],
+    *,
+    normalised: bool,
+    padding: tuple[int, int] = (1, 1),
+    before_each: type[nn.Module] | None = None,
+) -> list[nn.Module]:
+    """For each of ``filters`` two 3 x 3 convolutions, of images of one channel, and a max-pool; ``before_each`` is put before every one."""
+    layers: list[nn.Module] = []
+    before = 1
+    for count in filters:
+        for _ in range(2):
+            layers += [before_each()] if before_each else []
+            layers += [nn.Conv2d(before, count, 3, padding=padding)]
+            layers += [nn.BatchNorm2d(count)] if normalised else []
+            layers += [nn.ReLU()]
+            before = count
+        layers += [nn.MaxPool2d(2)]
+    return layers
+
+
+def perceptron(inputs: int, hidden: int, *, normalised: bool) -> list[nn.Module]:
+    """Two fully connected layers."""
+    layers: list[nn.Module] = []
+    for before in (inputs, hidden):
+        layers += [nn.Linear(before, hidden)]
+        layers += [nn.BatchNorm1d(hidden)] if normalised else []
+        layers += [nn.ReLU()]
+    return layers
+
+
+def start_he(body: nn.Module, last: nn.Linear) -> None:
+    """He's starting weights for ``body``; the outputs of ``last`` begin with variance 1; biases zero."""
+    for layer in body.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    for name, parameter in body.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+    nn.init.normal_(last.weight, 0.0, 1.0 / math.sqrt(last.in_features))
+    nn.init.zeros_(last.bias)
+
+
 class ConvEncoder(nn.Module):
     """Three blocks of two 3 x 3 convolutions and a max-pool, then two fully connected layers (papers/001 section 3, "Encoder").
 
@@ -61,36 +104,13 @@ class ConvEncoder(nn.Module):
         self.reduced = bfloat16
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            layers: list[nn.Module] = []
-            before = 1
-            for count in filters:
-                for _ in range(2):
-                    layers += [nn.Conv2d(before, count, 3, padding=1)]
-                    layers += [nn.BatchNorm2d(count)] if normalised else []
-                    layers += [nn.ReLU()]
-                    before = count
-                layers += [nn.MaxPool2d(2)]
-            layers += [nn.Flatten()]
-            before *= (side // SMALLEST_SIDE) ** 2
-            for _ in range(2):
-                layers += [nn.Linear(before, hidden)]
-                layers += [nn.BatchNorm1d(hidden)] if normalised else []
-                layers += [nn.ReLU()]
-                before = hidden
+            pixels = (side // SMALLEST_SIDE) ** 2
+            layers = [*convolutions(filters, normalised=normalised), nn.Flatten()]
+            layers += perceptron(filters[-1] * pixels, hidden, normalised=normalised)
             self.last = nn.Linear(hidden, outputs)
             self.body = nn.Sequential(*layers)
             if he:
-                self._start_he()
-
-    def _start_he(self) -> None:
-        for layer in self.body:
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-        for name, parameter in self.body.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-        nn.init.normal_(self.last.weight, 0.0, 1.0 / math.sqrt(self.last.in_features))
-        nn.init.zeros_(self.last.bias)
+                start_he(self.body, self.last)
 
     def forward(self, images: Float[Tensor, "b side side"]) -> Float[Tensor, "b outputs"]:
         """One vector per image; images of variance about 1."""

@@ -42,7 +42,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "refine.sweeps=24",
         "refine.iterations=8",
         "amortized.steps=4000",
-        "amortized.heads=8",
+        "amortized.heads=4",
     ),
     "paper001": (  # the autoencoder as it is printed; its rate is not: docs/methods/amortized.md
         "method=amortized",
@@ -52,7 +52,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "amortized.radius_start=0",
         "amortized.radius_end=0",
         "amortized.heads=1",
-        "amortized.copies=c1",
+        "amortized.polar=false",
         "amortized.augmented=false",
         "amortized.normalised=false",
         "amortized.he=false",

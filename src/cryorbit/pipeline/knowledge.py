@@ -25,7 +25,7 @@ from cryorbit.pipeline.start import fourier_stack
 from cryorbit.poses.assignment import Assigned, Assigner
 from cryorbit.poses.confidence import Confidence, fit_confidence, threshold
 from cryorbit.poses.density import cosines
-from cryorbit.poses.encoder import PoseEncoder, View
+from cryorbit.poses.encoder import View
 from cryorbit.poses.posterior import PosePosterior
 from cryorbit.training.checkpoint import load_checkpoint, save_checkpoint
 from cryorbit.training.dataset import FourierStack
@@ -222,7 +222,7 @@ def assigner_of(
     _, pixel_size = read_volume(run / "map.mrc")
     stack_disk = fourier_disk(box, 0.5 * box)
     view = View.around(stack_disk, teaching.side, config.mask_diameter / pixel_size)
-    encoder = PoseEncoder(view, heads=teaching.heads, bfloat16=teaching.bfloat16).to(device)
+    encoder = teaching.encoder(view).to(device)
     try:
         encoder.load_state_dict(weights)
     except RuntimeError as error:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cryorbit.errors import ConfigError
 from cryorbit.networks.cnn import ConvEncoder
+from cryorbit.networks.polar import TURNS, PolarEncoder
 from cryorbit.physics.fourier import FourierDisk, disk_subset, disk_to_images, fourier_disk
 
 PARAMETRISATIONS = {"euler": 3, "quaternion": 3, "s2s2": 6}
@@ -177,6 +178,8 @@ class PoseEncoder(nn.Module):
         Candidates per image.
     fit_shift
         Whether it says where the particle is; shifts are zero otherwise.
+    polar
+        Look at the image from 8 directions of its plane: there are as many candidates for each of ``heads``, and they turn with the image.
     normalised, he, bfloat16, seed
         As for :class:`~cryorbit.networks.cnn.ConvEncoder`.
 
@@ -186,6 +189,8 @@ class PoseEncoder(nn.Module):
         CONF501 no such parametrisation.
     """
 
+    turns: Tensor
+
     def __init__(
         self,
         view: View,
@@ -193,6 +198,7 @@ class PoseEncoder(nn.Module):
         parametrisation: str = "s2s2",
         heads: int = 1,
         fit_shift: bool = True,
+        polar: bool = False,
         normalised: bool = True,
         he: bool = True,
         bfloat16: bool = False,
@@ -203,17 +209,25 @@ class PoseEncoder(nn.Module):
         self.view, self.parametrisation, self.heads, self.fit_shift = view, parametrisation, heads, fit_shift
         self.numbers = PARAMETRISATIONS[parametrisation]
         each = self.numbers + 4  # shift, weight, concentration
-        self.network = ConvEncoder(view.side, heads * each, normalised=normalised, he=he, bfloat16=bfloat16, seed=seed)
+        network = PolarEncoder if polar else ConvEncoder
+        self.network = network(view.side, heads * each, normalised=normalised, he=he, bfloat16=bfloat16, seed=seed)
+        angle = torch.arange(TURNS if polar else 1) * (2 * math.pi / TURNS)
+        about_z = torch.zeros(len(angle), 3, 3)
+        about_z[:, 0, 0] = about_z[:, 1, 1] = angle.cos()
+        about_z[:, 1, 0], about_z[:, 0, 1], about_z[:, 2, 2] = angle.sin(), -angle.sin(), 1.0
+        self.register_buffer("turns", about_z, persistent=False)
 
     def forward(self, values: Complex[Tensor, "b p"]) -> EncodedPoses:
         """Candidates from Fourier pixels on the view's disk, of power about 1."""
-        out = self.network(self.view(values)).unflatten(1, (self.heads, self.numbers + 4))
-        parts = out.split([self.numbers, 2, 1, 1], dim=2)
+        out = self.network(self.view(values)).view(len(values), len(self.turns), self.heads, -1)
+        parts = out.split([self.numbers, 2, 1, 1], dim=3)
         low, high = (math.log(x) for x in _CONCENTRATION)
-        shifts = parts[1] * (self.view.disk.box / self.view.box) if self.fit_shift else torch.zeros_like(parts[1])
+        rotations = self.turns[:, None] @ rotations_of(self.parametrisation, parts[0])
+        shifts = (self.turns[:, None, :2, :2] @ parts[1][..., None])[..., 0] * (self.view.disk.box / self.view.box)
+        weight, concentration = (part.flatten(1) for part in parts[2:])
         return EncodedPoses(
-            rotations_of(self.parametrisation, parts[0]),
-            shifts,
-            parts[2][..., 0].log_softmax(dim=1),
-            (parts[3][..., 0] + _START).clamp(low, high).exp(),
+            rotations.flatten(1, 2),
+            (shifts if self.fit_shift else torch.zeros_like(shifts)).flatten(1, 2),
+            weight.log_softmax(dim=1),
+            (concentration + _START).clamp(low, high).exp(),
         )
