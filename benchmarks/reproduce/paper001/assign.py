@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from common import APIX, BOX, DIAMETER, LEVELS, Data, simulated, summary, write
 
+from cryorbit.methods.distillation import DistillationConfig
 from cryorbit.pipeline.assign import assign
-from cryorbit.pipeline.config import RunConfig
+from cryorbit.pipeline.config import RunConfig, override_section
 from cryorbit.pipeline.finished import open_finished
 from cryorbit.pipeline.knowledge import assigner_of, taught
 from cryorbit.pipeline.reconstruct import reconstruct
@@ -45,22 +46,27 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/paper001_assign.json"))
     parser.add_argument("--count", type=int, default=3000)
     parser.add_argument("--new", type=int, default=1000)
+    parser.add_argument("--levels", nargs="+", default=list(LEVELS), choices=list(LEVELS))
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="Settings of the teaching; taught anew."
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = {}
-    for name in LEVELS:
+    teaching = override_section(DistillationConfig(), arguments.set)
+    for name in arguments.levels:
         folder = arguments.work / name.replace(" ", "").replace(",", "_").lower()
         star = simulated(folder / "sim", arguments.count, name, 1)
         new = simulated(folder / "new", arguments.new, name, 7)
         run = folder / "run"
         if not (run / "metrics.json").exists():
             reconstruct(RunConfig(particles=str(star.resolve()), mask_diameter=DIAMETER), run)
-        summary_path = folder / "assigned" / "assign.json"
+        summary_path = folder / "_".join(["assigned", *arguments.set]) / "assign.json"
         if not summary_path.exists():
-            assign(new, run, summary_path.parent)
+            assign(new, run, summary_path.parent, teaching=teaching)
         values = json.loads(summary_path.read_text())
         config, metrics = open_finished(run)
-        weights, known = taught(run, config, metrics, None, None)
+        weights, known = taught(run, config, metrics, teaching, None)
         data, row = Data.of(new, 0.5 * BOX), {}
         for steps in (0, 1, 2, 4):
             assigner = assigner_of(run, config, known, weights, steps, torch.device("cpu"))
@@ -71,7 +77,13 @@ def main() -> None:
         row["command"] = {key: values[key] for key in names}
         rows[name] = row
         print(name, json.dumps(row, indent=1))
-        sizes = {"box": BOX, "pixel_size_A": APIX, "particles": arguments.count, "new": arguments.new}
+        sizes = {
+            "set": arguments.set,
+            "box": BOX,
+            "pixel_size_A": APIX,
+            "particles": arguments.count,
+            "new": arguments.new,
+        }
         write(arguments.output, sizes | {"rows": rows})
 
 
