@@ -90,7 +90,7 @@ def test_documented_settings_are_the_settings():
         full = [found[0]] + [section + name for name in found[1:]]
         documented |= set(full)
         for name, value in zip(full, values.split(","), strict=True):
-            defaults[name] = {"true": "True"}.get(value.strip(), value.strip())
+            defaults[name] = {"true": "True", "false": "False"}.get(value.strip(), value.strip())
     actual = {f"{name}.{f.name}": f.default for name in METHODS for f in fields(method(name)[1])}
     actual |= {f.name: f.default for f in fields(DistillationConfig)}
     assert set(actual) <= documented
