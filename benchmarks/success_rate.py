@@ -9,7 +9,8 @@ pose error below 5 degrees *and* FSC 0.5 to the truth within 1.3 of the known-po
 molecule's mask (rows also say how it stands without the mask, where noise in the solvent decides). The hopeless cells (pure noise; two
 unrelated molecules) have no right answer: a run there is a failure whatever it returns. A ceiling is how near to the truth the
 heaviest modes of 500 such images lie under the true map and the true noise, looked for around the truth and eight places of a whole grid:
-an optimistic bound.
+an optimistic bound. Superseded rows are what older engines knew of runs that were repeated since: they are in no table, but a verdict is fitted
+to them too, for newer engines go wrong more rarely than it takes to tell how that looks.
 """
 
 import argparse
@@ -320,10 +321,10 @@ def main() -> None:
     parser.add_argument("--fit", type=Path, help="Do not run: fit the verdict and draw its reliability diagram here.")
     arguments = parser.parse_args()
     kept = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-    rows, ceilings = kept.get("rows", []), kept.get("ceilings", [])
+    rows, ceilings, superseded = (kept.get(name, []) for name in ("rows", "ceilings", "superseded"))
     if arguments.fit:
-        print(table(rows, ceilings))
-        print(fit(rows, arguments.fit))
+        print(table(rows, ceilings, superseded))
+        print(fit(rows, superseded, arguments.fit))
         return
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     about = {"device": f"CPU, one thread per run, {platform.machine()}", "torch": torch.__version__}
@@ -333,7 +334,8 @@ def main() -> None:
     def write() -> None:
         ceilings.sort(key=lambda row: order.index(row["cell"]))
         rows.sort(key=lambda row: (order.index(row["cell"]), row["seed"]))
-        arguments.json.write_text(json.dumps({"about": about, "ceilings": ceilings, "rows": rows}, indent=1) + "\n")
+        values = {"about": about, "ceilings": ceilings, "superseded": superseded, "rows": rows}
+        arguments.json.write_text(json.dumps(values, indent=1) + "\n")
 
     if arguments.ceilings:
         known = {row["cell"] for row in ceilings}

@@ -20,7 +20,7 @@ def evidence_of(row: Row) -> Evidence:
     return Evidence(**({"spread_deg": row["pose_spread_deg"]} | row["evidence"]))  # type: ignore[arg-type,operator]
 
 
-def table(rows: list[Row], ceilings: list[Row]) -> str:
+def table(rows: list[Row], ceilings: list[Row], superseded: list[Row]) -> str:
     """One Markdown row per cell: successes (95 % Wilson interval; without the mask), poses, and those under the true map, resolution in the
     mask, chance, time."""
     best = {str(row["cell"]): f"{float(str(row['median_deg'])):.2f}" for row in ceilings}
@@ -29,7 +29,7 @@ def table(rows: list[Row], ceilings: list[Row]) -> str:
         "| known poses (A) | mean P(right) | CPU-s |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    chances = left_out_chances(rows)[1]
+    chances = left_out_chances(rows, superseded)[1]
     for cell in dict.fromkeys(str(row["cell"]) for row in rows):
         here = [row for row in rows if row["cell"] == cell]
 
@@ -104,23 +104,24 @@ def weights_of(rows: list[Row]) -> dict[str, float]:
     return dict(zip(SIGNS, (_logistic(x, y).round(2) + 0.0).tolist(), strict=True))
 
 
-def left_out_chances(rows: list[Row]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Chance of every run with its own cell left out of the fit: by agreement alone, and with the signal that is left."""
-    x, mixed, y = _evidence(rows)
-    cells = np.array([str(row["cell"]) for row in rows])
+def left_out_chances(rows: list[Row], superseded: list[Row]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Chance of each of ``rows``, all runs of its cell left out of the fit: by agreement alone, and with the signal that is left."""
+    x, mixed, y = _evidence([*rows, *superseded])
+    cells = np.array([str(row["cell"]) for row in [*rows, *superseded]])
     agreed, both = np.empty(len(y)), np.empty(len(y))
     for cell in np.unique(cells):
         here = cells == cell
         w = _logistic(x[~here], y[~here])
         agreed[here], both[here] = _chance(x[here], np.zeros_like(mixed[here]), w), _chance(x[here], mixed[here], w)
-    return agreed, both
+    return agreed[: len(rows)], both[: len(rows)]
 
 
-def fit(rows: list[Row], picture: Path) -> str:
-    """Weights on all runs; AUC, expected calibration error and diagram from leaving each cell out in turn."""
+def fit(rows: list[Row], superseded: list[Row], picture: Path) -> str:
+    """Weights on all runs, ``superseded`` ones of older engines too; AUC, expected calibration error and diagram of ``rows``, each cell left
+    out in turn."""
     _, _, y = _evidence(rows)
-    agreed, left_out = left_out_chances(rows)
-    weights = weights_of(rows)
+    agreed, left_out = left_out_chances(rows, superseded)
+    weights = weights_of([*rows, *superseded])
     bins = _bins(left_out, y)
     ece, alone = _calibration(left_out, y), _calibration(agreed, y)
     near = np.array([2.0 < float(str(row.get("median_deg", 0.0))) < 10.0 for row in rows])

@@ -46,6 +46,7 @@ def test_each_half_is_learnt_from_its_own_images(finished):
     run, _ = finished
     stages = [json.loads(line)["stage"] for line in (run / "history.jsonl").read_text().splitlines()]
     assert stages.count("amortized 1") == stages.count("amortized 2") == 4
+    assert stages.index("abinitio") == 8  # what they learnt is improved on
     first, second = (load_checkpoint(run / "checkpoint" / f"amortized_{half}.safetensors")[0] for half in (1, 2))
     last = "encoder.network.last.weight"
     assert float((first[last] - second[last]).abs().max()) > 0.01

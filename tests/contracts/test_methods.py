@@ -22,7 +22,7 @@ from cryorbit.training.loop import Method, run
 
 APIX, DIAMETER = 5.0, 70.0
 SWITCHES: dict[str, dict[str, object]] = {
-    "d4": {"copies": "d4", "augmented": False},
+    "d4": {"copies": "d4", "augmented": False, "polar": False},
     "square": {"polar": False, "copies": "c2"},
     "gauss-newton": {"gauss_newton": 1, "gauss_newton_from": 0.3},
     "neural": {"volume": "neural", "field_width": 16},

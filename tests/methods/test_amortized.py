@@ -75,7 +75,7 @@ def test_a_table_of_almost_true_poses_moves_towards_them(truth, stack):
 @pytest.mark.parametrize("name", ["c2", "c4", "d4"])
 def test_what_is_proposed_turns_with_the_image(stack, name):
     """The candidates of a copy are those of the image, moved, in another order: so are the losses, and the pose that is followed."""
-    config = AmortizedConfig(steps=2, batch=20, side=16, bfloat16=False, copies=name, augmented=False)
+    config = AmortizedConfig(steps=2, batch=20, side=16, bfloat16=False, polar=False, copies=name, augmented=False)
     method = Amortized(stack, config, mask_diameter=DIAMETER)
     chosen = torch.arange(12)
     images, ctf = stack.images(chosen), stack.ctf(chosen)
@@ -106,7 +106,7 @@ def test_a_network_that_sees_one_copy_does_not_turn_with_the_image(stack):
 @torch.no_grad()
 def test_drawn_copies_propose_poses_of_the_image_itself(stack):
     """An encoder whose candidates turn with the image proposes the same ones, whatever copy is drawn."""
-    config = AmortizedConfig(steps=2, batch=20, side=16, bfloat16=False, copies="c4")
+    config = AmortizedConfig(steps=2, batch=20, side=16, bfloat16=False, polar=False, copies="c4")
     method = Amortized(stack, config, mask_diameter=DIAMETER)
     method.moved = Copies.of("c4", method.encoder.view.disk)
     chosen = torch.arange(12)
@@ -313,6 +313,8 @@ def test_settings_that_cannot_work_are_refused(change):
         ("CONF505", {"copies": "d4"}),
         ("CONF506", {"objective": "elbo", "likelihood": "l2"}),
         ("CONF507", {"objective": "elbo", "gauss_newton": 1}),
+        ("CONF508", {"copies": "c2"}),
+        ("CONF508", {"copies": "d4", "augmented": False}),
     ],
 )
 def test_settings_of_which_one_leaves_the_other_nothing_to_do_are_refused(code, change):

@@ -179,6 +179,17 @@ def test_prediction_of_unseen_images_is_what_they_are(case):
     assert float(off.mean()) > 3 * float(off.std()) / len(rest) ** 0.5
 
 
+def test_background_of_images_is_not_scored(case):
+    """A constant more in every image changes Fourier pixel 0 alone, and no score."""
+    stack, truth, found = case
+    more = FourierStack(ArrayParticles(truth.images.numpy(), APIX), BOX / 2, mask_diameter=70.0)
+    before = more.images
+    more.images = lambda chosen: before(chosen) + (more.disk.shell == 0) * 100.0
+    one, other = (scored(x, truth, found) for x in (stack, more))
+    for name in ("log_density", "empty", "effective"):
+        assert torch.equal(getattr(one, name), getattr(other, name))
+
+
 def test_worse_models_score_lower(case):
     """Of noise levels, poses and symmetries the true ones win, by many standard errors."""
     stack, truth, found = case

@@ -187,14 +187,24 @@ def test_maps_that_another_method_learnt_are_improved_on(truth, generator, kind)
     volume = resize_volume(truth.volume.data.float(), made.stack.box) * made.stack.scale
     coarse = resize_volume(resize_volume(volume, 8), made.stack.box)
     wrong = torch.randn(volume.shape, generator=generator) * volume.std()
-    turned = move_volume(coarse, random_rotations(1, generator)[0], torch.zeros(3), True)
-    made.take_over((coarse, turned if kind == "coarse" else wrong))
+    maps = (coarse, move_volume(coarse, random_rotations(1, generator)[0], torch.zeros(3), True))
+    made.take_over(maps if kind == "coarse" else (coarse, wrong))
+    assert (int(made.heat), float(made.march), int(made.batch)) == (2, 0.5, COUNT // 2)
+
+    def alike(half: int) -> float:
+        pair = torch.stack([made.runs[half][0].volume.flatten(), (maps[half - 1] * made.mask).flatten()])
+        return float(torch.corrcoef(pair)[0, 1])
+
+    assert alike(1) > 0.9
+    assert (alike(2) > 0.9) == (kind == "coarse")
     run(made)
     found = made.agreement()
+    assert int(made.heat) == 2
     assert not bool(made.joined)
     assert found.posed > 0.8
     assert made.periods(float(found.reach)) >= 5
-    assert found.mirrored or kind == "one wrong"  # whose hand is by chance
+    if kind == "coarse":  # else the second hand is by chance
+        assert alike(1) > 0.8 < alike(2)
 
 
 def test_given_maps_start_one_run_of_each_half_and_their_frames_are_laid_on_each_other(truth, generator):

@@ -11,7 +11,7 @@ from cryorbit.errors import ConfigError
 from cryorbit.groups import so3
 from cryorbit.groups.point import point_group
 from cryorbit.networks.cnn import ConvEncoder
-from cryorbit.networks.polar import PolarEncoder
+from cryorbit.networks.polar import RingEncoder
 from cryorbit.physics.copies import Copies
 from cryorbit.physics.fourier import disk_to_images, fourier_disk, images_to_disk
 from cryorbit.physics.shift import phase_ramp
@@ -88,7 +88,7 @@ def test_unknown_parametrisation_is_refused():
     with pytest.raises(ConfigError, match="CONF500"):
         ConvEncoder(7, 3)
     with pytest.raises(ConfigError, match="CONF500"):
-        PolarEncoder(15, 3)
+        RingEncoder(15, 3)
 
 
 @pytest.mark.parametrize("box", [40, 41])

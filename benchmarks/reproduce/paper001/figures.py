@@ -91,6 +91,8 @@ def drawn(
         axis.legend(frameon=False, fontsize=7)
     axes[0].set_ylabel("FSC to the truth, masked")
     figure.savefig(folder / "paper001_figure3.png", dpi=110)
+    if not shown:
+        return
     figure, axes = plt.subplots(len(shown), 4, figsize=(7.2, 1.9 * len(shown)), layout="constrained", squeeze=False)
     for line, (name, images) in zip(axes, shown.items(), strict=True):
         titles = (f"{name}: {SETS[name]}", "redrawn", "map, projected", "truth, projected")

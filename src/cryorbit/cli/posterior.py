@@ -50,8 +50,11 @@ def posterior(
 
 def _words(values: dict[str, Any]) -> str:
     """The numbers a person looks for first."""
-    gain = values["prior_mask_gain_nats"]
-    masks = f"\nprior mask  makes such an image {gain:+.2f} nats (error {values['prior_mask_gain_error']:.2f}) likelier"
+    masks = ""
+    if (gain := values["prior_mask_gain_nats"]) is not None:
+        masks = (
+            f"\nprior mask  makes such an image {gain:+.2f} nats (error {values['prior_mask_gain_error']:.2f}) likelier"
+        )
     return (
         f"resolution  {values['resolution_masked_A']:.2f} A inside the mask, {values['resolution_A']:.2f} A without "
         f"(from all particles, no half-sets)\n"
@@ -63,4 +66,4 @@ def _words(values: dict[str, Any]) -> str:
         f"held out    under the map of the other half an image is {values['held_out_gain_nats']:.1f} nats (error "
         f"{values['held_out_gain_error']:.1f}) likelier than as noise; what it leaves is "
         f"{values['held_out_residual']:.3f} of the variance predicted (1 is right)"
-    ) + (masks if values["prior_mask"] else "")
+    ) + masks

@@ -71,7 +71,8 @@ class AmortizedConfig(DecoderConfig):
     parametrisation
         ``euler``, ``quaternion`` or ``s2s2``.
     heads
-        Poses proposed per image; the best of them is followed (winner takes all), and the network learns which it will be.
+        Poses proposed per image, with ``polar`` from each direction; the best of all is followed (winner takes all), and the network learns
+        which it will be.
     copies
         Copies of each image that the network is shown, of which the best candidate is followed: ``c1`` the image alone (papers/001), ``c2`` it
         and its half turn, ``c4`` its quarter turns, ``d4`` these and their mirror images. What is found turns with the image exactly.
@@ -125,6 +126,12 @@ def _checked_together(config: AmortizedConfig) -> None:
             "CONF505",
             "augmented with copies d4: every turned and mirrored copy is shown already",
             "set augmented=false, or copies to c1, c2 or c4",
+        )
+    if config.polar and config.copies != "c1":
+        raise ConfigError(
+            "CONF508",
+            f"polar with copies {config.copies}: what is proposed turns with the image already",
+            "set copies=c1, or polar=false",
         )
     if config.objective == "elbo" and config.likelihood != "noise":
         raise ConfigError(

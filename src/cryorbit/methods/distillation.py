@@ -41,7 +41,7 @@ class DistillationConfig:
     side
         Pixels across 1.25 particle diameters that the encoder sees.
     heads
-        Candidate poses per image.
+        Candidate poses per image, with ``polar`` from each direction.
     polar
         Convolve over rings about the centre, and propose ``heads`` poses from each of 8 directions of the plane, which turn with the image.
     synthetic

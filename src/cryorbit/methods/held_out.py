@@ -125,4 +125,5 @@ def held_out(
         effective.append(effective_samples(weights).cpu())
         empty.append(log_likelihood(images, torch.zeros_like(images), spectrum, scored).double().cpu())
     residual = shell_mean(square / len(particle), scored, shells)
+    residual[0] = torch.nan  # not scored
     return HeldOut(torch.cat(bound), torch.cat(empty), torch.cat(effective), residual.cpu())

@@ -336,11 +336,12 @@ class Marginal:
         self.correlation = fresh
 
     def take_over(self, maps: tuple[Float[Tensor, "d d d"], Float[Tensor, "d d d"]]) -> None:
-        """Maps of the halves that another method learnt become the last heat's runs, half way in the march, each with its half's noise."""
+        """Maps of the halves that another method learnt become the last heat's runs, half way in the march, many images at a time."""
         self.heat = torch.tensor(self.config.heats - 1)
         self._march_from(_ROUNDS[-1])
+        self.batch = self.largest.clamp(max=_AT_ONCE)
         for half, volume in zip(HALVES, maps, strict=True):
-            run, chosen = self._new_run(), self.sample(half)
+            run, chosen = self._new_run(), self.members[half][: int(self.batch)]
             run.take_noise(chosen)
             grids = self.grids(run, self.radius())
             run = run.with_map(volume.to(self.mask) * self.mask).with_noise_of(chosen, grids)

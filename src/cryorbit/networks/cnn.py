@@ -12,20 +12,21 @@ _BLOCKS = 3
 SMALLEST_SIDE = 2**_BLOCKS
 
 
-def convolutions(
-    filters: tuple[int, ...],
-    *,
-    normalised: bool,
-    padding: tuple[int, int] = (1, 1),
-    before_each: type[nn.Module] | None = None,
-) -> list[nn.Module]:
-    """For each of ``filters`` two 3 x 3 convolutions, of images of one channel, and a max-pool; ``before_each`` is put before every one."""
+class _Around(nn.Module):
+    """The first column behind the last, and the last before the first."""
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h v"]:
+        return torch.cat([x[..., -1:], x, x[..., :1]], dim=-1)
+
+
+def convolutions(filters: tuple[int, ...], *, normalised: bool, circular: bool = False) -> list[nn.Module]:
+    """For each of ``filters`` two 3 x 3 convolutions of images of one channel, in ``circular`` ones of columns in a circle, and a max-pool."""
     layers: list[nn.Module] = []
     before = 1
     for count in filters:
         for _ in range(2):
-            layers += [before_each()] if before_each else []
-            layers += [nn.Conv2d(before, count, 3, padding=padding)]
+            layers += [_Around()] if circular else []
+            layers += [nn.Conv2d(before, count, 3, padding=(1, 0) if circular else 1)]
             layers += [nn.BatchNorm2d(count)] if normalised else []
             layers += [nn.ReLU()]
             before = count

@@ -13,14 +13,7 @@ TURNS = 8
 """Directions of the plane from which an image is looked at."""
 
 
-class _Around(nn.Module):
-    """The first angle behind the last, and the last before the first."""
-
-    def forward(self, x: Float[Tensor, "b c r a"]) -> Float[Tensor, "b c r e"]:
-        return nn.functional.pad(x, (1, 1, 0, 0), mode="circular")
-
-
-class PolarEncoder(nn.Module):
+class RingEncoder(nn.Module):
     """The layers of :class:`~cryorbit.networks.cnn.ConvEncoder` on radius x angle, angles closed to a circle; a vector for each direction.
 
     The perceptron sees all features, begun at each direction in turn. An image turned by an eighth of a circle, about the pixel at its centre,
@@ -30,7 +23,7 @@ class PolarEncoder(nn.Module):
     Parameters
     ----------
     side
-        Of the images in pixels, at least 16: half of it rings.
+        Of the images in pixels, at least 16; half as many rings, to the next multiple of 8.
     outputs
         Numbers per direction.
     filters, hidden, normalised, he, bfloat16, seed
@@ -58,12 +51,13 @@ class PolarEncoder(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        rings, angles = side // 2, TURNS * SMALLEST_SIDE
-        if rings < SMALLEST_SIDE:
+        if side < 2 * SMALLEST_SIDE:
             raise ConfigError(
                 "CONF500",
                 f"images of {side} px are too small to encode in rings, expected {2 * SMALLEST_SIDE} px or more",
+                "set polar=false",
             )
+        rings, angles = SMALLEST_SIDE * math.ceil(side / (2 * SMALLEST_SIDE)), TURNS * SMALLEST_SIDE
         self.reduced = bfloat16
         radius = (torch.arange(rings) + 0.5) * ((side - 1 - side // 2) / rings)
         angle = torch.arange(angles) * (2 * math.pi / angles)
@@ -75,9 +69,7 @@ class PolarEncoder(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             rows = filters[-1] * (rings // SMALLEST_SIDE)
-            self.rings = nn.Sequential(
-                *convolutions(filters, normalised=normalised, padding=(1, 0), before_each=_Around)
-            )
+            self.rings = nn.Sequential(*convolutions(filters, normalised=normalised, circular=True))
             self.body = nn.Sequential(*perceptron(rows * TURNS, hidden, normalised=normalised))
             self.last = nn.Linear(hidden, outputs)
             if he:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cryorbit.errors import ConfigError
 from cryorbit.networks.cnn import ConvEncoder
-from cryorbit.networks.polar import TURNS, PolarEncoder
+from cryorbit.networks.polar import TURNS, RingEncoder
 from cryorbit.physics.fourier import FourierDisk, disk_subset, disk_to_images, fourier_disk
 
 PARAMETRISATIONS = {"euler": 3, "quaternion": 3, "s2s2": 6}
@@ -175,7 +175,7 @@ class PoseEncoder(nn.Module):
     parametrisation
         One of :data:`PARAMETRISATIONS`.
     heads
-        Candidates per image.
+        Candidates per image, with ``polar`` from each direction.
     fit_shift
         Whether it says where the particle is; shifts are zero otherwise.
     polar
@@ -209,7 +209,7 @@ class PoseEncoder(nn.Module):
         self.view, self.parametrisation, self.heads, self.fit_shift = view, parametrisation, heads, fit_shift
         self.numbers = PARAMETRISATIONS[parametrisation]
         each = self.numbers + 4  # shift, weight, concentration
-        network = PolarEncoder if polar else ConvEncoder
+        network = RingEncoder if polar else ConvEncoder
         self.network = network(view.side, heads * each, normalised=normalised, he=he, bfloat16=bfloat16, seed=seed)
         angle = torch.arange(TURNS if polar else 1) * (2 * math.pi / TURNS)
         about_z = torch.zeros(len(angle), 3, 3)
