@@ -42,21 +42,20 @@ def learnt(
     config = dataclasses.replace(AmortizedConfig(steps=steps), radius_end=0.0)
     method = Amortized(data.stack, config, mask_diameter=DIAMETER, seed=0)
     rows: list[dict[str, object]] = []
-    begun, chosen = time.process_time(), torch.arange(500)
-
-    def compared() -> MapComparison:
-        return compare_maps(Volume(method.map().cpu(), APIX), truth)
+    begun, chosen, found = time.process_time(), torch.arange(500), None
 
     def look(stage: str, step: int, total: int, values: dict[str, float | str]) -> None:
-        if step % max(1, steps // looks) == 0:
-            found = compared()
+        nonlocal found
+        if step % max(1, steps // looks) == 0 or step == total:
+            found = compare_maps(Volume(method.map().cpu(), APIX), truth)
             row = {"step": step, "cpu_s": round(time.process_time() - begun, 1), "commit": commit()}
             row |= summary(data.errors(method.poses(chosen), chosen))
             curve = [round(float(v), 4) for v in found.fsc_masked]
             rows.append(row | {"resolution_0143_masked_A": found.resolution_0143_masked, "fsc_masked": curve})
 
     run(method, progress=look)
-    return method, rows, compared()
+    assert found is not None
+    return method, rows, found
 
 
 def pictures(method: Amortized, data: Data, which: int) -> tuple[Tensor, Tensor]:

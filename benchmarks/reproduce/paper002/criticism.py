@@ -101,9 +101,9 @@ def main() -> None:
     found, rows = models(data, stack), []
     first = found["C7"]
     for name, own in found.items():
-        below = (own.log_density - first.log_density).double()
-        row = cell | {"model": name, "gain": own.gain, "gain_error": own.gain_error, "below_first": float(below.mean())}
-        row |= {"below_error": float(below.std()) / len(below) ** 0.5, "residual": float(own.residual[2:31].mean())}
+        below, error = own.beside(first)
+        row = cell | {"model": name, "gain": own.gain, "gain_error": own.gain_error, "below_first": below}
+        row |= {"below_error": error, "residual": float(own.residual[2:31].mean())}
         rows.append(row)
         print(json.dumps(row), flush=True)
     for row in bound(data, stack):

@@ -55,12 +55,16 @@ class HeldOut:
     @property
     def gain(self) -> float:
         """Nats per image that the map is worth."""
-        return float((self.log_density - self.empty).double().mean())
+        return _mean_and_error(self.log_density - self.empty)[0]
 
     @property
     def gain_error(self) -> float:
         """Standard error of :attr:`gain` over images."""
-        return float((self.log_density - self.empty).double().std()) / len(self.empty) ** 0.5
+        return _mean_and_error(self.log_density - self.empty)[1]
+
+    def beside(self, other: "HeldOut") -> tuple[float, float]:
+        """Nats by which the same images are likelier than under another model, mean and standard error over images."""
+        return _mean_and_error(self.log_density - other.log_density)
 
     @staticmethod
     def joined(parts: "list[HeldOut]") -> "HeldOut":
@@ -72,6 +76,11 @@ class HeldOut:
             torch.cat([p.effective for p in parts]),
             torch.stack([s * p.residual for s, p in zip(share, parts, strict=True)]).sum(dim=0),
         )
+
+
+def _mean_and_error(nats: Float[Tensor, " m"]) -> tuple[float, float]:
+    nats = nats.double()
+    return float(nats.mean()), float(nats.std()) / len(nats) ** 0.5
 
 
 def without_background(disk: FourierDisk) -> FourierDisk:

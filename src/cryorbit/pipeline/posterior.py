@@ -237,7 +237,7 @@ def _write(
     box, apix, scale = stack.box, stack.pixel_size, stack.scale
     group = point_group(inputs.symmetry).float()
     plain, inside = scores
-    unseen, gain = inside or plain, None if inside is None else (inside.log_density - plain.log_density).double()
+    unseen, (gain, gain_error) = inside or plain, (None, None) if inside is None else inside.beside(plain)
     map_, seen = masked or found, found.information.cpu()
     mean, variance = map_.mean.cpu(), added_to_shells(map_.variance.cpu(), by_shell)
     # of what is uncertain of the map, how much a mask would keep
@@ -280,8 +280,8 @@ def _write(
         "pose_share_of_variance": float(pose_part[solid].mean() / (voxels + pose_part)[solid].mean()),
         "held_out_gain_nats": unseen.gain,
         "held_out_gain_error": unseen.gain_error,
-        "prior_mask_gain_nats": None if gain is None else float(gain.mean()),
-        "prior_mask_gain_error": None if gain is None else float(gain.std()) / len(gain) ** 0.5,
+        "prior_mask_gain_nats": gain,
+        "prior_mask_gain_error": gain_error,
         "held_out_residual": float(unseen.residual[2 : max(limit, 2) + 1].mean()),
         "held_out_effective_draws": float(unseen.effective.median()),
         "noise_variance": [float(x) / scale**2 for x in found.noise],

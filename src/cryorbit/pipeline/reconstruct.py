@@ -120,10 +120,11 @@ def _abinitio(
         seed=config.seed,
     )
     checkpoint = folder / f"{engine.name}.safetensors"
-    if config.method == AMORTIZED and not checkpoint.exists():
-        engine.take_over(learnt_maps(config, inputs, stack, folder, history, progress, fingerprint))
-    if config.init == MOMENTS and not checkpoint.exists():
-        engine.begin_at(moment_maps(config, inputs, stack))
+    if not checkpoint.exists():
+        if config.method == AMORTIZED:
+            engine.take_over(learnt_maps(config, inputs, stack, folder, history, progress, fingerprint))
+        if config.init == MOMENTS:
+            engine.begin_at(moment_maps(config, inputs, stack))
     run(engine, checkpoint=checkpoint, history=history, progress=progress, fingerprint=fingerprint)
     return engine
 

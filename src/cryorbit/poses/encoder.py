@@ -9,6 +9,7 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
 from cryorbit.errors import ConfigError
+from cryorbit.groups import so3
 from cryorbit.networks.cnn import ConvEncoder
 from cryorbit.networks.polar import TURNS, RingEncoder
 from cryorbit.physics.fourier import FourierDisk, disk_subset, disk_to_images, fourier_disk
@@ -212,10 +213,7 @@ class PoseEncoder(nn.Module):
         network = RingEncoder if polar else ConvEncoder
         self.network = network(view.side, heads * each, normalised=normalised, he=he, bfloat16=bfloat16, seed=seed)
         angle = torch.arange(TURNS if polar else 1) * (2 * math.pi / TURNS)
-        about_z = torch.zeros(len(angle), 3, 3)
-        about_z[:, 0, 0] = about_z[:, 1, 1] = angle.cos()
-        about_z[:, 1, 0], about_z[:, 0, 1], about_z[:, 2, 2] = angle.sin(), -angle.sin(), 1.0
-        self.register_buffer("turns", about_z, persistent=False)
+        self.register_buffer("turns", so3.exp(angle[:, None] * torch.eye(3)[2]), persistent=False)
 
     def forward(self, values: Complex[Tensor, "b p"]) -> EncodedPoses:
         """Candidates from Fourier pixels on the view's disk, of power about 1."""
