@@ -360,7 +360,7 @@ def main() -> None:
             shown |= {k: row.get(k) for k in ("median_deg", "fsc_0.5_masked_A", "known_poses_masked_A")}
             print({k: round(v, 2) if isinstance(v, float) else v for k, v in shown.items()}, flush=True)
             write()
-    print(table(rows, ceilings))
+    print(table(rows, ceilings, superseded))
 
 
 if __name__ == "__main__":

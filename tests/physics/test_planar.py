@@ -76,3 +76,12 @@ def test_peak_of_a_parabola(best):
     apart = (torch.arange(8.0) - (best + 0.25) + 4) % 8 - 4
     found = grid.peak(-apart.square()[None])
     assert float(SO2().distance(found, torch.tensor((best + 0.25) * math.pi / 4))) < 1e-5
+
+
+def test_values_between_the_angles_of_a_grid():
+    grid = PolarGrid(16, angles=8)
+    values = torch.arange(8.0).expand(4, -1)
+    step = 2 * math.pi / 8
+    angles = torch.tensor([0.0, 2.25 * step, -0.5 * step, 8.0 * step])
+    torch.testing.assert_close(grid.at(values, angles), torch.tensor([0.0, 2.25, 3.5, 0.0]), atol=1e-5, rtol=0)
+    assert grid.nearest(torch.tensor([0.0, 2.3 * step, -0.4 * step, -1.2 * step])).tolist() == [0, 2, 0, 7]

@@ -9,11 +9,12 @@ Where the paper is silent or cannot be followed: layers are ours (``networks/pic
 which D(G(z)) cancels, so each is given its own, as printed in (3); the critic is made Lipschitz by the gradient penalty of the paper's
 reference [8], weight 10; the exponent of (1) is cut at 6, where a first guess would overflow.
 
-By default instead there is no guess of the angle: the encoder is exactly invariant (convolutions around rings, ``PolarEncoder``), the
-picture it decodes to is laid on what is shown at every angle of a grid, and how well each fits, under white noise of a fitted variance and
-the prior of the angles, is the angle's posterior. Its peak is the angle. ``circle``, between the two, guesses a point on the circle with the
-loss ``1 - cos``, which has no jump at half a turn, and weighs 30, because (2) sums over pixels and drowns it. Both are without a critic
-(docs/methods/invariant.md measures what it brings) and at Adam's 1e-3.
+By default instead the encoder reads a picture on rings from every angle of a grid on (``DirectedEncoder``): turned, the picture has the same
+scores one place on, and z read from where it begins is the same. Scores and the prior of the angles say where to begin; what z decodes to
+is laid on what is shown at every angle, and scores, prior and fit together are the angle's posterior, whose peak is the angle. ``fitted`` does
+without scores: z is exactly invariant (``PolarEncoder``), and prior and fit under white noise of a fitted variance decide. ``circle`` guesses a
+point on the circle with the loss ``1 - cos``, which has no jump at half a turn, and weighs 30, because (2) sums over pixels and drowns it. All
+are without a critic (docs/methods/invariant.md measures what it brings) and at Adam's 1e-3.
 
 ``supervised = False`` never sees an unturned picture, which is all that real particles offer: what is minimised is minus the log likelihood of
 what is shown, marginal over the angles of the grid. The frame is then free: one turn for all, and possibly another for each kind of picture.
@@ -23,13 +24,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cryorbit.errors import ConfigError
 from cryorbit.groups.so2 import SO2
 from cryorbit.networks.critic import Critic, gradient_penalty
-from cryorbit.networks.pictures import Decoder, Encoder, PolarEncoder
+from cryorbit.networks.pictures import Decoder, DirectedEncoder, Encoder, PolarEncoder
 from cryorbit.physics.planar import PolarGrid
 from cryorbit.simulate.pictures import TurnedPictures
 from cryorbit.training.checkpoint import State
@@ -40,7 +41,8 @@ _PENALTY = 10.0
 _CHUNK = 1000
 _LEAST = 1e-5  # of the pictures' power, below which the fitted variance does not fall: pictures without noise have none
 _FOLLOW = 0.05  # share of a batch in the running variance
-ANGLES = ("posterior", "circle", "scalar")
+ON_GRID = ("directed", "fitted")
+ANGLES = (*ON_GRID, "circle", "scalar")
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,10 @@ class InvariantConfig:
     Attributes
     ----------
     angle
-        ``posterior``: over a grid of angles, from the decoded picture; ``circle``: (cos, sin) and the loss 1 - cos; ``scalar``: one number
-        and the loss of papers/004 eq. 1.
+        ``directed``: a posterior over a grid of angles, by learnt scores of what is shown and by the decoded picture; ``fitted``: the same
+        without scores; ``circle``: (cos, sin) and the loss 1 - cos; ``scalar``: one number and the loss of papers/004 eq. 1.
     angle_weight
-        Factor on the angle loss of ``circle`` and ``scalar``: the reconstruction sums over pixels and would drown it (1 in papers/004 eq. 5).
+        Factor on the angle loss: the reconstruction sums over pixels and would drown it (1 in papers/004 eq. 5); ``fitted`` has none.
     supervised
         Whether the unturned pictures are shown.
     critic
@@ -70,7 +72,7 @@ class InvariantConfig:
         Adam's.
     """
 
-    angle: str = "posterior"
+    angle: str = "directed"
     angle_weight: float = 30.0
     supervised: bool = True
     critic: float = 0.0
@@ -86,7 +88,7 @@ class InvariantConfig:
 PRESETS = {
     "default": InvariantConfig(),
     "paper004": InvariantConfig(angle="scalar", angle_weight=1.0, critic=1.0, epochs=300, rate=1e-4, drop_epoch=200),
-    "unsupervised": InvariantConfig(supervised=False),
+    "unsupervised": InvariantConfig(angle="fitted", supervised=False),
 }
 
 
@@ -122,8 +124,10 @@ class Invariant:
     def __init__(self, pictures: TurnedPictures, config: InvariantConfig, *, seed: int = 0) -> None:
         if config.angle not in ANGLES:
             raise ConfigError("CONF431", f"angle is {config.angle!r}, expected one of {', '.join(ANGLES)}")
-        if config.angle != "posterior" and not config.supervised:
-            raise ConfigError("CONF432", "a guessed angle cannot be learnt without a truth", "use angle = posterior")
+        if config.angle != "fitted" and not config.supervised:
+            raise ConfigError(
+                "CONF432", f"angle = {config.angle} cannot be learnt without a truth", "use angle = fitted"
+            )
         if config.critic and not config.supervised:
             raise ConfigError(
                 "CONF433", "a critic compares with unturned pictures, of which none are shown", "use critic = 0"
@@ -134,17 +138,22 @@ class Invariant:
         self.prior = torch.log_softmax(
             -0.5 * (away / pictures.spread).square(), dim=0
         )  # uniform for an infinite spread
-        self.variance = pictures.pictures.square().mean() + pictures.noise**2  # of a pixel about its prediction
-        self.least = _LEAST * self.variance
+        power = pictures.pictures.square().mean() + pictures.noise**2
+        self.least = _LEAST * power
+        self.log_variance = nn.Parameter(power.log())  # of a pixel about its prediction
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.encoder: nn.Module = (
-                PolarEncoder(self.grid.rings, config.latent)
-                if config.angle == "posterior"
-                else Encoder(side, config.latent + (2 if config.angle == "circle" else 1))
-            )
+            self.encoder: nn.Module
+            if config.angle == "directed":
+                self.encoder = DirectedEncoder(self.grid.rings, self.grid.angles, config.latent)
+            elif config.angle == "fitted":
+                self.encoder = PolarEncoder(self.grid.rings, config.latent)
+            else:
+                self.encoder = Encoder(side, config.latent + (2 if config.angle == "circle" else 1))
             self.decoder, self.critic = Decoder(side, config.latent), Critic(side)
         both = [*self.encoder.parameters(), *self.decoder.parameters()]
+        if config.angle == "directed":
+            both.append(self.log_variance)
         self.optimiser = torch.optim.Adam(both, lr=config.rate, weight_decay=config.weight_decay)
         self.critic_optimiser = torch.optim.Adam(
             self.critic.parameters(), lr=config.rate, weight_decay=config.weight_decay, betas=(0.5, 0.9)
@@ -154,10 +163,22 @@ class Invariant:
         """z of each picture."""
         return self._encode(shown)[0]
 
-    def _encode(self, shown: Tensor) -> tuple[Float[Tensor, "b l"], Float[Tensor, "b n"]]:
-        """z, and what the network says of the angle: nothing, one number or a point."""
-        out = self.encoder(self.grid.sample(shown) if self.config.angle == "posterior" else shown)
+    def _encode(
+        self, shown: Tensor, begin: Int[Tensor, " b"] | None = None
+    ) -> tuple[Float[Tensor, "b l"], Float[Tensor, "b n"]]:
+        """z, read from step ``begin`` on where there is a choice; and what is known of the angle before z is decoded: the log chance of each
+        on the grid, or a guess of one number or a point."""
+        if self.config.angle == "directed":
+            z, chance = self.encoder(self.grid.sample(shown), self.prior, begin)
+            return z, chance
+        if self.config.angle == "fitted":
+            return self.encoder(self.grid.sample(shown)), self.prior.expand(len(shown), -1)
+        out = self.encoder(shown)
         return out[:, : self.config.latent], out[:, self.config.latent :]
+
+    def _posterior(self, known: Tensor, misfit: Float[Tensor, "b a"]) -> Float[Tensor, "b a"]:
+        """Log chance of each angle of the grid, unnormalised, with the squared distance of what is shown from what is made."""
+        return known - 0.5 * misfit / self.log_variance.exp()
 
     def _guess(self, head: Float[Tensor, "b n"]) -> Float[Tensor, " b"]:
         """Angle in radian."""
@@ -168,12 +189,12 @@ class Invariant:
         """Unturned pictures and angles in radian."""
         parts = []
         for part in shown.split(_CHUNK):
-            z, head = self._encode(part)
+            z, known = self._encode(part)
             made = self.decoder(z)
-            if self.config.angle == "posterior":
-                angle = self.grid.peak(self.prior - 0.5 * self.grid.distance(part, made) / self.variance)
+            if self.config.angle in ON_GRID:
+                angle = self.grid.peak(self._posterior(known, self.grid.distance(part, made)))
             else:
-                angle = self._guess(head)
+                angle = self._guess(known)
             parts.append((made, angle))
         pictures, angles = zip(*parts, strict=True)
         return torch.cat(pictures), torch.cat(angles)
@@ -200,18 +221,23 @@ class Invariant:
         for group in (*self.optimiser.param_groups, *self.critic_optimiser.param_groups):
             group["lr"] = rate
         values: dict[str, float | str] = {}
-        z, head = self._encode(shown)
+        z, known = self._encode(shown, self.grid.nearest(angles))
         made = self.decoder(z)
         losses: dict[str, Tensor] = {}
         if c.supervised:
             losses["picture"] = reconstruction_loss(made, truth)
-        if c.angle == "posterior":
-            with torch.set_grad_enabled(not c.supervised):
-                marginal = self._marginal(shown, made)
+        if c.angle in ON_GRID:
+            misfit = self.grid.distance(shown, made if not c.supervised else made.detach())
+        if c.angle == "directed":
+            both = self._posterior(known.detach(), misfit)
+            likely = self.grid.at(known, angles) + self.grid.at(both.log_softmax(dim=1), angles)
+            losses["angle"] = -c.angle_weight * likely.mean()
+        elif c.angle == "fitted":
+            marginal = self._marginal(known, misfit)
             if not c.supervised:
                 losses["marginal"] = marginal
         else:
-            losses["angle"] = c.angle_weight * angle_loss(self._guess(head), angles, c.angle)
+            losses["angle"] = c.angle_weight * angle_loss(self._guess(known), angles, c.angle)
         if c.critic and index % c.critic_every == 0:
             values |= self._critic_step(truth, made.detach(), generator)
         if c.critic:
@@ -221,14 +247,12 @@ class Invariant:
         self.optimiser.step()
         return values | {name: float(loss.detach()) for name, loss in losses.items()}
 
-    def _marginal(self, shown: Tensor, made: Tensor) -> Float[Tensor, ""]:
+    def _marginal(self, known: Tensor, misfit: Float[Tensor, "b a"]) -> Float[Tensor, ""]:
         """Minus the mean log likelihood of pictures, marginal over the angle, in units of the squared misfit; follows the variance."""
-        misfit = self.grid.distance(shown, made)
-        likely = self.prior - 0.5 * misfit / self.variance
-        loss = -2 * self.variance * likely.logsumexp(dim=1).mean()
-        left = (likely.softmax(dim=1) * misfit).detach().sum(dim=1).mean() / shown[0].numel()
-        self.variance = torch.maximum((1 - _FOLLOW) * self.variance + _FOLLOW * left, self.least)
-        return loss
+        likely, variance = self._posterior(known, misfit), self.log_variance.detach().exp()
+        left = (likely.softmax(dim=1) * misfit).detach().sum(dim=1).mean() / self.pictures.pictures[0].numel()
+        self.log_variance.data = torch.maximum((1 - _FOLLOW) * variance + _FOLLOW * left, self.least).log()
+        return -2 * variance * likely.logsumexp(dim=1).mean()
 
     def _critic_step(self, real: Tensor, made: Tensor, generator: torch.Generator) -> dict[str, float | str]:
         penalty = gradient_penalty(self.critic, real, made, generator)
@@ -248,13 +272,13 @@ class Invariant:
         weights = {
             f"{name}.{k}": v.detach().clone() for name, m in self._modules().items() for k, v in m.state_dict().items()
         }
-        weights["variance"] = self.variance.clone()
+        weights["log_variance"] = self.log_variance.detach().clone()
         return weights | adam_state(self.optimiser) | adam_state(self.critic_optimiser, "critic_adam")
 
     def load_state(self, state: State) -> None:
         """Inverse of :meth:`state`."""
         for name, module in self._modules().items():
             module.load_state_dict({k: state[f"{name}.{k}"] for k in module.state_dict()})
-        self.variance = state["variance"].clone()
+        self.log_variance.data = state["log_variance"].clone()
         load_adam(self.optimiser, state)
         load_adam(self.critic_optimiser, state, "critic_adam")

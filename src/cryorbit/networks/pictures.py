@@ -1,7 +1,7 @@
 """Networks between pictures and latent vectors: encoders in the plane and on rings, a decoder, and one that is a function of coordinates."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 
@@ -32,29 +32,74 @@ class Encoder(nn.Module):
         return self.layers(pictures[:, None])
 
 
-class PolarEncoder(nn.Module):
-    """Pictures on rings (``physics/planar.PolarGrid``) to ``outputs`` numbers that a turn by a step of the grid does not change.
+class Rings(nn.Module):
+    """Pictures on rings (``physics/planar.PolarGrid``) to features at every angle, which turn with the picture.
 
-    Convolutions run around the rings without stride, so turning the picture shifts what they give; its mean and maximum over the angle
-    are invariant, whatever the weights.
+    Convolutions run around the rings without stride, so turning the picture by a step of the grid shifts what they give by one.
     """
 
-    def __init__(self, rings: int, outputs: int, channels: int = 32, units: int = 256) -> None:
+    def __init__(self, rings: int, channels: int = 32) -> None:
         super().__init__()
         reduced = (((rings + 1) // 2) + 1) // 2
+        self.features = 4 * channels
         self.rings = nn.ModuleList([nn.Conv2d(1, channels, (3, 5), (2, 1), (1, 0))])
         self.rings.append(nn.Conv2d(channels, 2 * channels, (3, 5), (2, 1), (1, 0)))
-        self.whole = nn.Conv1d(2 * channels * reduced, 4 * channels, 3)
+        self.whole = nn.Conv1d(2 * channels * reduced, self.features, 3)
         self.norms = nn.ModuleList([nn.GroupNorm(4, count * channels) for count in (1, 2, 4)])
-        self.last = nn.Sequential(nn.Linear(8 * channels, units), nn.ReLU(), nn.Linear(units, outputs))
 
-    def forward(self, polar: Float[Tensor, "b r a"]) -> Float[Tensor, "b l"]:
+    def forward(self, polar: Float[Tensor, "b r a"]) -> Float[Tensor, "b f a"]:
         x = polar[:, None]
         for layer, norm in zip(self.rings, self.norms, strict=False):
             x = torch.relu(norm(layer(nn.functional.pad(x, (2, 2, 0, 0), mode="circular"))))
         x = self.whole(nn.functional.pad(x.flatten(1, 2), (1, 1), mode="circular"))
-        x = torch.relu(self.norms[2](x))
+        return torch.relu(self.norms[2](x))
+
+
+class PolarEncoder(nn.Module):
+    """Pictures on rings to ``outputs`` numbers that a turn by a step of the grid does not change: of what :class:`Rings` gives, the mean and
+    the maximum over the angle, whatever the weights."""
+
+    def __init__(self, rings: int, outputs: int, units: int = 256) -> None:
+        super().__init__()
+        self.rings = Rings(rings)
+        self.last = nn.Sequential(nn.Linear(2 * self.rings.features, units), nn.ReLU(), nn.Linear(units, outputs))
+
+    def forward(self, polar: Float[Tensor, "b r a"]) -> Float[Tensor, "b l"]:
+        x = self.rings(polar)
         return self.last(torch.cat([x.mean(dim=-1), x.amax(dim=-1)], dim=1))
+
+
+class DirectedEncoder(nn.Module):
+    """Pictures on rings, read from one angle on, to ``outputs`` numbers; and how likely each angle is to be where to begin.
+
+    Turned by a step of the grid, a picture scores the same one place on, and read from there gives the same numbers.
+    """
+
+    order: Tensor
+
+    def __init__(self, rings: int, angles: int, outputs: int, units: int = 256, pooled: int = 4) -> None:
+        super().__init__()
+        self.rings, self.angles = Rings(rings), angles
+        narrow = self.rings.features // 8
+        self.narrow = nn.Conv1d(self.rings.features, narrow, 1)
+        self.score = nn.Sequential(nn.Conv1d(narrow, units // 4, angles), nn.ReLU(), nn.Conv1d(units // 4, 1, 1))
+        self.pool = nn.AvgPool1d(pooled)
+        self.last = nn.Sequential(
+            nn.Linear(self.rings.features * (angles // pooled), units), nn.ReLU(), nn.Linear(units, outputs)
+        )
+        steps = torch.arange(angles)
+        self.register_buffer("order", (steps[:, None] + steps) % angles, persistent=False)
+
+    def forward(
+        self, polar: Float[Tensor, "b r a"], prior: Float[Tensor, " a"], begin: Int[Tensor, " b"] | None = None
+    ) -> tuple[Float[Tensor, "b l"], Float[Tensor, "b a"]]:
+        """The numbers read from step ``begin`` on (the likeliest, where it is not given), and the log chance of every angle under ``prior``."""
+        features = self.rings(polar)
+        around = nn.functional.pad(torch.relu(self.narrow(features)), (0, self.angles - 1), mode="circular")
+        chance = (prior + self.score(around)[:, 0]).log_softmax(dim=-1)
+        places = self.order[chance.argmax(dim=-1) if begin is None else begin]
+        read = features.gather(-1, places[:, None].expand_as(features))
+        return self.last(self.pool(read).flatten(1)), chance
 
 
 class Decoder(nn.Module):

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
@@ -62,6 +62,18 @@ class PolarGrid:
     def steps(self) -> Float[Tensor, " a"]:
         """The angles in radian, from 0."""
         return torch.arange(self.angles) * (2 * math.pi / self.angles)
+
+    def nearest(self, angle: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
+        """The step next to each angle in radian."""
+        return (angle * (self.angles / (2 * math.pi))).round().long() % self.angles
+
+    def at(self, values: Float[Tensor, "b a"], angle: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """Values on the grid at angles in radian between its points, linearly."""
+        step = angle * (self.angles / (2 * math.pi))
+        low = step.floor()
+        near = torch.stack([low, low + 1], dim=-1).long() % self.angles
+        after = step - low
+        return (values.gather(-1, near) * torch.stack([1 - after, after], dim=-1)).sum(dim=-1)
 
     def sample(self, images: Float[Tensor, "b d d"]) -> Float[Tensor, "b r a"]:
         """Images on the rings; differentiable. One turned by t holds at angle phi what the image holds at ``phi - t``."""
