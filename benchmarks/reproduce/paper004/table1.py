@@ -5,8 +5,9 @@
 
 Two sets: rotated MNIST (angles N(0, (pi/4)^2)) and 40 x 40 side views of an elongated molecule at uniform angles with noise (5HDB's file is
 not at hand), as many of each as in the paper, which trains 300 epochs; the ten here take two CPU cores an hour, all methods together, with
-the rate dropped after two thirds as in the paper. The paper does not say how its squared error is normalised: three ways are shown. Methods that never see an unturned picture (spatial-VAE, unsupervised) have a frame of their own: their angles are compared after
-one turn for the whole test set, and their pictures after the same turn.
+the rate dropped after two thirds as in the paper. The paper does not say how its squared error is normalised: three ways are shown. Methods
+that never see an unturned picture (spatial-VAE, unsupervised) have a frame of their own: their angles are compared after one turn for the
+whole test set, and their pictures after the same turn.
 """
 
 import argparse
