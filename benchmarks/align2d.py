@@ -5,6 +5,8 @@
 Images at -10 dB with CTF and shifts of sigma 2 px; a tenth are replaced by junk in equal parts: noise; ice-like blobs (one to five Gaussians
 of any place and width, once to twice the root mean square of a particle, through the CTF); halves of the molecule, cut across its longest
 axis, in the pose of the particle they replace. The junk score was fixed on 4AKE and not changed for 1AON.
+Invariant features are judged by the true views: how far apart those of two classmates lie, of a particle and the ten nearest by features,
+and of two in a cluster of k-means on features, as many as there are classes.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from cryorbit.groups.point import point_group
@@ -24,7 +27,7 @@ from cryorbit.io.mrc_write import StackWriter
 from cryorbit.io.particles import new_particles, write_particles
 from cryorbit.methods.align2d import Align2DConfig
 from cryorbit.metrics.junk import separation
-from cryorbit.metrics.poses import in_plane_pair_errors
+from cryorbit.metrics.poses import in_plane_pair_errors, view_angles
 from cryorbit.physics.ctf import ctf_on_disk
 from cryorbit.physics.fourier import disk_to_images, images_to_disk
 from cryorbit.physics.shift import phase_ramp
@@ -38,6 +41,7 @@ from cryorbit.simulate.source import open_source
 BOX, SNR_DB, SHIFT_PX = 64, -10.0, 2.0
 KINDS = ("noise", "blobs", "halves")
 NEAR_DEG = 10.0
+NEIGHBOURS = 10
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,13 @@ def measure(name: str, data: Path, count: int, classes: int, seed: int) -> dict[
             point_group(molecule.group),
         )
     )
+    apart = torch.rad2deg(view_angles(truth.poses.rotations[good].double(), point_group(molecule.group)))
+    mates = (found.which[good][:, None] == found.which[good]).fill_diagonal_(False)
+    features = found.features[good].double()
+    near = torch.cdist(features, features).fill_diagonal_(np.inf).topk(NEIGHBOURS, largest=False).indices
+    clusters = torch.from_numpy(kmeans2(features.numpy(), classes, minit="++", seed=seed)[1])
+    clustered = (clusters[:, None] == clusters).fill_diagonal_(False)
+    views = {"classes": apart[mates], "neighbours": apart.gather(1, near), "k_means": apart[clustered]}
     keys = ("resolution_best_A", "resolution_median_A", "class_sizes", "class_resolution_A")
     return {
         "particles": count,
@@ -151,6 +162,8 @@ def measure(name: str, data: Path, count: int, classes: int, seed: int) -> dict[
         "pairs": len(error),
         "in_plane_median_deg": float(error.median()),
         "in_plane_below_5_deg": float((error < 5).double().mean()),
+        "views_median_deg": {name: float(values.median()) for name, values in views.items()},
+        "views_below_20_deg": {name: float((values < 20).double().mean()) for name, values in views.items()},
         "auc": separation(found.junk[~good], found.junk[good]),
         "auc_of": {k: separation(found.junk[kind == i], found.junk[good]) for i, k in enumerate(KINDS, 1)},
         "flagged_good": float((found.junk[good] > 0).double().mean()),

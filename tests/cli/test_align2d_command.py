@@ -73,10 +73,18 @@ def test_writes_what_it_promises(finished):
         "classes.csv",
         "classes_frc.csv",
         "classes.png",
+        "features.npy",
         "particles.star",
         "metrics.json",
     }
     assert written <= set(OURS)  # --overwrite removes it
+    features = np.load(run / "features.npy")
+    assert features.shape == (200, 3)
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-5)
+    classes = read_star(run / "particles.star").blocks["particles"].columns["rlnClassNumber"]
+    assert (
+        np.mean(features.argmax(axis=1) + 1 == np.array(classes, dtype=int)) > 0.8
+    )  # columns are in the order of the classes
     metrics = json.loads((run / "metrics.json").read_text())
     assert sum(metrics["class_sizes"]) == metrics["particles"] == 200
     assert metrics["class_sizes"] == sorted(metrics["class_sizes"], reverse=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cryorbit.groups.so2 import SO2
-from cryorbit.methods.align2d import Align2D, Align2DConfig
+from cryorbit.methods.align2d import Align2D, Align2DConfig, invariant_features
 from cryorbit.methods.class_averages import ClassAverages, ClassAveragesConfig
 from cryorbit.metrics.fsc import frc, resolution
 from cryorbit.physics.fourier import disk_to_images, fourier_disk
@@ -102,6 +102,26 @@ def test_noise_is_told_from_particles(data, engine):
     junk = engine.assign(torch.arange(COUNT)).junk
     real = torch.arange(COUNT) < COUNT - COUNT // 10
     assert float((junk[real][:, None] < junk[~real]).float().mean()) > 0.98
+
+
+def test_features_tell_the_molecule_and_not_the_pose(data, engine):
+    """Of a molecule turned, shifted and without noise the features stay; of particles the nearest show the same molecule."""
+    real = COUNT - COUNT // 10
+    features = invariant_features(engine.assign(torch.arange(real)).evidence)
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(real))
+    torch.testing.assert_close(features.sum(dim=1), torch.zeros(real), atol=1e-5, rtol=0)
+    near = torch.cdist(features, features).topk(6, largest=False).indices[:, 1:]
+    assert float((data["which"][near] == data["which"][:real, None]).float().mean()) > 0.97
+    disk, angles = fourier_disk(BOX), torch.linspace(0, 6, 7)
+    shifts = torch.stack([angles - 3, 1.5 - angles / 2], dim=1) / 6
+    same = turned(planes_of(pictures()[:1], disk.radius), angles, disk, torch.zeros(7, dtype=torch.int64))
+    still = Align2D(
+        stack_of(disk_to_images(same * phase_ramp(shifts, disk), disk)), CONFIG, mask_diameter=DIAMETER, seed=0
+    )
+    still.load_state(engine.state())
+    evidence = still.assign(torch.arange(7)).evidence
+    change = (evidence - evidence.mean(0)).abs().max()
+    assert float(change) < 0.25 * float((evidence[:, 0] - evidence[:, 1]).abs().mean())
 
 
 def test_half_averages_of_noise_do_not_agree():

@@ -12,7 +12,7 @@ from cryorbit.errors import DataError
 from cryorbit.groups.point import point_group
 from cryorbit.groups.so3 import distance, exp, half_turn, random_rotations
 from cryorbit.metrics.align import align_poses, chance_level
-from cryorbit.metrics.poses import in_plane_pair_errors
+from cryorbit.metrics.poses import in_plane_pair_errors, view_angles
 from cryorbit.types import Poses
 
 
@@ -120,3 +120,17 @@ def test_in_plane_angles_of_classes_are_compared_in_pairs(generator: torch.Gener
     symmetry = point_group("C4")
     moved = plane @ true @ symmetry[torch.arange(400) // 4 % 4]
     assert float(in_plane_pair_errors(which, turn, moved, 0.1, symmetry).max()) < 1e-6
+
+
+def test_views_are_apart_by_the_angle_between_beams(generator):
+    true = random_rotations(6, generator).double()
+    plane = exp(torch.tensor([[0.0, 0.0, 0.7]])).double()
+    torch.testing.assert_close(
+        view_angles(plane @ true), view_angles(true), atol=1e-6, rtol=0
+    )  # whatever the plane does
+    tilt = exp(torch.tensor([[0.4, 0.0, 0.0]])).double() @ true[:1]
+    assert float(view_angles(torch.cat([true[:1], tilt]))[0, 1]) == pytest.approx(0.4, abs=1e-6)
+    group = point_group("C7").double()
+    mates = true[0] @ group
+    assert float(view_angles(mates, group).max()) < 1e-3
+    assert float(view_angles(mates).max()) > 0.1

@@ -11,7 +11,7 @@ from cryorbit.physics.fourier import fourier_disk
 from cryorbit.physics.shift import phase_ramp
 from cryorbit.physics.slicing import slice_grid, slicing_grid
 from cryorbit.poses import grid as module
-from cryorbit.poses.grid import distinct_modes, expectation, shift_grid, with_half_turns
+from cryorbit.poses.grid import distinct_modes, evidence_of_groups, expectation, shift_grid, with_half_turns
 
 
 @pytest.fixture
@@ -74,6 +74,17 @@ def test_posterior_and_statistics_equal_brute_force(case, backend, sharpness, bl
     torch.testing.assert_close(result.log_evidence.double() + constant, evidence, atol=1e-3, rtol=1e-5)
     moment = (posterior.sum(2) * shifts.points.square().sum(-1)).sum() * 0.5 / len(images)
     assert result.shift_variance == pytest.approx(float(moment), rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("block", [1, 2**30])
+def test_evidence_of_groups_is_that_of_each_alone(case, block, monkeypatch):
+    monkeypatch.setitem(module._BLOCK, "cpu", block)
+    images, ctf, slices, *rest = case
+    found = evidence_of_groups(*case, 4)
+    alone = [expectation(images, ctf, part, *rest).log_evidence for part in slices.split(9)]
+    torch.testing.assert_close(found, torch.stack(alone, dim=1), atol=1e-4, rtol=1e-5)
+    whole = expectation(*case).log_evidence
+    torch.testing.assert_close(found.logsumexp(dim=1) - math.log(4), whole, atol=1e-4, rtol=1e-5)
 
 
 def test_best_shift_belongs_to_best_rotation(case):

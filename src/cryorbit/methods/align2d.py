@@ -33,7 +33,7 @@ from cryorbit.physics.turning import (
     resized_planes,
     turned,
 )
-from cryorbit.poses.grid import Expectation, ShiftGrid, expectation, shift_grid
+from cryorbit.poses.grid import ShiftGrid, evidence_of_groups, expectation, shift_grid
 from cryorbit.training.checkpoint import State, fitted
 from cryorbit.training.dataset import FourierStack
 
@@ -42,6 +42,7 @@ _START_PRIOR = 0.05  # of the mean weight, while there is no picture to take a s
 _STARVED = 0.15  # of the mean share of a class
 _OWN = ("pictures", "noise", "initial_noise", "shift_sigma", "march", "settled")
 _SUMS = ("numerator", "weight")
+_Compared = tuple[Tensor, Tensor, Tensor, Tensor, ShiftGrid, FourierDisk]
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ class Assignment:
         (B,) log marginal likelihood over that of noise alone, nats.
     junk
         (B,) log likelihood of something with a particle's power but not its shape, less ``gain``: positive where that explains more.
+    evidence
+        (B, K) ``gain`` under each class alone.
     """
 
     which: Int[Tensor, " b"]
@@ -102,6 +105,14 @@ class Assignment:
     effective: Float[Tensor, " b"]
     gain: Float[Tensor, " b"]
     junk: Float[Tensor, " b"]
+    evidence: Float[Tensor, "b k"]
+
+
+def invariant_features(evidence: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+    """What tells how a particle looks and not how it is turned, shifted or defocused: log likelihoods under every class, each marginal over
+    angle and shift, less their mean, at unit length (a strong image is not another view)."""
+    away = evidence - evidence.mean(dim=1, keepdim=True)
+    return away / away.norm(dim=1, keepdim=True).clamp_min(torch.finfo(away.dtype).tiny)
 
 
 class Align2D:
@@ -173,23 +184,23 @@ class Align2D:
         limit = self._shift_limit()
         return shift_grid(limit, min(0.38 * self.stack.box / radius, max(limit, 1e-3)), float(self.shift_sigma))
 
-    def expect(self, chosen: Int[Tensor, " b"], radius: int, angles: Float[Tensor, " a"], *, sums: bool) -> Expectation:
-        """Posteriors of the particles ``chosen``; rotation ``k * A + a`` of the result is class k at angle a."""
+    def _compared(self, chosen: Int[Tensor, " b"], radius: int, angles: Float[Tensor, " a"]) -> _Compared:
+        """What is compared: the particles ``chosen`` with every class at every angle, class k at angle a in place ``k * A + a``."""
         images, ctf, disk = self._batch(chosen, radius)
         pictures = turned(planes_of(self.pictures, float(radius)), angles, disk).flatten(0, 1)
-        precision = disk.weight / self.noise[disk.shell]
-        return expectation(images, ctf, pictures, precision, self._shifts(radius), disk, sums=sums)
+        return images, ctf, pictures, disk.weight / self.noise[disk.shell], self._shifts(radius), disk
 
     def assign(self, chosen: Int[Tensor, " b"]) -> Assignment:
         """Most probable class, angle and shift of the particles ``chosen`` under the present averages."""
         radius = self.radius()
         angles = self.angles(radius)
-        result = self.expect(chosen, radius, angles, sums=False)
+        compared = self._compared(chosen, radius, angles)
+        result = expectation(*compared, sums=False)
         count, best = len(angles), result.best[:, 0]
         half = best >= self.classes * count
         index = torch.where(half, best - self.classes * count, best)
         angle = angles[index % count] + torch.where(half, math.pi, 0.0)
-        images, ctf, disk = self._batch(chosen, radius)
+        images, ctf, disk = compared[0], compared[1], compared[-1]
         signal = plane_power(planes_of(self.pictures, float(radius)), len(self.noise)).mean(0)
         incoherent = incoherent_evidence(images, ctf, self.noise[disk.shell], signal[disk.shell], disk)
         return Assignment(
@@ -199,6 +210,7 @@ class Align2D:
             result.effective,
             result.log_evidence,
             incoherent - result.log_evidence,
+            evidence_of_groups(*compared, self.classes),
         )
 
     # -- one step ---------------------------------------------------------------------------------------------------------------
@@ -214,8 +226,8 @@ class Align2D:
             effective = float(2 * self.classes * len(angles))
             occupied = float(self.classes)
         else:
-            result = self.expect(chosen, radius, angles, sums=True)
-            disk, _ = self.stack.at_radius(radius)
+            compared = self._compared(chosen, radius, angles)
+            result, disk = expectation(*compared), compared[-1]
             self.noise = followed_noise(
                 self.noise, self.initial_noise, result.power / len(chosen), disk, radius, _NOISE_RATE
             )

@@ -79,6 +79,22 @@ def in_plane_pair_errors(
     return torch.cat(out)
 
 
+def view_angles(true: Float[Tensor, "n 3 3"], group: Float[Tensor, "s 3 3"] | None = None) -> Float[Tensor, "n n"]:
+    """Radian between the view directions of every two particles, the least over the molecule's symmetry; (N, N).
+
+    Parameters
+    ----------
+    true
+        (N, 3, 3) rotations of the particles; the view direction is the third row.
+    group
+        (S, 3, 3) the molecule's symmetry; None for C1.
+    """
+    views = true[:, 2]
+    elements = torch.eye(3)[None] if group is None else group
+    cosine = torch.stack([views @ element @ views.T for element in elements.to(true)]).amax(dim=0)
+    return cosine.clamp(-1, 1).acos()
+
+
 @dataclass(frozen=True)
 class PoseSummary:
     """Pose errors of a set of particles in numbers a table can hold: degrees, fractions, pixels and angstrom."""

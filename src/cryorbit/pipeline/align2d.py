@@ -16,7 +16,7 @@ from cryorbit.io.atomic import atomic_path
 from cryorbit.io.image_checks import check_images
 from cryorbit.io.mrc_write import StackWriter
 from cryorbit.io.particles import write_particles
-from cryorbit.methods.align2d import Align2D, Assignment
+from cryorbit.methods.align2d import Align2D, Assignment, invariant_features
 from cryorbit.methods.class_averages import ClassAverages
 from cryorbit.metrics.fsc import crossing, resolution
 from cryorbit.pipeline import outputs
@@ -48,6 +48,8 @@ class Classes:
         (N,) class, (N,) radian as in ``groups.so2``, (N, 2) angstrom.
     gain, junk
         (N,) as in ``methods.align2d.Assignment``.
+    features
+        (N, K) as of ``methods.align2d.invariant_features``.
     metrics
         Ready for JSON.
     """
@@ -59,6 +61,7 @@ class Classes:
     shifts: Float[Tensor, "n 2"]
     gain: Float[Tensor, " n"]
     junk: Float[Tensor, " n"]
+    features: Float[Tensor, "n k"]
     metrics: dict[str, object]
 
 
@@ -125,7 +128,8 @@ def _run(config: RunConfig, inputs: Inputs, output: Path, progress: Progress | N
 def _assign(engine: Align2D, path: Path, fingerprint: str) -> Assignment:
     """Class and pose of every particle; kept, so that a resumed run does not repeat it."""
     count = len(engine.stack)
-    shapes = {name: (count, 2) if name == "shifts" else (count,) for name in Assignment.__dataclass_fields__}
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(Assignment.__dataclass_fields__, (count,))
+    shapes |= {"shifts": (count, 2), "evidence": (count, engine.classes)}
 
     def make() -> State:
         parts = [engine.assign(chosen) for chosen in torch.arange(count).split(_ASSIGN_BATCH)]
@@ -172,7 +176,9 @@ def _summarise(
         "seconds": seconds,
         "warnings": list(inputs.warnings),
     }
-    return Classes(pictures, correlation, which, final.angles, final.shifts * apix, found.gain, found.junk, metrics)
+    features = invariant_features(found.evidence[:, order])
+    shifts = final.shifts * apix
+    return Classes(pictures, correlation, which, final.angles, shifts, found.gain, found.junk, features, metrics)
 
 
 def _resolution(curve: Float[Tensor, " shells"], members: int, box: int, apix: float) -> float | None:
@@ -214,4 +220,6 @@ def _write(output: Path, inputs: Inputs, classes: Classes) -> None:
         extra={PARTICLE_COLUMNS[name]: values for name, values in columns.items()},
         relative_to=outputs.project_folder(output),
     )
+    with atomic_path(output / "features.npy") as temporary, temporary.open("wb") as stream:
+        np.save(stream, classes.features.numpy())
     outputs.write_json(output / "metrics.json", classes.metrics)

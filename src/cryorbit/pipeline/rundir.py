@@ -40,6 +40,7 @@ OURS = (
     "classes.csv",
     "classes.png",
     "classes_frc.csv",
+    "features.npy",
     "checkpoint",
     "encoder",
     "figures",

@@ -9,6 +9,7 @@ a budget; no array of images x rotations x shifts is ever whole. The weighted su
 broad and touch only the entries that hold the mass once they are sharp (``physics/kernels``).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -109,31 +110,16 @@ def expectation(
     device = images.device
     kernel = kernels.select(device, backend)
     halves, pixels = slices.shape
-    n_shift = len(shifts.log_prior)
-    unshift = phase_ramp(shifts.points.to(device), disk).conj()
     log_prior = shifts.log_prior.to(device) - torch.log(torch.tensor(2.0 * halves))
-    weighted = slices * precision
-    slice_real, slice_imag = weighted.real.contiguous(), weighted.imag.contiguous()
-    slice_power = 0.5 * precision * slices.abs().square()
     out = (
         torch.zeros(halves, pixels, device=device),
         torch.zeros(halves, pixels, device=device),
         torch.zeros(halves, pixels, device=device),
     )
-    parts = []
-    block = max(1, _BLOCK[device.type] // (halves * n_shift))
-    for y, c in zip(images.split(block), ctf.split(block), strict=True):
-        shifted = ((y * c)[:, None, :] * unshift).view(-1, pixels)
-        real, imag = shifted.real.contiguous(), shifted.imag.contiguous()
-        even = kernel.product(real, slice_real).view(len(y), n_shift, halves)
-        odd = kernel.product(imag, slice_imag).view(len(y), n_shift, halves)
-        ctf2 = c.square()
-        power = kernel.product(ctf2, slice_power)
-        parts.append(
-            kernel.posterior(
-                even, odd, power, log_prior, real, imag, ctf2, out if sums else None, min(modes, 2 * halves)
-            )
-        )
+    parts = [
+        kernel.posterior(*scores, log_prior, *shown, out if sums else None, min(modes, 2 * halves))
+        for scores, shown in _scored(images, ctf, slices, precision, shifts, disk, kernel)
+    ]
     evidence, effective, by_shift, cross, energy, best, best_shift = (torch.cat(p) for p in zip(*parts, strict=True))
     numerator, weight = torch.complex(out[0], out[1]), out[2]
     residual = images.abs().square().sum(dim=0) if sums else torch.zeros(pixels, device=device)
@@ -150,6 +136,52 @@ def expectation(
         best,
         best_shift,
     )
+
+
+def evidence_of_groups(
+    images: Complex[Tensor, "b p"],
+    ctf: Float[Tensor, "b p"],
+    slices: Complex[Tensor, "h p"],
+    precision: Float[Tensor, " p"],
+    shifts: ShiftGrid,
+    disk: FourierDisk,
+    groups: int,
+) -> Float[Tensor, "b k"]:
+    """Log mean likelihood of each image over the poses of every group, ``H / groups`` slices in a row; arguments as for :func:`expectation`."""
+    kernel = kernels.select(images.device)
+    log_prior = shifts.log_prior.to(images.device) - torch.log(torch.tensor(2.0 * len(slices) / groups))
+    parts = []
+    for (even, odd, power), _ in _scored(images, ctf, slices, precision, shifts, disk, kernel):
+        whole = even - power[:, None] + log_prior[:, None]
+        parts.append(torch.logaddexp(whole + odd, whole - odd).unflatten(-1, (groups, -1)).logsumexp(dim=(1, 3)))
+    return torch.cat(parts)
+
+
+def _scored(
+    images: Complex[Tensor, "b p"],
+    ctf: Float[Tensor, "b p"],
+    slices: Complex[Tensor, "h p"],
+    precision: Float[Tensor, " p"],
+    shifts: ShiftGrid,
+    disk: FourierDisk,
+    kernel: kernels.Kernels,
+) -> Iterator[tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]]:
+    """Blocks of images: (N, S, H) even and odd parts of their products with all slices, (N, H) half the slices' powers; and what was
+    multiplied, (N S, P) real and imaginary parts of images times CTF, shifted back, and (N, P) CTF^2."""
+    halves, pixels = slices.shape
+    n_shift = len(shifts.log_prior)
+    unshift = phase_ramp(shifts.points.to(images.device), disk).conj()
+    weighted = slices * precision
+    slice_real, slice_imag = weighted.real.contiguous(), weighted.imag.contiguous()
+    slice_power = 0.5 * precision * slices.abs().square()
+    block = max(1, _BLOCK[images.device.type] // (halves * n_shift))
+    for y, c in zip(images.split(block), ctf.split(block), strict=True):
+        shifted = ((y * c)[:, None, :] * unshift).view(-1, pixels)
+        real, imag = shifted.real.contiguous(), shifted.imag.contiguous()
+        even = kernel.product(real, slice_real).view(len(y), n_shift, halves)
+        odd = kernel.product(imag, slice_imag).view(len(y), n_shift, halves)
+        ctf2 = c.square()
+        yield (even, odd, kernel.product(ctf2, slice_power)), (real, imag, ctf2)
 
 
 def recounted(effective: Float[Tensor, "*n"], order: int, as_order: int) -> Float[Tensor, "*n"]:
