@@ -33,6 +33,7 @@ lint: setup-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(PY) -m mypy benchmarks/*.py
 
 setup: $(VENV)/.package
 setup-dev: $(VENV)/.dev

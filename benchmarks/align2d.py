@@ -80,6 +80,7 @@ def blob(rms: float, generator: torch.Generator) -> Tensor:
 
 def planted(truth: SimulatedParticles, model: AtomicModel, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Images with junk, and the kind of each: 0 a particle, else 1 + its place in KINDS."""
+    assert truth.ctf is not None
     count, disk_of = len(truth.images), make_projector(half_of(model), BOX, truth.pixel_size, fast=True)
     whole = make_projector(model, BOX, truth.pixel_size, fast=True)
     gain = float(truth.volume.data.norm() / whole.volume().norm())
@@ -108,6 +109,7 @@ def measure(name: str, data: Path, count: int, classes: int, seed: int) -> dict[
     molecule = MOLECULES[name]
     source = molecule.source if molecule.source == "4ake" else str(data / molecule.source)
     model = open_source(source)
+    assert isinstance(model, AtomicModel)
     truth = simulate_particles(
         model,
         count=count,

@@ -76,7 +76,7 @@ def main() -> None:
             near = exact > exact.amax(dim=1, keepdim=True) - NEAR
             row = {"snr_db": snr_db, "radius_px": radius, "best_nats": float(exact.amax(dim=1).median())}
             for name, bits in BITS.items():
-                found = scores(lambda x, bits=bits: rounded(x, bits))  # type: ignore[misc]
+                found = scores(lambda x, bits=bits: rounded(x, bits))
                 change = found - exact
                 change = change - (change * near).sum(dim=1, keepdim=True) / near.sum(dim=1, keepdim=True)
                 variation = 0.5 * (found.softmax(dim=1) - exact.softmax(dim=1)).abs().sum(dim=1)

@@ -124,8 +124,8 @@ CELLS = [
     Cell("ribosome, -10 dB", "ribosome", seeds=20),
     Cell("ribosome, -15 dB", "ribosome", snr_db=-15.0, seeds=5),
     Cell("apoferritin O, -10 dB", "apoferritin", seeds=5),
-    Cell("GroEL, -10 dB, symmetry auto", "GroEL", symmetry="auto"),
-    Cell("-10 dB, symmetry auto", symmetry="auto"),
+    Cell("GroEL, -10 dB, symmetry auto", "GroEL", symmetry="auto", seeds=20),
+    Cell("-10 dB, symmetry auto", symmetry="auto", seeds=20),
     Cell("pure noise", snr_db=-60.0, hopeless=True),
     Cell(TWO, second="haemoglobin", hopeless=True),
     Cell("20k at 6 A, SNR .032", "GroEL 6 A", count=20_000, snr_db=-14.95, seeds=5),
@@ -222,7 +222,7 @@ def one(cell: Cell, seed: int, data: Path, commit: str, at_once: int) -> dict[st
         )
         row |= {key: result.metrics[key] for key in keys + more}
         spectra = ("noise_variance", "image_power", "background_power")
-        row["spectra"] = {key: [float(f"{x:.4g}") for x in result.metrics[key]] for key in spectra}
+        row["spectra"] = {key: [float(f"{x:.4g}") for x in np.asarray(result.metrics[key])] for key in spectra}
         row["evidence"] = result.metrics["evidence"]
         if cell.hopeless:
             return row | {"success": False, "success_unmasked": False}

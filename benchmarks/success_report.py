@@ -17,7 +17,7 @@ TWO = "two molecules"
 
 def evidence_of(row: Row) -> Evidence:
     """What a run knew of itself; the expected error of its poses stands among its metrics where an older one did not take it for evidence."""
-    return Evidence(**({"spread_deg": row["pose_spread_deg"]} | row["evidence"]))  # type: ignore[arg-type,operator]
+    return Evidence(**({"spread_deg": row["pose_spread_deg"]} | row["evidence"]))  # type: ignore[operator]
 
 
 def table(rows: list[Row], ceilings: list[Row], superseded: list[Row]) -> str:

@@ -76,7 +76,11 @@ def one(snr_db: float, count: int, seed: int) -> list[dict[str, Any]]:
             volume=name,
         )
         history: list[dict[str, float | str]] = []
-        run(refinement, progress=lambda _stage, _done, _total, values, kept=history: kept.append(values))
+
+        def keep(stage: str, done: int, total: int, values: dict[str, float | str], kept: list = history) -> None:
+            kept.append(values)
+
+        run(refinement, progress=keep)
         seconds = time.process_time() - begun
         found = Poses(refinement.poses[0].double(), refinement.poses[1].double() * PIXEL_SIZE)
         error = torch.rad2deg(align_poses(found, drawn.poses).error)
