@@ -24,6 +24,7 @@ LAYERS = [
     {"pipeline"},
     {"report"},
     {"cli"},
+    {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 METHODS_SHARED = {

@@ -40,7 +40,7 @@ def help_of(*verb: str) -> str:
     """What ``cryorbit VERB --help`` prints, in a process of its own."""
     environment = os.environ | {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "cryorbit.cli.main", *verb, "--help"],
+        [sys.executable, "-m", "cryorbit", *verb, "--help"],
         capture_output=True,
         text=True,
         env=environment,

@@ -21,7 +21,7 @@ FINAL = [
 
 def command(*arguments: str | Path) -> list[str]:
     """Arguments of a process that runs ``cryorbit`` with these."""
-    return [sys.executable, "-m", "cryorbit.cli.main", *map(str, arguments)]
+    return [sys.executable, "-m", "cryorbit", *map(str, arguments)]
 
 
 def cryorbit(*arguments: str | Path, **options: object) -> "subprocess.CompletedProcess[str]":

@@ -43,7 +43,7 @@ def call(*arguments: str | Path | float) -> str:
 
 def process(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "cryorbit.cli.main", *(str(a) for a in arguments)],
+        [sys.executable, "-m", "cryorbit", *(str(a) for a in arguments)],
         capture_output=True,
         text=True,
         env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"},

@@ -172,7 +172,7 @@ def test_unknown_method(made):
 
 
 def test_a_real_process_ends_in_one_message(tmp_path):
-    command = [sys.executable, "-m", "cryorbit.cli.main", "mra", str(tmp_path / "x.npy"), "-o", str(tmp_path / "o")]
+    command = [sys.executable, "-m", "cryorbit", "mra", str(tmp_path / "x.npy"), "-o", str(tmp_path / "o")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env={**os.environ})
     assert done.returncode == 1
     assert "CONF407" in done.stderr

@@ -87,7 +87,3 @@ def main() -> None:
             f"memory does not suffice: {first}",
             "lower --memory, in which particles are kept, or use a larger machine",
         )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,5 @@
+"""``python -m cryorbit``: the command, by the interpreter that is named."""
+
+from cryorbit.cli.main import main
+
+main()
