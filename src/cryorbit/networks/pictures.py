@@ -80,9 +80,9 @@ class DirectedEncoder(nn.Module):
     def __init__(self, rings: int, angles: int, outputs: int, units: int = 256, pooled: int = 4) -> None:
         super().__init__()
         self.rings, self.angles = Rings(rings), angles
-        narrow = self.rings.features // 8
+        narrow = self.rings.features // 16
         self.narrow = nn.Conv1d(self.rings.features, narrow, 1)
-        self.score = nn.Sequential(nn.Conv1d(narrow, units // 4, angles), nn.ReLU(), nn.Conv1d(units // 4, 1, 1))
+        self.score = nn.Sequential(nn.Conv1d(narrow, units // 8, angles), nn.ReLU(), nn.Conv1d(units // 8, 1, 1))
         self.pool = nn.AvgPool1d(pooled)
         self.last = nn.Sequential(
             nn.Linear(self.rings.features * (angles // pooled), units), nn.ReLU(), nn.Linear(units, outputs)
