@@ -140,7 +140,8 @@ class Invariant:
         )  # uniform for an infinite spread
         power = pictures.pictures.square().mean() + pictures.noise**2
         self.least = _LEAST * power
-        self.log_variance = nn.Parameter(power.log())  # of a pixel about its prediction
+        learnt = config.angle == "directed"  # else it follows what is left
+        self.log_variance = nn.Parameter(power.log(), requires_grad=learnt)  # of a pixel about its prediction
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.encoder: nn.Module
@@ -152,7 +153,7 @@ class Invariant:
                 self.encoder = Encoder(side, config.latent + (2 if config.angle == "circle" else 1))
             self.decoder, self.critic = Decoder(side, config.latent), Critic(side)
         both = [*self.encoder.parameters(), *self.decoder.parameters()]
-        if config.angle == "directed":
+        if learnt:
             both.append(self.log_variance)
         self.optimiser = torch.optim.Adam(both, lr=config.rate, weight_decay=config.weight_decay)
         self.critic_optimiser = torch.optim.Adam(
@@ -227,7 +228,7 @@ class Invariant:
         if c.supervised:
             losses["picture"] = reconstruction_loss(made, truth)
         if c.angle in ON_GRID:
-            misfit = self.grid.distance(shown, made if not c.supervised else made.detach())
+            misfit = self.grid.distance(shown, made.detach() if c.supervised else made)
         if c.angle == "directed":
             both = self._posterior(known.detach(), misfit)
             likely = self.grid.at(known, angles) + self.grid.at(both.log_softmax(dim=1), angles)
