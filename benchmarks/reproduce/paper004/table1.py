@@ -41,12 +41,12 @@ SHOWN = 8
 SEED = 4
 
 
-def mnist(folder: Path, train: int, test: int) -> tuple[TurnedPictures, TurnedPictures]:
+def mnist(folder: Path, train: int, test: int, noise: float) -> tuple[TurnedPictures, TurnedPictures]:
     """The first digits of both files, 0 to 1."""
     sets = []
     for name, count in (("train", train), ("t10k", test)):
         digits = torch.from_numpy(read_idx(folder / f"{name}-images-idx3-ubyte.gz")[:count].astype("float32") / 255)
-        sets.append(TurnedPictures(digits, math.pi / 4))
+        sets.append(TurnedPictures(digits, math.pi / 4, noise))
     return sets[0], sets[1]
 
 
@@ -104,7 +104,8 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--train", type=int, nargs=2, default=(12_000, 4_000), help="digits, projections")
     parser.add_argument("--test", type=int, nargs=2, default=(2_000, 1_000))
-    parser.add_argument("--noise", type=float, default=0.1)
+    parser.add_argument("--noise", type=float, default=0.1, help="of projections")
+    parser.add_argument("--digit-noise", type=float, default=0.0)
     parser.add_argument("--epochs", type=int, help="of every row")
     parser.add_argument("--kinds", nargs="*", choices=list(EPOCHS), default=list(EPOCHS))
     parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS))
@@ -112,7 +113,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path)
     a = parser.parse_args()
     sets = {
-        kind: mnist(a.mnist, a.train[0], a.test[0])
+        kind: mnist(a.mnist, a.train[0], a.test[0], a.digit_noise)
         if kind == "mnist"
         else projections(a.model, a.train[1], a.test[1], a.noise)
         for kind in a.kinds
@@ -123,6 +124,7 @@ def main() -> None:
         "train": dict(zip(("mnist", "projections"), a.train, strict=True)),
         "test": dict(zip(("mnist", "projections"), a.test, strict=True)),
         "noise": a.noise,
+        **({"digit_noise": a.digit_noise} if a.digit_noise else {}),
         "paper": PAPER,
         "rows": {kind: {} for kind in EPOCHS},
     }

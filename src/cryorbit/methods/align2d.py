@@ -12,6 +12,7 @@ given half of the largest. The Wiener prior takes its signal power from all clas
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Complex, Float, Int
@@ -33,7 +34,7 @@ from cryorbit.physics.turning import (
     resized_planes,
     turned,
 )
-from cryorbit.poses.grid import ShiftGrid, evidence_of_groups, expectation, shift_grid
+from cryorbit.poses.grid import ShiftGrid, expectation, matches_of_groups, shift_grid
 from cryorbit.training.checkpoint import State, fitted
 from cryorbit.training.dataset import FourierStack
 
@@ -42,7 +43,7 @@ _START_PRIOR = 0.05  # of the mean weight, while there is no picture to take a s
 _STARVED = 0.15  # of the mean share of a class
 _OWN = ("pictures", "noise", "initial_noise", "shift_sigma", "march", "settled")
 _SUMS = ("numerator", "weight")
-_Compared = tuple[Tensor, Tensor, Tensor, Tensor, ShiftGrid, FourierDisk]
+_TOLD = 1e-5  # of the matches: a smaller difference is rounding
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ class Assignment:
         (B,) log marginal likelihood over that of noise alone, nats.
     junk
         (B,) log likelihood of something with a particle's power but not its shape, less ``gain``: positive where that explains more.
-    evidence
-        (B, K) ``gain`` under each class alone.
+    features
+        (B, K) as of :func:`invariant_features`.
     """
 
     which: Int[Tensor, " b"]
@@ -105,14 +106,27 @@ class Assignment:
     effective: Float[Tensor, " b"]
     gain: Float[Tensor, " b"]
     junk: Float[Tensor, " b"]
-    evidence: Float[Tensor, "b k"]
+    features: Float[Tensor, "b k"]
 
 
-def invariant_features(evidence: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
-    """What tells how a particle looks and not how it is turned, shifted or defocused: log likelihoods under every class, each marginal over
-    angle and shift, less their mean, at unit length (a strong image is not another view)."""
-    away = evidence - evidence.mean(dim=1, keepdim=True)
-    return away / away.norm(dim=1, keepdim=True).clamp_min(torch.finfo(away.dtype).tiny)
+def invariant_features(matches: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+    """How a particle looks and not how it is turned, shifted or how strong it is: its best match with every class over angles and shifts, less
+    their mean, at unit length. Which frequencies are compared is up to its CTF. Zeros where all classes match alike, as a single one does."""
+    away = (matches - matches.mean(dim=1, keepdim=True)).double()
+    length = away.norm(dim=1, keepdim=True)
+    told = length > _TOLD * matches.abs().amax(dim=1, keepdim=True)
+    return torch.where(told, away / length, 0.0).to(matches)
+
+
+class _Compared(NamedTuple):
+    """Images and what they are compared with, as ``poses.grid`` takes them."""
+
+    images: Complex[Tensor, "b p"]
+    ctf: Float[Tensor, "b p"]
+    pictures: Complex[Tensor, "h p"]
+    precision: Float[Tensor, " p"]
+    shifts: ShiftGrid
+    disk: FourierDisk
 
 
 class Align2D:
@@ -188,7 +202,7 @@ class Align2D:
         """What is compared: the particles ``chosen`` with every class at every angle, class k at angle a in place ``k * A + a``."""
         images, ctf, disk = self._batch(chosen, radius)
         pictures = turned(planes_of(self.pictures, float(radius)), angles, disk).flatten(0, 1)
-        return images, ctf, pictures, disk.weight / self.noise[disk.shell], self._shifts(radius), disk
+        return _Compared(images, ctf, pictures, disk.weight / self.noise[disk.shell], self._shifts(radius), disk)
 
     def assign(self, chosen: Int[Tensor, " b"]) -> Assignment:
         """Most probable class, angle and shift of the particles ``chosen`` under the present averages."""
@@ -200,17 +214,19 @@ class Align2D:
         half = best >= self.classes * count
         index = torch.where(half, best - self.classes * count, best)
         angle = angles[index % count] + torch.where(half, math.pi, 0.0)
-        images, ctf, disk = compared[0], compared[1], compared[-1]
+        disk = compared.disk
         signal = plane_power(planes_of(self.pictures, float(radius)), len(self.noise)).mean(0)
-        incoherent = incoherent_evidence(images, ctf, self.noise[disk.shell], signal[disk.shell], disk)
+        incoherent = incoherent_evidence(
+            compared.images, compared.ctf, self.noise[disk.shell], signal[disk.shell], disk
+        )
         return Assignment(
             index // count,
             SO2().compose(angle, torch.zeros_like(angle)),
-            self._shifts(radius).points.to(angle)[result.best_shift[:, 0]],
+            compared.shifts.points.to(angle)[result.best_shift[:, 0]],
             result.effective,
             result.log_evidence,
             incoherent - result.log_evidence,
-            evidence_of_groups(*compared, self.classes),
+            invariant_features(matches_of_groups(*compared, self.classes)),
         )
 
     # -- one step ---------------------------------------------------------------------------------------------------------------
@@ -227,7 +243,7 @@ class Align2D:
             occupied = float(self.classes)
         else:
             compared = self._compared(chosen, radius, angles)
-            result, disk = expectation(*compared), compared[-1]
+            result, disk = expectation(*compared), compared.disk
             self.noise = followed_noise(
                 self.noise, self.initial_noise, result.power / len(chosen), disk, radius, _NOISE_RATE
             )

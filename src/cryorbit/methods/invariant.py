@@ -10,11 +10,12 @@ which D(G(z)) cancels, so each is given its own, as printed in (3); the critic i
 reference [8], weight 10; the exponent of (1) is cut at 6, where a first guess would overflow.
 
 By default instead the encoder reads a picture on rings from every angle of a grid on (``DirectedEncoder``): turned, the picture has the same
-scores one place on, and z read from where it begins is the same. Scores and the prior of the angles say where to begin; what z decodes to
-is laid on what is shown at every angle, and scores, prior and fit together are the angle's posterior, whose peak is the angle. ``fitted`` does
-without scores: z is exactly invariant (``PolarEncoder``), and prior and fit under white noise of a fitted variance decide. ``circle`` guesses a
-point on the circle with the loss ``1 - cos``, which has no jump at half a turn, and weighs 30, because (2) sums over pixels and drowns it. All
-are without a critic (docs/methods/invariant.md measures what it brings) and at Adam's 1e-3.
+scores one place on, and z read from where it begins is the same. Scores, a classification of the true angle, and the prior of the angles say
+where to begin; what z decodes to is laid on what is shown at every angle, and its fit, under noise as strong as the pictures, is added to them
+before the peak is taken: it tells angles apart that are neighbours on the grid. ``fitted`` does without scores: z is exactly invariant
+(``PolarEncoder``), and prior and fit under white noise of a fitted variance decide. ``circle`` guesses a point on the circle with the loss
+``1 - cos``, which has no jump at half a turn, and weighs 30, because (2) sums over pixels and drowns it. All are without a critic
+(docs/methods/invariant.md measures what it brings) and at Adam's 1e-3.
 
 ``supervised = False`` never sees an unturned picture, which is all that real particles offer: what is minimised is minus the log likelihood of
 what is shown, marginal over the angles of the grid. The frame is then free: one turn for all, and possibly another for each kind of picture.
@@ -52,7 +53,7 @@ class InvariantConfig:
     Attributes
     ----------
     angle
-        ``directed``: a posterior over a grid of angles, by learnt scores of what is shown and by the decoded picture; ``fitted``: the same
+        ``directed``: the best on a grid of angles, by learnt scores of what is shown and by the decoded picture; ``fitted``: the same
         without scores; ``circle``: (cos, sin) and the loss 1 - cos; ``scalar``: one number and the loss of papers/004 eq. 1.
     angle_weight
         Factor on the angle loss: the reconstruction sums over pixels and would drown it (1 in papers/004 eq. 5); ``fitted`` has none.
@@ -138,10 +139,8 @@ class Invariant:
         self.prior = torch.log_softmax(
             -0.5 * (away / pictures.spread).square(), dim=0
         )  # uniform for an infinite spread
-        power = pictures.pictures.square().mean() + pictures.noise**2
-        self.least = _LEAST * power
-        learnt = config.angle == "directed"  # else it follows what is left
-        self.log_variance = nn.Parameter(power.log(), requires_grad=learnt)  # of a pixel about its prediction
+        self.variance = pictures.pictures.square().mean() + pictures.noise**2  # of a pixel about its prediction
+        self.least = _LEAST * self.variance
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.encoder: nn.Module
@@ -153,8 +152,6 @@ class Invariant:
                 self.encoder = Encoder(side, config.latent + (2 if config.angle == "circle" else 1))
             self.decoder, self.critic = Decoder(side, config.latent), Critic(side)
         both = [*self.encoder.parameters(), *self.decoder.parameters()]
-        if learnt:
-            both.append(self.log_variance)
         self.optimiser = torch.optim.Adam(both, lr=config.rate, weight_decay=config.weight_decay)
         self.critic_optimiser = torch.optim.Adam(
             self.critic.parameters(), lr=config.rate, weight_decay=config.weight_decay, betas=(0.5, 0.9)
@@ -177,9 +174,9 @@ class Invariant:
         out = self.encoder(shown)
         return out[:, : self.config.latent], out[:, self.config.latent :]
 
-    def _posterior(self, known: Tensor, misfit: Float[Tensor, "b a"]) -> Float[Tensor, "b a"]:
-        """Log chance of each angle of the grid, unnormalised, with the squared distance of what is shown from what is made."""
-        return known - 0.5 * misfit / self.log_variance.exp()
+    def _scored(self, known: Tensor, misfit: Float[Tensor, "b a"]) -> Float[Tensor, "b a"]:
+        """Score of each angle of the grid: what is known, and the squared distance of what is shown from what is made."""
+        return known - 0.5 * misfit / self.variance
 
     def _guess(self, head: Float[Tensor, "b n"]) -> Float[Tensor, " b"]:
         """Angle in radian."""
@@ -193,7 +190,7 @@ class Invariant:
             z, known = self._encode(part)
             made = self.decoder(z)
             if self.config.angle in ON_GRID:
-                angle = self.grid.peak(self._posterior(known, self.grid.distance(part, made)))
+                angle = self.grid.peak(self._scored(known, self.grid.distance(part, made)))
             else:
                 angle = self._guess(known)
             parts.append((made, angle))
@@ -227,14 +224,10 @@ class Invariant:
         losses: dict[str, Tensor] = {}
         if c.supervised:
             losses["picture"] = reconstruction_loss(made, truth)
-        if c.angle in ON_GRID:
-            misfit = self.grid.distance(shown, made.detach() if c.supervised else made)
         if c.angle == "directed":
-            both = self._posterior(known.detach(), misfit)
-            likely = self.grid.at(known, angles) + self.grid.at(both.log_softmax(dim=1), angles)
-            losses["angle"] = -c.angle_weight * likely.mean()
+            losses["angle"] = -c.angle_weight * self.grid.at(known, angles).mean()
         elif c.angle == "fitted":
-            marginal = self._marginal(known, misfit)
+            marginal = self._marginal(known, self.grid.distance(shown, made.detach() if c.supervised else made))
             if not c.supervised:
                 losses["marginal"] = marginal
         else:
@@ -250,9 +243,9 @@ class Invariant:
 
     def _marginal(self, known: Tensor, misfit: Float[Tensor, "b a"]) -> Float[Tensor, ""]:
         """Minus the mean log likelihood of pictures, marginal over the angle, in units of the squared misfit; follows the variance."""
-        likely, variance = self._posterior(known, misfit), self.log_variance.detach().exp()
+        likely, variance = self._scored(known, misfit), self.variance
         left = (likely.softmax(dim=1) * misfit).detach().sum(dim=1).mean() / self.pictures.pictures[0].numel()
-        self.log_variance.data = torch.maximum((1 - _FOLLOW) * variance + _FOLLOW * left, self.least).log()
+        self.variance = torch.maximum((1 - _FOLLOW) * variance + _FOLLOW * left, self.least)
         return -2 * variance * likely.logsumexp(dim=1).mean()
 
     def _critic_step(self, real: Tensor, made: Tensor, generator: torch.Generator) -> dict[str, float | str]:
@@ -273,13 +266,13 @@ class Invariant:
         weights = {
             f"{name}.{k}": v.detach().clone() for name, m in self._modules().items() for k, v in m.state_dict().items()
         }
-        weights["log_variance"] = self.log_variance.detach().clone()
+        weights["variance"] = self.variance.clone()
         return weights | adam_state(self.optimiser) | adam_state(self.critic_optimiser, "critic_adam")
 
     def load_state(self, state: State) -> None:
         """Inverse of :meth:`state`."""
         for name, module in self._modules().items():
             module.load_state_dict({k: state[f"{name}.{k}"] for k in module.state_dict()})
-        self.log_variance.data = state["log_variance"].clone()
+        self.variance = state["variance"].clone()
         load_adam(self.optimiser, state)
         load_adam(self.critic_optimiser, state, "critic_adam")

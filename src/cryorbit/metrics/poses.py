@@ -89,9 +89,10 @@ def view_angles(true: Float[Tensor, "n 3 3"], group: Float[Tensor, "s 3 3"] | No
     group
         (S, 3, 3) the molecule's symmetry; None for C1.
     """
-    views = true[:, 2]
-    elements = torch.eye(3)[None] if group is None else group
-    cosine = torch.stack([views @ element @ views.T for element in elements.to(true)]).amax(dim=0)
+    views = view_directions(true)
+    cosine = views @ views.T
+    for element in [] if group is None else group.to(true):
+        cosine = torch.maximum(cosine, views @ element @ views.T)
     return cosine.clamp(-1, 1).acos()
 
 

@@ -38,9 +38,9 @@ class Rings(nn.Module):
     Convolutions run around the rings without stride, so turning the picture by a step of the grid shifts what they give by one.
     """
 
-    def __init__(self, rings: int, channels: int = 32) -> None:
+    def __init__(self, rings: int) -> None:
         super().__init__()
-        reduced = (((rings + 1) // 2) + 1) // 2
+        reduced, channels = (((rings + 1) // 2) + 1) // 2, 32
         self.features = 4 * channels
         self.rings = nn.ModuleList([nn.Conv2d(1, channels, (3, 5), (2, 1), (1, 0))])
         self.rings.append(nn.Conv2d(channels, 2 * channels, (3, 5), (2, 1), (1, 0)))
@@ -72,7 +72,8 @@ class PolarEncoder(nn.Module):
 class DirectedEncoder(nn.Module):
     """Pictures on rings, read from one angle on, to ``outputs`` numbers; and how likely each angle is to be where to begin.
 
-    Turned by a step of the grid, a picture scores the same one place on, and read from there gives the same numbers.
+    Turned by a step of the grid, a picture scores the same one place on, and read from there gives the same numbers. Where it is read from
+    is up to the prior too, which does not turn with it.
     """
 
     order: Tensor

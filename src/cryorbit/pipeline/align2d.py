@@ -16,7 +16,7 @@ from cryorbit.io.atomic import atomic_path
 from cryorbit.io.image_checks import check_images
 from cryorbit.io.mrc_write import StackWriter
 from cryorbit.io.particles import write_particles
-from cryorbit.methods.align2d import Align2D, Assignment, invariant_features
+from cryorbit.methods.align2d import Align2D, Assignment
 from cryorbit.methods.class_averages import ClassAverages
 from cryorbit.metrics.fsc import crossing, resolution
 from cryorbit.pipeline import outputs
@@ -106,7 +106,7 @@ def _run(config: RunConfig, inputs: Inputs, output: Path, progress: Progress | N
         run(method, checkpoint=checkpoint, history=history, progress=progress, fingerprint=fingerprint)
 
     go(engine)
-    found = _assign(engine, folder / "classes.safetensors", fingerprint)
+    found = _assign(engine, folder / "assigned.safetensors", fingerprint)
     full = fourier_stack(config, inputs)
     final = ClassAverages(
         full,
@@ -129,7 +129,7 @@ def _assign(engine: Align2D, path: Path, fingerprint: str) -> Assignment:
     """Class and pose of every particle; kept, so that a resumed run does not repeat it."""
     count = len(engine.stack)
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(Assignment.__dataclass_fields__, (count,))
-    shapes |= {"shifts": (count, 2), "evidence": (count, engine.classes)}
+    shapes |= {"shifts": (count, 2), "features": (count, engine.classes)}
 
     def make() -> State:
         parts = [engine.assign(chosen) for chosen in torch.arange(count).split(_ASSIGN_BATCH)]
@@ -176,7 +176,7 @@ def _summarise(
         "seconds": seconds,
         "warnings": list(inputs.warnings),
     }
-    features = invariant_features(found.evidence[:, order])
+    features = found.features[:, order]
     shifts = final.shifts * apix
     return Classes(pictures, correlation, which, final.angles, shifts, found.gain, found.junk, features, metrics)
 

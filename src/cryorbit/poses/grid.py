@@ -138,7 +138,7 @@ def expectation(
     )
 
 
-def evidence_of_groups(
+def matches_of_groups(
     images: Complex[Tensor, "b p"],
     ctf: Float[Tensor, "b p"],
     slices: Complex[Tensor, "h p"],
@@ -147,13 +147,13 @@ def evidence_of_groups(
     disk: FourierDisk,
     groups: int,
 ) -> Float[Tensor, "b k"]:
-    """Log mean likelihood of each image over the poses of every group, ``H / groups`` slices in a row; arguments as for :func:`expectation`."""
+    """The best match of each image with every group, ``H / groups`` slices in a row: the largest product, over their poses, with a model
+    of unit power, in standard deviations of the noise. A strength of the image is a factor of all. Arguments as for :func:`expectation`."""
     kernel = kernels.select(images.device)
-    log_prior = shifts.log_prior.to(images.device) - torch.log(torch.tensor(2.0 * len(slices) / groups))
     parts = []
     for (even, odd, power), _ in _scored(images, ctf, slices, precision, shifts, disk, kernel):
-        whole = even - power[:, None] + log_prior[:, None]
-        parts.append(torch.logaddexp(whole + odd, whole - odd).unflatten(-1, (groups, -1)).logsumexp(dim=(1, 3)))
+        best = (even + odd.abs()).amax(dim=1) / (2 * power).clamp_min(torch.finfo(power.dtype).tiny).sqrt()
+        parts.append(best.unflatten(-1, (groups, -1)).amax(dim=-1))
     return torch.cat(parts)
 
 
