@@ -5,8 +5,9 @@
 Images at -10 dB with CTF and shifts of sigma 2 px; a tenth are replaced by junk in equal parts: noise; ice-like blobs (one to five Gaussians
 of any place and width, once to twice the root mean square of a particle, through the CTF); halves of the molecule, cut across its longest
 axis, in the pose of the particle they replace. The junk score was fixed on 4AKE and not changed for 1AON.
-Invariant features are judged by the true views: how far apart those of two classmates lie, of a particle and the ten nearest by features,
-and of two in a cluster of k-means on features, as many as there are classes.
+Invariant features are judged by the true views of particles: how far apart those of two classmates lie, of two in a cluster of k-means on
+features, as many as there are classes, and of a particle and the nearest by features, as many as it has classmates, and ten; the same by
+the true views, which is as near as any can be.
 """
 
 import argparse
@@ -152,10 +153,18 @@ def measure(name: str, data: Path, count: int, classes: int, seed: int) -> dict[
     apart = torch.rad2deg(view_angles(truth.poses.rotations[good].double(), point_group(molecule.group)))
     mates = (found.which[good][:, None] == found.which[good]).fill_diagonal_(False)
     features = found.features[good].double()
-    near = torch.cdist(features, features).fill_diagonal_(np.inf).topk(NEIGHBOURS, largest=False).indices
-    clusters = torch.from_numpy(kmeans2(features.numpy(), classes, minit="++", seed=seed)[1])
+    assert truth.ctf is not None
+    defocus = truth.ctf.defocus_u[good].double()
+    clusters = torch.from_numpy(kmeans2(features.numpy(), classes, iter=100, minit="++", seed=seed)[1])
     clustered = (clusters[:, None] == clusters).fill_diagonal_(False)
-    views = {"classes": apart[mates], "neighbours": apart.gather(1, near), "k_means": apart[clustered]}
+    away = torch.cdist(features, features).fill_diagonal_(np.inf)
+    as_many = round(float(mates.sum(dim=1).double().mean()))
+    views = {"classes": apart[mates], "k_means": apart[clustered]}
+    ten = away.topk(NEIGHBOURS, largest=False).indices
+    unlike = (defocus[:, None] - defocus).abs()
+    for name, number in (("nearest_as_many", as_many), (f"nearest_{NEIGHBOURS}", NEIGHBOURS)):
+        views[name] = apart.gather(1, away.topk(number, largest=False).indices)
+        views[f"{name}_by_truth"] = apart.topk(number + 1, largest=False).values[:, 1:]
     keys = ("resolution_best_A", "resolution_median_A", "class_sizes", "class_resolution_A")
     return {
         "particles": count,
@@ -164,6 +173,10 @@ def measure(name: str, data: Path, count: int, classes: int, seed: int) -> dict[
         "pairs": len(error),
         "in_plane_median_deg": float(error.median()),
         "in_plane_below_5_deg": float((error < 5).double().mean()),
+        "defocus_apart_median_A": {
+            f"nearest_{NEIGHBOURS}": float(unlike.gather(1, ten).median()),
+            "any": float(unlike.median()),
+        },
         "views_median_deg": {name: float(values.median()) for name, values in views.items()},
         "views_below_20_deg": {name: float((values < 20).double().mean()) for name, values in views.items()},
         "auc": separation(found.junk[~good], found.junk[good]),

@@ -143,6 +143,13 @@ def test_select_keeps_the_best_of_the_classes_named(finished, tmp_path):
     assert open_particles(tmp_path / "some.star").read([0]).shape == (1, 24, 24)  # paths still lead to the images
 
 
+@pytest.mark.parametrize("named", [",", "1,,2", "1.5", "one"])
+def test_classes_that_are_no_numbers_are_refused(finished, tmp_path, named):
+    with pytest.raises(CryorbitError, match="CONF420"):
+        call("select", finished / "run", "-o", tmp_path / "some.star", "--classes", named)
+    assert not (tmp_path / "some.star").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "code"),
     [

@@ -12,6 +12,7 @@ import torch
 from processes import FINAL, cryorbit
 
 from cryorbit.cli.evaluate import evaluate
+from cryorbit.conventions import euler_to_matrix
 from cryorbit.errors import CryorbitError, RunError
 from cryorbit.groups.so3 import distance, exp, random_rotations
 from cryorbit.io.particles import open_particles, write_particles
@@ -201,6 +202,7 @@ def test_a_posterior_that_is_damaged_or_of_another_run_is_refused(finished, simu
     [
         ("particles.star", {}, "DATA044.*no angles"),
         ("flat.star", {}, "DATA044.*same angles"),
+        ("planar.star", {}, "DATA044.*along one axis"),
         ("start.star", {"symmetry": "auto"}, "CONF025.*ab initio map"),
         ("start.star", {"mask": "small"}, "CONF024.*box of 16"),
         ("start.star", {"mask": "counts"}, "CONF024.*values from"),
@@ -218,6 +220,10 @@ def test_refusals(simulated, tmp_path, name, settings, message):
     if name == "flat.star":
         same = np.broadcast_to(np.eye(3), (500, 3, 3))
         write_particles(simulated / name, open_particles(simulated / "particles.star"), rotations=same)
+    if name == "planar.star":
+        turns = np.linspace(0, 360, 500)
+        planar = euler_to_matrix(np.stack([0 * turns, 0 * turns, turns], axis=1))
+        write_particles(simulated / name, open_particles(simulated / "particles.star"), rotations=planar)
     settings = {"start": "poses", "mask_diameter": 70.0} | {k: files.get(v, v) for k, v in settings.items()}
     with pytest.raises(CryorbitError, match=message):
         reconstruct(RunConfig(particles=str(simulated / name), **settings), tmp_path / "run")

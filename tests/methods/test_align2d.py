@@ -1,6 +1,7 @@
 """The 2-D engine on pictures whose angles are known, and what it says of images that show none."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -104,24 +105,44 @@ def test_noise_is_told_from_particles(data, engine):
     assert float((junk[real][:, None] < junk[~real]).float().mean()) > 0.98
 
 
-def test_features_tell_the_molecule_and_not_the_pose(data, engine):
-    """Of a molecule turned, shifted and without noise the features stay; of particles the nearest show the same molecule."""
-    real = COUNT - COUNT // 10
-    features = invariant_features(engine.assign(torch.arange(real)).evidence)
-    torch.testing.assert_close(features.norm(dim=1), torch.ones(real))
-    torch.testing.assert_close(features.sum(dim=1), torch.zeros(real), atol=1e-5, rtol=0)
-    near = torch.cdist(features, features).topk(6, largest=False).indices[:, 1:]
-    assert float((data["which"][near] == data["which"][:real, None]).float().mean()) > 0.97
-    disk, angles = fourier_disk(BOX), torch.linspace(0, 6, 7)
-    shifts = torch.stack([angles - 3, 1.5 - angles / 2], dim=1) / 6
-    same = turned(planes_of(pictures()[:1], disk.radius), angles, disk, torch.zeros(7, dtype=torch.int64))
-    still = Align2D(
-        stack_of(disk_to_images(same * phase_ramp(shifts, disk), disk)), CONFIG, mask_diameter=DIAMETER, seed=0
-    )
-    still.load_state(engine.state())
-    evidence = still.assign(torch.arange(7)).evidence
-    change = (evidence - evidence.mean(0)).abs().max()
-    assert float(change) < 0.25 * float((evidence[:, 0] - evidence[:, 1]).abs().mean())
+def test_features_are_of_the_view_not_of_pose_or_strength(data):
+    """Six pictures between two molecules as references; those in between, turned, shifted, stronger, keep their place in the order."""
+    disk, share = fourier_disk(BOX), torch.linspace(0, 1, 6)[:, None, None]
+    six = (1 - share) * pictures()[0] + share * pictures()[1]
+    config = replace(CONFIG, classes=6)
+    still = Align2D(stack_of(data["images"]), config, mask_diameter=DIAMETER, seed=0)
+    still.step(0)
+    still.pictures, still.march, still.noise = six, torch.tensor(1.0), torch.ones_like(still.noise)
+    between = torch.tensor([0.1, 0.5, 0.9]).repeat_interleave(8)
+    angles, shifts = torch.linspace(0, 6, 24), torch.linspace(-2, 2, 24)
+    mixed = six[0] + between[:, None, None] * (six[5] - six[0])
+    shown = turned(planes_of(mixed, disk.radius), angles, disk, torch.arange(24))
+    strength = 1 + torch.arange(24) % 3
+    shown = shown * phase_ramp(torch.stack([shifts, -shifts.flip(0)], dim=1), disk) * strength[:, None]
+    still.stack = stack_of(disk_to_images(shown, disk))
+    features = still.assign(torch.arange(24)).features
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(24))
+    torch.testing.assert_close(features.sum(dim=1), torch.zeros(24), atol=1e-5, rtol=0)
+    own = features.view(3, 8, 6)
+    within = (own - own.mean(dim=1, keepdim=True)).norm(dim=2).max()
+    apart = torch.cdist(own.mean(dim=1), own.mean(dim=1)) + 9 * torch.eye(3)
+    assert float(within) < 0.3 * float(apart.min())
+
+
+def test_features_of_classes_that_all_match_alike_are_zero():
+    assert not invariant_features(torch.full((2, 50), 1234.667)).any()
+    assert not invariant_features(torch.rand(3, 1)).any()
+    found = invariant_features(torch.tensor([[1.0, 2.0, 6.0]]))
+    torch.testing.assert_close(found, torch.tensor([[-2.0, -1.0, 3.0]]) / math.sqrt(14))
+    torch.testing.assert_close(invariant_features(torch.tensor([[2.0, 4.0, 12.0]])), found)
+
+
+def test_an_image_of_nothing_is_junk(data, engine):
+    shown = data["images"].clone()
+    shown[:100] = 0.0
+    half_blank = Align2D(stack_of(shown), CONFIG, mask_diameter=DIAMETER, seed=0)
+    run(half_blank)
+    assert float(half_blank.assign(torch.arange(100)).junk.min()) > 0
 
 
 def test_half_averages_of_noise_do_not_agree():

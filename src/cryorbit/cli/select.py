@@ -10,7 +10,7 @@ from cryorbit.errors import ConfigError
 
 def _numbers(text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",") if part.strip()]
+        return [int(part) for part in text.split(",")] if text else []
     except ValueError:
         raise ConfigError("CONF420", f"--classes {text}: expected numbers with commas, for example 1,2,5") from None
 
@@ -26,7 +26,7 @@ def select(
     max_junk: Annotated[float, typer.Option("--max-junk", help="Largest junk score kept, in nats.")] = 0.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
-    """Select particles by 2-D class and junk score, for `reconstruct`, `refine` or RELION."""
+    """Select particles by 2-D class and junk score, for `reconstruct` or RELION."""
     from cryorbit.cli.console import plain
     from cryorbit.pipeline.selection import select as run
 

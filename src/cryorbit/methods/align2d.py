@@ -43,6 +43,7 @@ _START_PRIOR = 0.05  # of the mean weight, while there is no picture to take a s
 _STARVED = 0.15  # of the mean share of a class
 _OWN = ("pictures", "noise", "initial_noise", "shift_sigma", "march", "settled")
 _SUMS = ("numerator", "weight")
+_BLANK, _SURELY = 1e-6, 1e3  # share of the images' power below which an image shows nothing; its junk score in nats
 _TOLD = 1e-5  # of the matches: a smaller difference is rounding
 
 
@@ -216,6 +217,8 @@ class Align2D:
         angle = angles[index % count] + torch.where(half, math.pi, 0.0)
         disk = compared.disk
         signal = plane_power(planes_of(self.pictures, float(radius)), len(self.noise)).mean(0)
+        power = compared.images.abs().square().sum(dim=1)
+        blank = power < _BLANK * self.initial_noise[disk.shell].sum()
         incoherent = incoherent_evidence(
             compared.images, compared.ctf, self.noise[disk.shell], signal[disk.shell], disk
         )
@@ -225,7 +228,7 @@ class Align2D:
             compared.shifts.points.to(angle)[result.best_shift[:, 0]],
             result.effective,
             result.log_evidence,
-            incoherent - result.log_evidence,
+            torch.where(blank, _SURELY, incoherent - result.log_evidence),
             invariant_features(matches_of_groups(*compared, self.classes)),
         )
 

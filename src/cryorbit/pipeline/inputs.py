@@ -209,6 +209,13 @@ def _check_poses(particles: ParticleSet) -> list[str]:
         raise DataError("DATA044", f"{particles.path} has no angles to refine", hint)
     if np.ptp(particles.rotations, axis=0).max() < 1e-6:
         raise DataError("DATA044", f"all {len(particles)} particles of {particles.path} have the same angles", hint)
+    if np.abs(particles.rotations[:, 2, 2]).min() > 1 - 1e-6:
+        raise DataError(
+            "DATA044",
+            f"all {len(particles)} particles of {particles.path} are seen along one axis (tilts of 0 or 180): angles in the plane, as 2-D "
+            "classification writes them",
+            hint,
+        )
     return ["the file has no origins: shifts start at 0"] if particles.shifts is None else []
 
 
