@@ -116,10 +116,11 @@ def open_run(folder: Path, config: RunConfig, read: Sequence[Path] = (), *, over
             _clear(folder, read)
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "config.toml").is_file():
-            if decisive(before := _config_of(folder)) != decisive(config):
+            before, now = decisive(_config_of(folder)), decisive(config)
+            if before != now:
                 raise RunError(
                     "RUN002",
-                    f"{folder} holds a run with other settings ({_differences(before, config)})",
+                    f"{folder} holds a run with other settings ({_differences(before, now)})",
                     "choose a new --output folder, pass --overwrite to delete that run, or give the settings in its config.toml",
                 )
         elif not cleared and any(folder.iterdir()):
