@@ -28,8 +28,8 @@ OTHER_METHOD = (
 _LOST_DEG = 90.0  # poses that are expected to be so far off are none
 
 # Weights of a logistic function of `features`, fitted to simulated runs by benchmarks/success_rate.py --fit.
-WEIGHTS = {"constant": -4.18, "periods": 1.3, "posed": 2.95, "spread": 3.09}
-RUNS = 235
+WEIGHTS = {"constant": -4.18, "periods": 1.3, "posed": 2.95, "spread": 3.1}
+RUNS = 265
 
 
 @dataclass(frozen=True)
