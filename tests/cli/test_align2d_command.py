@@ -112,7 +112,7 @@ def test_a_finished_run_is_continued_and_another_refused(finished):
     before = (finished / "run/particles.star").read_bytes()
     call("align2d", finished / "sim/particles.star", "-o", finished / "run", "--classes", 3, *QUICK)
     assert (finished / "run/particles.star").read_bytes() == before
-    with pytest.raises(CryorbitError, match="RUN002.*classes 3 there, 4 now") as refused:
+    with pytest.raises(CryorbitError, match=r"RUN002.*classes 3 there, 4 now") as refused:
         call("align2d", finished / "sim/particles.star", "-o", finished / "run", "-k", 4, "--memory", 1, *QUICK)
     assert "memory" not in str(refused.value)  # which another run may change
 

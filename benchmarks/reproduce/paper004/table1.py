@@ -34,7 +34,7 @@ from cryorbit.training.loop import run
 
 PAPER = {"mnist": {"paper004": (0.02, 0.18), "spatial-vae": (66.07, 121.82)}}
 PAPER["projections"] = {"paper004": (0.3, 0.81), "spatial-vae": (2.1, 3.29)}
-ROWS = ("default", "invariant", "one guess", "paper004", "spatial-vae", "unsupervised", "default with critic")
+ROWS = ("default", "invariant", "one guess", "paper004", "spatial-vae", "unsupervised", "invariant with critic")
 EPOCHS = {"projections": 16, "mnist": 8}
 SPATIAL_VAE_EPOCHS = {"projections": 6, "mnist": 4}
 SHOWN = 8
@@ -63,7 +63,7 @@ def method_of(name: str, pictures: TurnedPictures, epochs: int) -> Invariant | S
     config = {
         "invariant": replace(PRESETS["default"], angle="fitted"),
         "one guess": replace(PRESETS["default"], angle="circle"),
-        "default with critic": replace(PRESETS["default"], critic=1.0),
+        "invariant with critic": replace(PRESETS["default"], angle="fitted", critic=1.0),
         **PRESETS,
     }[name]
     config = replace(config, epochs=epochs, drop_epoch=2 * epochs // 3, batch=64)
