@@ -11,7 +11,7 @@ from cryorbit.physics.fourier import fourier_disk
 from cryorbit.physics.shift import phase_ramp
 from cryorbit.physics.slicing import slice_grid, slicing_grid
 from cryorbit.poses import grid as module
-from cryorbit.poses.grid import distinct_modes, expectation, matches_of_groups, shift_grid, with_half_turns
+from cryorbit.poses.grid import distinct_modes, expectation, shift_grid, with_half_turns
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_posterior_and_statistics_equal_brute_force(case, backend, sharpness, bl
 def test_best_match_with_each_group_equals_brute_force(case, block, monkeypatch):
     monkeypatch.setitem(module._BLOCK, "cpu", block)
     images, ctf, slices, precision, shifts, disk = case
-    found = matches_of_groups(*case, 4)
+    found = expectation(*case, groups=4).matches
     for i in range(len(images)):
         models = torch.cat([slices, slices.conj()]) * phase_ramp(shifts.points, disk)[:, None] * ctf[i]
         product = (precision * (models.conj() * images[i]).real).sum(-1) / (precision * models.abs() ** 2).sum(
@@ -88,7 +88,7 @@ def test_best_match_with_each_group_equals_brute_force(case, block, monkeypatch)
         ).sqrt()
         best = product.amax(0).view(2, 4, 9).amax(dim=(0, 2))
         torch.testing.assert_close(found[i], best, atol=1e-3, rtol=1e-4)
-    torch.testing.assert_close(matches_of_groups(3 * images, *case[1:], 4), 3 * found, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(expectation(3 * images, *case[1:], groups=4).matches, 3 * found, atol=1e-3, rtol=1e-4)
 
 
 def test_best_shift_belongs_to_best_rotation(case):

@@ -34,7 +34,7 @@ from cryorbit.physics.turning import (
     resized_planes,
     turned,
 )
-from cryorbit.poses.grid import ShiftGrid, expectation, matches_of_groups, shift_grid
+from cryorbit.poses.grid import ShiftGrid, expectation, shift_grid
 from cryorbit.training.checkpoint import State, fitted
 from cryorbit.training.dataset import FourierStack
 
@@ -210,7 +210,7 @@ class Align2D:
         radius = self.radius()
         angles = self.angles(radius)
         compared = self._compared(chosen, radius, angles)
-        result = expectation(*compared, sums=False)
+        result = expectation(*compared, sums=False, groups=self.classes)
         count, best = len(angles), result.best[:, 0]
         half = best >= self.classes * count
         index = torch.where(half, best - self.classes * count, best)
@@ -229,7 +229,7 @@ class Align2D:
             result.effective,
             result.log_evidence,
             torch.where(blank, _SURELY, incoherent - result.log_evidence),
-            invariant_features(matches_of_groups(*compared, self.classes)),
+            invariant_features(result.matches),
         )
 
     # -- one step ---------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ a budget; no array of images x rotations x shifts is ever whole. The weighted su
 broad and touch only the entries that hold the mass once they are sharp (``physics/kernels``).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +54,9 @@ class Expectation:
     ``log_evidence`` (B,): log mean likelihood over the grid, up to terms of the image alone; ``effective`` (B,): effective number of
     poses ``1 / sum w^2``; ``shift_variance``: posterior mean of ``|t|^2 / 2``; ``intensity`` (2, B): posterior means of the whitened
     product of image and model and of the model's power: their ratio is the factor by which the image is stronger than the model;
-    ``best`` (B, M): the M most probable rotations (from H on: half turns), ``best_shift`` (B, M): the shift of each.
+    ``best`` (B, M): the M most probable rotations (from H on: half turns), ``best_shift`` (B, M): the shift of each; ``matches`` (B, K): the
+    largest product, over the poses of each of K groups of slices, with a model of unit power, in standard deviations of the noise: a strength
+    of the image is a factor of all.
     """
 
     numerator: Complex[Tensor, "h p"]
@@ -67,6 +68,7 @@ class Expectation:
     intensity: Float[Tensor, "2 b"]
     best: Int[Tensor, "b m"]
     best_shift: Int[Tensor, "b m"]
+    matches: Float[Tensor, "b k"]
 
 
 def with_half_turns(rotations: Float[Tensor, "h 3 3"]) -> Float[Tensor, "g 3 3"]:
@@ -84,6 +86,7 @@ def expectation(
     *,
     modes: int = 1,
     sums: bool = True,
+    groups: int = 0,
     backend: str | None = None,
 ) -> Expectation:
     """Posterior of a batch of images over rotations x shifts, and its sufficient statistics.
@@ -104,22 +107,41 @@ def expectation(
         How many of the most probable rotations to report per image.
     sums
         Whether ``numerator``, ``weight`` and ``power`` are wanted; zeros otherwise.
+    groups
+        K groups of ``H / K`` slices in a row, whose ``matches`` are wanted; 0: none are.
     backend
         Kernel backend by name; None takes that of the device.
     """
     device = images.device
     kernel = kernels.select(device, backend)
     halves, pixels = slices.shape
+    n_shift = len(shifts.log_prior)
+    unshift = phase_ramp(shifts.points.to(device), disk).conj()
     log_prior = shifts.log_prior.to(device) - torch.log(torch.tensor(2.0 * halves))
+    weighted = slices * precision
+    slice_real, slice_imag = weighted.real.contiguous(), weighted.imag.contiguous()
+    slice_power = 0.5 * precision * slices.abs().square()
     out = (
         torch.zeros(halves, pixels, device=device),
         torch.zeros(halves, pixels, device=device),
         torch.zeros(halves, pixels, device=device),
     )
-    parts = [
-        kernel.posterior(*scores, log_prior, *shown, out if sums else None, min(modes, 2 * halves))
-        for scores, shown in _scored(images, ctf, slices, precision, shifts, disk, kernel)
-    ]
+    parts, matches = [], []
+    block = max(1, _BLOCK[device.type] // (halves * n_shift))
+    for y, c in zip(images.split(block), ctf.split(block), strict=True):
+        shifted = ((y * c)[:, None, :] * unshift).view(-1, pixels)
+        real, imag = shifted.real.contiguous(), shifted.imag.contiguous()
+        even = kernel.product(real, slice_real).view(len(y), n_shift, halves)
+        odd = kernel.product(imag, slice_imag).view(len(y), n_shift, halves)
+        ctf2 = c.square()
+        power = kernel.product(ctf2, slice_power)
+        # before the posterior, which may turn the products into weights in place
+        matches.append(_matches(even, odd, power, groups) if groups else power[:, :0])
+        parts.append(
+            kernel.posterior(
+                even, odd, power, log_prior, real, imag, ctf2, out if sums else None, min(modes, 2 * halves)
+            )
+        )
     evidence, effective, by_shift, cross, energy, best, best_shift = (torch.cat(p) for p in zip(*parts, strict=True))
     numerator, weight = torch.complex(out[0], out[1]), out[2]
     residual = images.abs().square().sum(dim=0) if sums else torch.zeros(pixels, device=device)
@@ -135,53 +157,16 @@ def expectation(
         torch.stack([cross, energy]),
         best,
         best_shift,
+        torch.cat(matches),
     )
 
 
-def matches_of_groups(
-    images: Complex[Tensor, "b p"],
-    ctf: Float[Tensor, "b p"],
-    slices: Complex[Tensor, "h p"],
-    precision: Float[Tensor, " p"],
-    shifts: ShiftGrid,
-    disk: FourierDisk,
-    groups: int,
-) -> Float[Tensor, "b k"]:
-    """The best match of each image with every group, ``H / groups`` slices in a row: the largest product, over their poses, with a model
-    of unit power, in standard deviations of the noise. A strength of the image is a factor of all. Arguments as for :func:`expectation`."""
-    kernel = kernels.select(images.device)
-    parts = []
-    for (even, odd, power), _ in _scored(images, ctf, slices, precision, shifts, disk, kernel):
-        best = (even + odd.abs()).amax(dim=1) / (2 * power).clamp_min(torch.finfo(power.dtype).tiny).sqrt()
-        parts.append(best.unflatten(-1, (groups, -1)).amax(dim=-1))
-    return torch.cat(parts)
-
-
-def _scored(
-    images: Complex[Tensor, "b p"],
-    ctf: Float[Tensor, "b p"],
-    slices: Complex[Tensor, "h p"],
-    precision: Float[Tensor, " p"],
-    shifts: ShiftGrid,
-    disk: FourierDisk,
-    kernel: kernels.Kernels,
-) -> Iterator[tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]]:
-    """Blocks of images: (N, S, H) even and odd parts of their products with all slices, (N, H) half the slices' powers; and what was
-    multiplied, (N S, P) real and imaginary parts of images times CTF, shifted back, and (N, P) CTF^2."""
-    halves, pixels = slices.shape
-    n_shift = len(shifts.log_prior)
-    unshift = phase_ramp(shifts.points.to(images.device), disk).conj()
-    weighted = slices * precision
-    slice_real, slice_imag = weighted.real.contiguous(), weighted.imag.contiguous()
-    slice_power = 0.5 * precision * slices.abs().square()
-    block = max(1, _BLOCK[images.device.type] // (halves * n_shift))
-    for y, c in zip(images.split(block), ctf.split(block), strict=True):
-        shifted = ((y * c)[:, None, :] * unshift).view(-1, pixels)
-        real, imag = shifted.real.contiguous(), shifted.imag.contiguous()
-        even = kernel.product(real, slice_real).view(len(y), n_shift, halves)
-        odd = kernel.product(imag, slice_imag).view(len(y), n_shift, halves)
-        ctf2 = c.square()
-        yield (even, odd, kernel.product(ctf2, slice_power)), (real, imag, ctf2)
+def _matches(
+    even: Float[Tensor, "n s h"], odd: Float[Tensor, "n s h"], power: Float[Tensor, "n h"], groups: int
+) -> Float[Tensor, "n k"]:
+    """``Expectation.matches`` of a block, from its products with all slices and half their powers."""
+    best = (even + odd.abs()).amax(dim=1) / (2 * power).clamp_min(torch.finfo(power.dtype).tiny).sqrt()
+    return best.unflatten(-1, (groups, -1)).amax(dim=-1)
 
 
 def recounted(effective: Float[Tensor, "*n"], order: int, as_order: int) -> Float[Tensor, "*n"]:
