@@ -99,7 +99,7 @@ class AmortizedConfig(DecoderConfig):
     encoder_rate
         Adam's step for the network's weights.
     bfloat16
-        Convolve in bfloat16.
+        Convolve in bfloat16 where the device has instructions for it, elsewhere in float32.
     """
 
     parametrisation: str = "s2s2"

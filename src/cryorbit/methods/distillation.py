@@ -47,7 +47,7 @@ class DistillationConfig:
     synthetic
         Share of each batch that is drawn from the map; the rest are the run's own particles.
     bfloat16
-        Convolve in bfloat16.
+        Convolve in bfloat16 where the device has instructions for it, elsewhere in float32.
     """
 
     steps: int = 3000

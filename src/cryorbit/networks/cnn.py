@@ -12,6 +12,13 @@ _BLOCKS = 3
 SMALLEST_SIDE = 2**_BLOCKS
 
 
+def bfloat16_is_fast(device: torch.device) -> bool:
+    """Whether ``device`` has instructions that multiply in bfloat16; on a CPU without them convolutions take 20 times as long as in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()
+
+
 class _Around(nn.Module):
     """The first column behind the last, and the last before the first."""
 
@@ -75,7 +82,7 @@ class ConvEncoder(nn.Module):
     he
         Start from He et al. 2015 (weights of variance 2 / inputs, biases zero) in place of PyTorch's default.
     bfloat16
-        Multiply in bfloat16; what comes out is float32.
+        Multiply in bfloat16 where the device has instructions for it; what comes out is float32.
     seed
         Of the start.
 
@@ -116,6 +123,7 @@ class ConvEncoder(nn.Module):
     def forward(self, images: Float[Tensor, "b side side"]) -> Float[Tensor, "b outputs"]:
         """One vector per image; images of variance about 1."""
         x = images[:, None].contiguous(memory_format=torch.channels_last)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.reduced):
+        reduced = self.reduced and bfloat16_is_fast(images.device)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=reduced):
             x = self.body(x)
         return self.last(x.to(images.dtype))
