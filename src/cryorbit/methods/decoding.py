@@ -115,13 +115,13 @@ class Decoding:
         return False
 
     def radius(self, index: int) -> int:
-        """Fourier radius of step ``index`` in pixels of the working box."""
+        """Fourier radius of step ``index`` in pixels of the working box; doubling it takes the same number of steps wherever it stands."""
         c, per_pixel = self.decoder, self.mask_diameter / (self.stack.box * self.stack.pixel_size)
         largest = int(self.stack.disk.radius)
         last = min(c.radius_end / per_pixel, largest) if c.radius_end else largest
         first = min(c.radius_start / per_pixel, last) if c.radius_start else last
         done = min(1.0, index / max(1.0, c.march * c.steps))
-        return max(2, round(first + (last - first) * done))
+        return max(2, round(first * (last / first) ** done))
 
     def map(self) -> Float[Tensor, "d d d"]:
         """The map as it stands, inside the sphere."""
