@@ -157,6 +157,7 @@ def test_classes_that_are_no_numbers_are_refused(finished, tmp_path, named):
         ({"keep": 1.5}, "CONF421"),
         ({"classes": [77]}, "CONF422"),
         ({"max_junk": -1e9}, "DATA421"),
+        ({"keep": 0.5, "max_junk": 1.0}, "CONF421"),
         ({"source": "sim/particles.star"}, "DATA420"),
         ({"output": "run/particles.star", "overwrite": True}, "RUN047"),
         ({"output": "some.txt"}, "RUN047"),
@@ -166,7 +167,7 @@ def test_select_refuses(finished, tmp_path, changes, code):
     source = finished / str(changes.pop("source", "run/particles.star"))
     output = changes.pop("output", None)
     target = finished / output if output and output.startswith("run") else tmp_path / (output or "out.star")
-    settings = {"classes": [], "keep": 0.0, "max_junk": 0.0} | changes
+    settings = {"classes": [], "keep": 0.0} | changes
     with pytest.raises(CryorbitError, match=code):
         select(source, target, **settings)
     assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """Nothing of the user's is ever deleted; damaged run folders say so; two processes do not share one."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from cryorbit.errors import ConfigError, CryorbitError, DataError, RunError
+from cryorbit.io.atomic import atomic_path
 from cryorbit.io.star import read_star, write_star
 from cryorbit.pipeline.config import RunConfig, from_toml, override
 from cryorbit.pipeline.inputs import choose_device
@@ -64,6 +66,44 @@ def test_overwrite_removes_our_files_only(tmp_path):
     assert not (run / "map.mrc").exists()
     assert (run / "notes.txt").read_text() == "mine"
     assert from_toml((run / "config.toml").read_text()).particles == "y"
+
+
+def killed_while_writing(final: Path) -> Path:
+    """What :func:`atomic_path` leaves when its process is killed."""
+    with atomic_path(final) as temporary:
+        temporary.write_text("half")
+        kept = temporary.rename(final.with_name("kept"))
+        temporary.write_text("")
+    final.unlink()
+    return kept.rename(temporary)
+
+
+def test_a_folder_of_half_written_files_only_is_a_fresh_one(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    killed_while_writing(run / "config.toml")
+    open_run(run, RunConfig(particles="x"), overwrite=False)
+    assert (run / "config.toml").exists()
+
+
+def test_what_killed_runs_left_half_written_goes_with_the_next(ours, star):
+    left = [killed_while_writing(ours / "map_mean.mrc"), killed_while_writing(ours / "checkpoint" / "x.safetensors")]
+    (ours / ".note.txt").write_text("mine")
+    assert all(path.exists() for path in left)
+    reconstruct(config(star), ours)
+    assert not any(path.exists() for path in left)
+    assert (ours / ".note.txt").read_text() == "mine"
+
+
+def test_overwrite_deletes_nothing_where_it_cannot_delete_all(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    open_run(run, RunConfig(particles="x"), overwrite=False)
+    (run / "map.mrc").write_text("old")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "checkpoint")
+    with pytest.raises(RunError, match=r"RUN003.*checkpoint cannot be written"):
+        open_run(run, RunConfig(particles="y"), overwrite=True)
+    assert (run / "map.mrc").read_text() == "old"
+    assert from_toml((run / "config.toml").read_text()).particles == "x"
 
 
 def test_run_of_another_version_can_be_overwritten_not_continued(tmp_path):

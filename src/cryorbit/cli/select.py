@@ -21,9 +21,9 @@ def select(
     classes: Annotated[str, typer.Option("--classes", help="Classes to keep, comma-separated [all].")] = "",
     keep: Annotated[
         float,
-        typer.Option("--keep", help="Fraction to keep of these, the least junk first (0: those below --max-junk)."),
+        typer.Option("--keep", help="Fraction to keep of these, the least junk first, in place of --max-junk."),
     ] = 0.0,
-    max_junk: Annotated[float, typer.Option("--max-junk", help="Largest junk score kept, in nats.")] = 0.0,
+    max_junk: Annotated[float | None, typer.Option("--max-junk", help="Largest junk score kept, in nats [0].")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
     """Select particles by 2-D class and junk score, for `reconstruct` or RELION."""

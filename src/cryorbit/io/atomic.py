@@ -1,12 +1,20 @@
 """Files appear under their final name whole, or not at all."""
 
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cryorbit.errors import FileError
+
+_UNFINISHED = re.compile(r"\..*\.[0-9a-f]{8}\.part(\.[^.]*)?")
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """Files that :func:`atomic_path` was writing in ``folder`` when its process was killed, or is writing now."""
+    return sorted(path for path in folder.iterdir() if _UNFINISHED.fullmatch(path.name) and path.is_file())
 
 
 def _fsync(path: Path) -> None:

@@ -1,6 +1,7 @@
 """The run folder: created, resumed, locked or refused before any work is done."""
 
 import fcntl
+import os
 import shutil
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cryorbit.errors import ConfigError, RunError
-from cryorbit.io.atomic import write_text
+from cryorbit.io.atomic import unfinished, write_text
 from cryorbit.pipeline import outputs
 from cryorbit.pipeline.config import RunConfig, decisive, flat, from_toml, to_toml
 from cryorbit.pipeline.inputs import Inputs
@@ -87,6 +88,10 @@ def _clear(folder: Path, read: Sequence[Path]) -> None:
             raise RunError(
                 "RUN006", f"{kept} is the input: --overwrite would delete it", "choose another --output folder"
             )
+    folders = [folder, *(path for name in OURS if (path := folder / name).is_dir() and not path.is_symlink())]
+    for path in folders:
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise RunError("RUN003", f"{path} cannot be written", "choose a writable --output folder")
     for name in OURS:
         path = folder / name
         if path.is_dir() and not path.is_symlink():
@@ -123,7 +128,7 @@ def open_run(folder: Path, config: RunConfig, read: Sequence[Path] = (), *, over
                     f"{folder} holds a run with other settings ({_differences(before, now)})",
                     "choose a new --output folder, pass --overwrite to delete that run, or give the settings in its config.toml",
                 )
-        elif not cleared and any(folder.iterdir()):
+        elif not cleared and set(folder.iterdir()) - set(unfinished(folder)):
             raise RunError("RUN001", f"{folder} is not empty and holds no cryorbit run", "choose a new --output folder")
         write_text(folder / "config.toml", to_toml(config))
         (folder / "checkpoint").mkdir(exist_ok=True)
@@ -144,6 +149,8 @@ def opened(folder: Path, config: RunConfig, inputs: Inputs, *, overwrite: bool) 
     if not (folder / "provenance.json").exists():  # a continued run keeps how it began
         outputs.write_json(folder / "provenance.json", outputs.provenance(Path(config.particles), str(inputs.device)))
     with locked(folder):
+        for path in (*unfinished(folder), *unfinished(folder / "checkpoint")):
+            path.unlink(missing_ok=True)
         yield " ".join([to_toml(decisive(config)), *(outputs.checksum(path) for path in read)])
 
 

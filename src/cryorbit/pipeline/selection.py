@@ -13,7 +13,13 @@ from cryorbit.pipeline.outputs import project_folder
 
 
 def select(
-    source: Path, output: Path, *, classes: list[int], keep: float, max_junk: float, overwrite: bool = False
+    source: Path,
+    output: Path,
+    *,
+    classes: list[int],
+    keep: float = 0.0,
+    max_junk: float | None = None,
+    overwrite: bool = False,
 ) -> tuple[int, int]:
     """Write the rows of ``source`` that are in ``classes`` (all when empty) and junk enough of which is left out.
 
@@ -28,7 +34,7 @@ def select(
     keep
         Fraction of the particles of these classes, those of the lowest score; 0 goes by ``max_junk``.
     max_junk
-        Largest score kept, nats.
+        Largest score kept, nats; 0 unless said otherwise.
     overwrite
         Replace ``output``.
 
@@ -39,7 +45,7 @@ def select(
     Raises
     ------
     ConfigError
-        CONF421 a fraction that is none; CONF422 a class that no particle has.
+        CONF421 a fraction that is none, or one and a score at once; CONF422 a class that no particle has.
     DataError
         DATA420 the file was not written by ``align2d``; DATA421 nothing is left.
     RunError
@@ -47,6 +53,8 @@ def select(
     """
     if not 0 <= keep <= 1:
         raise ConfigError("CONF421", f"--keep is {keep:g}, expected a fraction from 0 to 1")
+    if keep and max_junk is not None:
+        raise ConfigError("CONF421", "--keep and --max-junk each choose by junk score", "give one of them")
     if output.exists() and (not overwrite or output.resolve() == source.resolve()):
         raise RunError("RUN047", f"{output} exists already", "give another --output, or --overwrite")
     if output.suffix.lower() != ".star":
@@ -61,7 +69,7 @@ def select(
         ranked = np.flatnonzero(inside)[np.argsort(junk[inside], kind="stable")]
         chosen = np.sort(ranked[: round(keep * len(ranked))])
     else:
-        chosen = np.flatnonzero(inside & (junk <= max_junk))
+        chosen = np.flatnonzero(inside & (junk <= (max_junk or 0.0)))
     if not len(chosen):
         raise DataError("DATA421", "no particle is left", "raise --max-junk or --keep, or name more classes")
     write_particles(output, particles.subset(chosen), relative_to=project_folder(output.parent))
