@@ -5,7 +5,9 @@ import torch
 
 from cryorbit.errors import ConfigError
 from cryorbit.methods.mra_networks import NETWORKS, Refinement, Supervised, SupervisedConfig, make_network, predict
-from cryorbit.physics.moments import analytic_moments, relative_errors
+from cryorbit.metrics.signals import frame_shift
+from cryorbit.networks.moment_encoder import read_density
+from cryorbit.physics.moments import Moments, analytic_moments, real_space, relative_errors
 from cryorbit.simulate.mra import Mixtures
 from cryorbit.training.checkpoint import save_checkpoint
 from cryorbit.training.loop import Method, run
@@ -30,16 +32,33 @@ def test_outputs_scale_with_the_signal_and_densities_sum_to_one(name, generator)
 
 
 def equivariance_error(name: str, generator: torch.Generator) -> float:
-    """Largest change of the outputs when the density is moved by 4 samples and they are moved back."""
+    """Largest change of the outputs when the moments are moved by 4 samples and the signal is moved back."""
     network = make_network(name, 15)
     signal, density = drawn(4, generator)
     here = predict(network, analytic_moments(signal, density))
     there = predict(network, analytic_moments(signal, density.roll(4, dims=1)))
-    return max(float((b.roll(-4, dims=1) - a).abs().max().detach()) for a, b in zip(here, there, strict=True))
+    moved_back = there[0].roll(-4, dims=1), there[1]
+    return max(float((b - a).abs().max().detach()) for a, b in zip(here, moved_back, strict=True))
 
 
 def test_the_equivariant_network_is_equivariant(generator):
     assert equivariance_error("equivariant", generator) < 1e-4
+
+
+def test_a_density_is_read_off_beside_the_true_signal_in_its_frame(generator):
+    signal, density = FAMILY.draw(4, generator)
+    read = read_density(signal, *real_space(analytic_moments(signal, density)), floor=1e-9)
+    torch.testing.assert_close(read, density, rtol=0, atol=1e-4)
+
+
+def test_the_equivariant_network_gives_signal_and_density_in_one_frame(generator):
+    method = Supervised(FAMILY, SupervisedConfig(steps=60, batch=16))
+    run(method)
+    given = analytic_moments(*drawn(8, generator))
+    with torch.no_grad():
+        pairs = zip(*predict(method.network, given), strict=True)
+    each = [Moments(*pair) for pair in zip(given.first, given.second, strict=True)]
+    assert [frame_shift(*pair, moments) for pair, moments in zip(pairs, each, strict=True)] == [0] * 8
 
 
 def test_equivariance_check_can_fail(generator):

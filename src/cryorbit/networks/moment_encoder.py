@@ -7,8 +7,10 @@ paper's figure 11 alone; those here are ours (two convolutions a branch, windows
 
 ``Equivariant``: shifting the density shifts the moments, ``M1 -> P M1``, ``M2 -> P M2 P^T``; every layer here keeps that exactly, so nothing
 has to be learnt n times. Channels are mixed by periodic convolutions and by multiplication with ``M2`` itself and with ``M2`` whitened:
-the step ``M2 u / |M2 u|`` of papers/003 eq. 18, which the paper hopes convolutions will learn, as a layer. The equivariance is of the pair:
-signal and density move together.
+the step ``M2 u / |M2 u|`` of papers/003 eq. 18, which the paper hopes convolutions will learn, as a layer.
+Its density is read off: beside a known signal moments are linear in the density, so least squares gives it in closed form from the signal that
+the network draws, through which both are learnt; convolutions mend what a wrong signal leaves. Moving the moments moves the signal, and the
+density stays.
 
 Inputs are scaled by the power of the signal, and the density leaves through a softmax.
 """
@@ -19,9 +21,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cryorbit.physics.fourier import fourier_to_outer, outer_to_fourier, signal_to_fourier
+from cryorbit.physics.fourier import fourier_to_outer, fourier_to_signal, outer_to_fourier, signal_to_fourier
 
 _SLOPE = 0.02  # of the leaky ReLU, papers/003 appendix A
+_LEAST = 1e-2  # of a density in units of the uniform one, before its logarithm
 
 
 def _scaled(
@@ -88,14 +91,21 @@ class _Block(nn.Module):
 
 
 class Equivariant(nn.Module):
-    """Encoder that turns a shift of the moments into the same shift of its outputs, for any length."""
+    """Encoder that turns a shift of the moments into the same shift of its signal and leaves the density where it is, for any length."""
 
     def __init__(self, channels: int = 32, blocks: int = 6, window: int = 5, lags: int = 12) -> None:
         super().__init__()
         self.lags = lags
         self.first = nn.Conv1d(lags + 1, channels, window, padding=window // 2, padding_mode="circular")
         self.blocks = nn.ModuleList(_Block(channels, window) for _ in range(blocks))
-        self.last = nn.Conv1d(channels, 2, window, padding=window // 2, padding_mode="circular")
+        self.last = nn.Conv1d(channels, 1, window, padding=window // 2, padding_mode="circular")
+        self.mended = nn.Sequential(
+            nn.Conv1d(1, channels, window, padding=window // 2, padding_mode="circular"),
+            nn.LeakyReLU(_SLOPE),
+            nn.Conv1d(channels, channels, window, padding=window // 2, padding_mode="circular"),
+            nn.LeakyReLU(_SLOPE),
+            nn.Conv1d(channels, 1, window, padding=window // 2, padding_mode="circular"),
+        )
 
     def forward(
         self, first: Float[Tensor, "b n"], second: Float[Tensor, "b n n"]
@@ -109,8 +119,28 @@ class Equivariant(nn.Module):
         plain, white = second / math.sqrt(n), _whitened(second)
         for block in self.blocks:
             h = block(h, plain, white)
-        out = self.last(h)
-        return rms * out[:, 0], torch.softmax(out[:, 1], dim=1)
+        signal = self.last(h)[:, 0]
+        read = n * read_density(signal, first, second)
+        logits = read.clamp(min=_LEAST).log() + self.mended(read[:, None])[:, 0]
+        return rms * signal, torch.softmax(logits, dim=1)
+
+
+def read_density(
+    signal: Float[Tensor, "b n"], first: Float[Tensor, "b n"], second: Float[Tensor, "b n n"], floor: float = 1e-3
+) -> Float[Tensor, "b n"]:
+    """The ``rho^`` with ``M1 = v^ rho^`` and ``M2 = v^ v^* rho^`` (papers/003 eq. 15, 26) for these signals, by least squares.
+
+    Every frequency is held back by ``floor`` of what is known of the zeroth, so that those a signal does not have stay small.
+    """
+    n = signal.shape[1]
+    transform = signal_to_fourier(signal)
+    k = torch.arange(n, device=signal.device)
+    ahead = (k[:, None] + k) % n  # [lag, k]: where k + lag lies
+    products = transform[:, ahead] * transform[:, None].conj()
+    top = (outer_to_fourier(second)[:, ahead, k] * products.conj()).sum(dim=2)
+    top = top + signal_to_fourier(first) * transform.conj()
+    below = products.abs().square().sum(dim=2) + transform.abs().square()
+    return fourier_to_signal(top / (below + floor * below[:, :1])) / math.sqrt(n)
 
 
 def _whitened(second: Float[Tensor, "b n n"], floor: float = 1e-3) -> Float[Tensor, "b n n"]:
