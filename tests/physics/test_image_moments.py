@@ -7,6 +7,8 @@ import torch
 
 from cryorbit.errors import ConfigError, DataError
 from cryorbit.groups import so3
+from cryorbit.physics.cryoem import form_images
+from cryorbit.physics.fourier import disk_to_images, fourier_disk, images_to_disk
 from cryorbit.physics.image_moments import ImageMoments, ImageMomentSums, moments_of_slices, relative_errors
 from cryorbit.physics.noise import coloured_spectrum, radial_noise
 from cryorbit.physics.polar import PolarBasis
@@ -55,6 +57,24 @@ def test_noise_is_what_it_says(coloured, generator):
     c = BASIS.coefficients(drawn).permute(1, 2, 0)
     found, expected = (c @ c.mH).to(torch.complex128) / 6000, BASIS.noise(spectrum)
     assert float((found - expected).norm() / expected.norm()) < 0.06
+
+
+def test_moments_of_shifted_images_are_those_of_centred_ones_once_blur_is_undone(volume, generator):
+    disk, sigma, directions = fourier_disk(24), 1.2, 30
+    turns = 2 * math.pi * torch.rand(directions, 200, generator=generator)
+    spin = torch.zeros(directions * 200, 3)
+    spin[:, 2] = turns.flatten()
+    library = so3.exp(torch.randn(directions, 3, generator=generator))
+    images = project(volume, so3.exp(spin) @ library.repeat_interleave(200, dim=0))
+    moves = sigma * torch.randn(len(images), 2, generator=generator)
+    moved = disk_to_images(form_images(images_to_disk(images, disk), moves, disk, None), disk)
+    basis = PolarBasis(24, 5, 12.0)
+    still, seen = (ImageMomentSums.of(basis, x, 0.0).debiased(torch.ones(1)) for x in (images, moved))
+    before, after = relative_errors(seen, still), relative_errors(seen.centred(sigma), still)
+    assert all(float(b) > 0.03 for b in before)
+    assert all(float(a) < 0.1 * float(b) for a, b in zip(after, before, strict=True))
+    unchanged = relative_errors(still.centred(0.0), still)
+    assert all(float(u) < 1e-6 for u in unchanged)
 
 
 def simulated(volume, generator, count=4000):

@@ -17,7 +17,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,16 @@ from cryorbit.groups import so3
 from cryorbit.methods.moments import MomentsConfig, invert_moments
 from cryorbit.metrics.fsc import fsc, resolution
 from cryorbit.metrics.map_search import align_volumes
+from cryorbit.physics.cryoem import form_images
+from cryorbit.physics.ctf import ctf, ctf_on_disk
+from cryorbit.physics.fourier import disk_to_images, fourier_disk, images_to_disk
 from cryorbit.physics.image_moments import ImageMoments, ImageMomentSums, moments_of_slices, relative_errors, ring_power
 from cryorbit.physics.polar import PolarBasis
 from cryorbit.physics.slicing import project
 from cryorbit.physics.third_moments import ThirdFilters, ThirdMoments, ThirdSums
 from cryorbit.simulate.atoms import model_path, read_model
 from cryorbit.simulate.particles import make_projector
+from cryorbit.simulate.settings import CTFSettings
 from cryorbit.types import Volume
 
 CASES = {"gaussians": (25, 1.0, 8, 11.0), "4ake": (32, 3.2, 9, 14.0)}  # side, pixel size, rings, circle
@@ -94,27 +98,51 @@ def image_power(sums: ImageMomentSums, variance: float) -> Tensor:
     return signal.clamp_min(1e-3 * signal.max()) + variance * ring_power(sums.basis.noise(torch.ones(1)))
 
 
+@dataclass(frozen=True)
+class Optics:
+    """What a microscope adds to images of ``pixel_size`` angstrom, seen on the rings of ``basis``: CTFs without astigmatism, shifts.
+
+    ``shift_sigma_px`` is the standard deviation of each coordinate of a shift, which stays in the images.
+    """
+
+    basis: PolarBasis
+    pixel_size: float
+    shift_sigma_px: float = 0.0
+
+    def applied(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Images with CTF and shift, and the CTF on the rings."""
+        params, disk = CTFSettings().sample(len(images), generator), fourier_disk(self.basis.box)
+        moves = self.shift_sigma_px * torch.randn(len(images), 2, generator=generator)
+        seen = form_images(images_to_disk(images, disk), moves, disk, ctf_on_disk(params, disk, self.pixel_size))
+        ring = torch.arange(self.basis.rings + 1) / (self.basis.box * self.pixel_size)
+        return disk_to_images(seen, disk), ctf(params, torch.stack([ring, 0 * ring], dim=1))
+
+
 def noisy_images(
-    volume: Tensor, library: Tensor, count: int, generator: torch.Generator
-) -> Iterator[tuple[Tensor, float]]:
-    """Blocks of images from views of ``library``, turned at random in the plane, and the noise's standard deviation (of the first block)."""
-    spin, sd = torch.zeros(BLOCK, 3, dtype=torch.float64), 0.0
+    volume: Tensor, library: Tensor, count: int, generator: torch.Generator, optics: Optics | None = None
+) -> Iterator[tuple[Tensor, float, Tensor | None]]:
+    """Blocks of images from views of ``library``, turned at random in the plane, the noise's standard deviation (of the first block), and the
+    CTF on rings.
+    """
+    spin, sd, rings = torch.zeros(BLOCK, 3, dtype=torch.float64), 0.0, None
     for _ in range(count // BLOCK):
         spin[:, 2] = 2 * np.pi * torch.rand(BLOCK, generator=generator, dtype=torch.float64)
         rotations = so3.exp(spin) @ library[torch.randint(len(library), (BLOCK,), generator=generator)]
         images = project(volume, rotations.float())
+        if optics is not None:
+            images, rings = optics.applied(images, generator)
         sd = sd or float(images.var() / SNR) ** 0.5
-        yield images + sd * torch.randn(images.shape, generator=generator), sd
+        yield images + sd * torch.randn(images.shape, generator=generator), sd, rings
 
 
 def summed(
-    basis: PolarBasis, blocks: Iterator[tuple[Tensor, float]], filters: int, generator: torch.Generator
+    basis: PolarBasis, blocks: Iterator[tuple[Tensor, float, Tensor | None]], filters: int, generator: torch.Generator
 ) -> tuple[ImageMoments, ThirdMoments | None, float]:
     """Moments of images, third ones through so many random filters, if any, and the CPU seconds of summing them."""
     sums, thirds, taken = None, None, 0.0
-    for images, sd in blocks:
+    for images, sd, rings in blocks:
         begun = time.process_time()
-        part = ImageMomentSums.of(basis, images, sd**2)
+        part = ImageMomentSums.of(basis, images, sd**2, rings)
         sums = part if sums is None else sums + part
         if filters:
             seen = (

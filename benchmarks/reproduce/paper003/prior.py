@@ -6,7 +6,8 @@ Training draws its molecules (``simulate/proteins.py``) from --seed; a stopped r
 views as in images.py, moments exact over the 4000 views unless the case says images:
 
 * protein: random molecules that the training has not seen, one set of views each;
-* 4ake, 1igy, 1aon: models, the farthest atom of the last two at 0.8 of the ball; "4ake, images": from 100,000 images at SNR 1;
+* 4ake, 1igy, 1aon: models, the farthest atom of the last two at 0.8 of the ball; "4ake, images": from 100,000 images at SNR 1; "CTF": with
+  defocus uniform in 0.8 to 2 um; "shifts": of sigma 1 px (3.2 A), left in the images, their blur taken out of the moments ("blurred": not);
 * gaussians: four, as in images.py: unlike the training;
 * turned: 4AKE with each degree of its harmonics turned by itself: same support, power and autocorrelation on every shell, no molecule;
 * noise: white noise in the ball with the shells' power of 4AKE.
@@ -32,7 +33,7 @@ from typing import Any
 import numpy as np
 import scipy.optimize
 import torch
-from images import molecule, noisy_images, summed, views
+from images import Optics, molecule, noisy_images, summed, views
 from torch import Tensor
 
 from cryorbit.methods.moment_prior import MomentPrior, PriorConfig
@@ -60,7 +61,13 @@ MODELS = {"1igy": "1igy.cif", "1aon": "1aon.pdb.gz"}
 IMAGES, FILTERS = 100_000, 64
 FIRST = MomentsConfig(degree=DEGREE, margin=MARGIN, positivity=0.0, view_degree=5, iterations=300)
 WHOLE, WEIGHED = replace(FIRST, iterations=4000), replace(FIRST, iterations=1500, third=100.0)
-SEVERAL = ("4ake", "4ake, images", "1igy", "1aon", "gaussians", "turned", "noise")
+OPTICS = {
+    "4ake, images": None,
+    "4ake, images, CTF": Optics(POLAR, PIXEL),
+    "4ake, images, CTF, shifts": Optics(POLAR, PIXEL, 1.0),
+    "4ake, images, CTF, shifts, blurred": Optics(POLAR, PIXEL, 1.0),
+}
+SEVERAL = ("4ake", *OPTICS, "1igy", "1aon", "gaussians", "turned", "noise")
 
 
 def degrees_turned(coefficients: Tensor, basis: BallBasis, generator: torch.Generator) -> Tensor:
@@ -103,12 +110,14 @@ def truth(case: str, seed: int, data: Path) -> tuple[Tensor, float]:
 def seen(volume: Tensor, case: str, seed: int) -> ImageMoments:
     """Moments of a map from the views of ``seed``."""
     library = views(seed)
-    if not case.endswith("images"):
+    if case not in OPTICS:
         slices = POLAR.coefficients(project(volume, library.float(), 3))
         found = moments_of_slices(slices, torch.full((len(library),), 1 / len(library)), POLAR)
         return ImageMoments(found.first.to(torch.complex128), found.second.to(torch.complex128), POLAR)
     generator = torch.Generator().manual_seed(seed)
-    return summed(POLAR, noisy_images(volume, library, IMAGES, generator), 0, generator)[0]
+    optics = OPTICS[case]
+    moments = summed(POLAR, noisy_images(volume, library, IMAGES, generator, optics), 0, generator)[0]
+    return moments.centred(optics.shift_sigma_px) if optics and not case.endswith("blurred") else moments
 
 
 def third_row(prior: MomentPrior, seed: int) -> dict[str, Any]:
@@ -209,6 +218,7 @@ def main() -> None:
     parser.add_argument("--proteins", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cases", nargs="+", default=list(SEVERAL), choices=SEVERAL, help="Beside the proteins.")
     parser.add_argument(
         "--only-third", action="store_true", help="Only 4AKE with third moments, into a JSON of its own."
     )
@@ -232,7 +242,7 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
             arguments.json.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
         return
-    wanted = [(case, seed) for case in SEVERAL for seed in range(arguments.seeds)]
+    wanted = [(case, seed) for case in arguments.cases for seed in range(arguments.seeds)]
     for case, seed in wanted + [("protein", seed) for seed in range(arguments.proteins)]:
         rows.append(one(prior, case, seed, arguments.data))
         print(json.dumps(rows[-1]), flush=True)

@@ -97,17 +97,21 @@ class MomentMap:
     errors: tuple[float, float]
 
 
-def particle_moments(particles: ParticleSource, rings: int, *, mask_diameter: float) -> ImageMoments:
+def particle_moments(
+    particles: ParticleSource, rings: int, *, mask_diameter: float, shift_sigma: float = 0.0
+) -> ImageMoments:
     """Moments of a particle stack in one pass, a block of images in memory at a time; noise is measured around the particles.
 
     Parameters
     ----------
     particles
-        Centred particles with their CTF; bright protein.
+        Particles with their CTF, centred but for ``shift_sigma``; bright protein.
     rings
         Fourier pixels of the images' box that are looked at.
     mask_diameter
         Particle diameter in angstrom: pixels within it count, those outside are background.
+    shift_sigma
+        Standard deviation in angstrom of each coordinate of the particles' shifts, whose effect is taken out (:meth:`ImageMoments.centred`).
     """
     radius = 0.5 * mask_diameter / particles.pixel_size
     basis = PolarBasis(particles.box, rings, min(radius, particles.box / 2))
@@ -123,7 +127,8 @@ def particle_moments(particles: ParticleSource, rings: int, *, mask_diameter: fl
         total = sums if total is None else total + sums
     assert total is not None
     spectrum[0] = spectrum[1]  # shell 0 of a background without its mean says nothing
-    return total.debiased(spectrum)
+    moments = total.debiased(spectrum)
+    return moments.centred(shift_sigma / particles.pixel_size) if shift_sigma else moments
 
 
 def _ring_ctf(particles: ParticleSource, block: Int[Tensor, " b"], basis: PolarBasis) -> Float[Tensor, "b k"] | None:

@@ -6,9 +6,14 @@ Averaged over in-plane rotations, ``M1(k) = E c_0(k)`` and the second moment has
 Changed from the paper, which leaves both to later work: images carry a CTF (its mean over directions on each ring; what its beats carry beyond
 the circle is lost), and the noise may be coloured and of different strength in each image. Each entry is the least-squares estimate over
 images, ``M2 = sum h_k h_k' (c c* - noise) / sum (h_k h_k')^2`` with h the CTF at the rings. Without CTF it is the paper's estimator
-(eq. 32). Images must be centred.
+(eq. 32).
+
+Shifts that are normal, isotropic and independent of the view, of sigma ``s`` pixels in each coordinate, multiply ``E F(k) F(k')*`` by
+``exp(-2 pi^2 s^2 |k - k'|^2 / D^2)`` (k, k' here vectors of Fourier space), which depends on the angle between k and k' alone: moments of
+particles that are not centred are those of centred ones times that, and :meth:`ImageMoments.centred` takes it out.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +22,8 @@ from torch import Tensor
 
 from cryorbit.errors import DataError
 from cryorbit.physics.polar import PolarBasis
+
+_LEAST_BLUR = 1e-3  # square of the share of a moment below which it is not divided by it
 
 
 def ring_power(second: Complex[Tensor, "*batch m k k"]) -> Float[Tensor, "*batch k"]:
@@ -43,6 +50,32 @@ class ImageMoments:
         inner = slice(0, rings + 1)
         basis = replace(self.basis, rings=rings)
         return ImageMoments(self.first[inner], self.second[: basis.orders + 1, inner, inner], basis)
+
+    def centred(self, shift_sigma_px: float) -> "ImageMoments":
+        """Moments that the same particles would have if they were centred.
+
+        Parameters
+        ----------
+        shift_sigma_px
+            Standard deviation of each coordinate of the shifts that images were summed with, in pixels. Entries that they leave less than a few
+            per cent of come out too small rather than noisy (Wiener).
+        """
+        k = torch.arange(self.basis.rings + 1, dtype=torch.float64, device=self.first.device)
+        order = torch.arange(self.basis.orders + 1, dtype=torch.float64, device=k.device)
+        count = 4 * len(order)  # angles: more than the blurred moments, which have more orders, can need
+        angle = 2 * math.pi / count * torch.arange(count, dtype=torch.float64, device=k.device)
+        apart = k[:, None, None] ** 2 + k[:, None] ** 2 - 2 * k[:, None, None] * k[:, None] * angle.cos()
+        steep = 2 * (math.pi * shift_sigma_px / self.basis.box) ** 2
+
+        def undone(square: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+            blur = torch.exp(-steep * square)
+            return blur * (1 + _LEAST_BLUR) / (blur.square() + _LEAST_BLUR)
+
+        wave = torch.polar(torch.ones_like(order[:, None] * angle), order[:, None] * angle)
+        both = torch.where(order == 0, 1.0, 2.0)  # order -m is the conjugate of order m
+        around = torch.einsum("mkl,mn->kln", self.second * both[:, None, None], wave).real * undone(apart)
+        second = torch.einsum("kln,mn->mkl", around.to(wave), wave.conj()) / count
+        return ImageMoments(self.first * undone(k.square()), second, self.basis)
 
 
 @dataclass(frozen=True)

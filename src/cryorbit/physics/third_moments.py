@@ -5,7 +5,7 @@ of its entries are too many; here an image is first seen through random real fil
 filter and order, and ``T(m, m') = E y_m y_m' y_(m+m')*`` is kept for each filter: random combinations of all entries.
 
 Noise adds ``E y_0`` times its own power: ``T(0, m)`` gains ``E y_0 N_m``, ``T(0, 0)`` three times that, all else nothing.
-Images must be centred and without CTF.
+Images must be centred and without CTF (shifts blur these too, and :meth:`ImageMoments.centred` has no like here).
 """
 
 from dataclasses import dataclass
