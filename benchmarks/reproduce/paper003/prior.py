@@ -41,7 +41,7 @@ from cryorbit.methods.moments import MomentFit, MomentsConfig, invert_from, inve
 from cryorbit.metrics.fsc import fsc, resolution, shell_power
 from cryorbit.metrics.map_search import align_volumes
 from cryorbit.physics.fourier import fourier_to_volume, shell_index, volume_to_fourier
-from cryorbit.physics.image_moments import ImageMoments, moments_of_slices
+from cryorbit.physics.image_moments import ImageMoments, moments_of_slices, relative_errors
 from cryorbit.physics.polar import PolarBasis
 from cryorbit.physics.slicing import project
 from cryorbit.simulate.atoms import AtomicModel, read_model
@@ -192,6 +192,7 @@ def one(prior: MomentPrior, case: str, seed: int, data: Path) -> dict[str, Any]:
         "case": case,
         "seed": seed,
         "pixel_A": pixel,
+        "moments_off": [float(x) for x in relative_errors(moments, seen(volume, "exact", seed))],
         "unlike_training": prior.strangeness(moments),
         "truth_likeness": likeness(prior, BASIS.nearest(volume).float()),
         "network": judged(BASIS.volume(start)) | {"objective": alone},
