@@ -34,6 +34,7 @@ lint: setup-dev
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) -m mypy benchmarks/*.py
+	for folder in benchmarks/reproduce/*; do (cd $$folder && $(abspath $(PY)) -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache *.py) || exit 1; done
 
 setup: $(VENV)/.package
 setup-dev: $(VENV)/.dev

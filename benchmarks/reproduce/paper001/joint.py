@@ -4,7 +4,7 @@
     python benchmarks/reproduce/paper001/joint.py --work DIR --what ablation --rows all "one head" --seeds 2
     python benchmarks/reproduce/paper001/joint.py --work DIR --what figure2
 
-Particles the network has not seen are posed by it; errors are after the best common rotation and hand. Rows of the ablation
+Particles the network has not seen are posed by it; errors are after the best common rotation and hand. Rows
 that are not run again stay in the JSON as they are; each run names its seed and commit. ``figure2`` trains the paper's model
 (Euler angles, quaternions, S2 x S2), its yardsticks and ours on what 64 px images hold up to 15 Fourier pixels (6.8 A), for ``--steps``
 (the paper: 10,000; ours: its own default).
@@ -15,6 +15,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,13 @@ from cryorbit.training.loop import Method, run
 RADIUS, TRAINED, HELD_OUT, LOOKS = 15.0, 2000, 500, 20
 FIGURE2 = {"euler": "Euler angles", "quaternion": "quaternions", "s2s2": "S2 x S2", "ours": "ours"}
 FIGURE2 |= {"ad": "a table of poses (AD)", "tomo": "known poses (tomo)"}
-BASE = {"polar": False, "heads": 4, "copies": "c2", "radius_start": 2.0}  # what the other rows change one setting of
-ROWS: dict[str, dict[str, object]] = {
+BASE: dict[str, Any] = {
+    "polar": False,
+    "heads": 4,
+    "copies": "c2",
+    "radius_start": 2.0,
+}  # what the other rows change one setting of
+ROWS: dict[str, dict[str, Any]] = {
     "all": {},
     "without the symmetrised loss": {"copies": "c1"},
     "one head": {"heads": 1},
@@ -80,8 +86,8 @@ def ablation(
     steps: int,
     seeds: int,
     names: list[str],
-    out: dict[str, object],
-    keep: Callable[[dict[str, object]], None],
+    out: dict[str, Any],
+    keep: Callable[[dict[str, Any]], None],
 ) -> None:
     """The rows ``names``, each :data:`BASE` with what the row changes; added to ``out``."""
     members = torch.arange(TRAINED)
@@ -96,29 +102,33 @@ def ablation(
         keep(out)
 
 
-def figure2(data: Data, steps: int, seeds: int, keep: Callable[[dict[str, object]], None]) -> dict[str, Any]:
-    """The paper's three parametrisations, a table of poses, known poses, and ours: loss and error against steps, a run of each per seed."""
+def figure2(
+    data: Data, steps: int, seeds: int, names: list[str], out: dict[str, Any], keep: Callable[[dict[str, Any]], None]
+) -> None:
+    """Loss and error against steps of the models ``names``, a run of each per seed; added to ``out``."""
     printed = preset(RunConfig(particles="-", preset="paper001")).amortized
     printed = dataclasses.replace(printed, steps=steps, bfloat16=True)
-    plain = {name: getattr(printed, name) for name in ("batch", "likelihood", "radius_start", "radius_end")}
-    common = {"mask_diameter": DIAMETER, "members": torch.arange(TRAINED)}
+    plain: dict[str, Any] = {
+        name: getattr(printed, name) for name in ("batch", "likelihood", "radius_start", "radius_end")
+    }
+    common: dict[str, Any] = {"mask_diameter": DIAMETER, "members": torch.arange(TRAINED)}
     named = {name: dataclasses.replace(printed, parametrisation=name) for name in ("euler", "quaternion", "s2s2")}
     named["ours"] = AmortizedConfig()
-    kinds: dict[str, Callable[[int], Method]] = {
-        name: lambda seed, config=config: Amortized(data.stack, config, seed=seed, **common)
-        for name, config in named.items()
-    }
+
+    def encoded(config: AmortizedConfig, seed: int) -> Method:
+        return Amortized(data.stack, config, seed=seed, **common)
+
+    kinds: dict[str, Callable[[int], Method]] = {name: partial(encoded, config) for name, config in named.items()}
     kinds["ad"] = lambda seed: TablePoses(data.stack, TableConfig(steps=steps, **plain), seed=seed, **common)
     kinds["tomo"] = lambda seed: Tomo(
         data.stack, DecoderConfig(steps=steps, **plain), poses=data.poses, seed=seed, **common
     )
-    out: dict[str, Any] = {name: [] for name in kinds}
     for seed in range(seeds):
-        for name, make in kinds.items():
-            out[name].append(trained(make(seed), data, LOOKS))
-            print(name, seed, out[name][-1][-1], flush=True)
+        for name in names:
+            found: dict[str, Any] = {"seed": seed, "commit": commit(), "looks": trained(kinds[name](seed), data, LOOKS)}
+            print(name, seed, found["looks"][-1], flush=True)
+            out[name] = [*out.get(name, [])[:seed], found]
             keep(out)
-    return out
 
 
 def drawn(rows: dict[str, Any], path: Path) -> None:
@@ -126,7 +136,8 @@ def drawn(rows: dict[str, Any], path: Path) -> None:
     mpl.rcParams["font.size"] = 8
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for i, (name, runs) in enumerate(rows.items()):
-        for j, looks in enumerate(runs):
+        for j, found in enumerate(runs):
+            looks = found["looks"]
             style = {"color": f"C{i}", "label": FIGURE2[name] if j == 0 else None, "linewidth": 1.0}
             steps = [look["step"] for look in looks]
             axes[0].semilogy(steps, [look["unexplained"] for look in looks], **style)
@@ -146,7 +157,9 @@ def main() -> None:
     parser.add_argument("--level", default="clean", choices=("clean", "0 dB"))
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), help="Of the ablation.")
+    parser.add_argument(
+        "--rows", nargs="+", choices=[*ROWS, *FIGURE2], help="Some of the ablation, or models of figure 2."
+    )
     parser.add_argument("--figures", type=Path, default=Path("docs/images"))
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -156,22 +169,20 @@ def main() -> None:
     output = arguments.output or Path(f"benchmarks/results/paper001_{arguments.what}.json")
     sizes = {"level": arguments.level, "trained": TRAINED, "held_out": HELD_OUT, "radius_px": RADIUS}
     sizes["steps"] = arguments.steps
-    if arguments.what == "figure2":
-        sizes["seeds"] = arguments.seeds
-        rows = figure2(data, arguments.steps, arguments.seeds, lambda rows: write(output, sizes | {"rows": rows}))
-        drawn(rows, arguments.figures / "paper001_figure2.png")
-        return
     before = json.loads(output.read_text()) if output.exists() else sizes | {"rows": {}}
     if {name: before[name] for name in sizes} != sizes:
         parser.error(f"{output} holds runs of other sizes, give another --output")
-    ablation(
+    known, measure = (ROWS, ablation) if arguments.what == "ablation" else (FIGURE2, figure2)
+    measure(
         data,
         arguments.steps,
         arguments.seeds,
-        arguments.rows,
+        [name for name in known if name in (arguments.rows or known)],
         before["rows"],
         lambda rows: write(output, sizes | {"rows": rows}),
     )
+    if arguments.what == "figure2":
+        drawn(before["rows"], arguments.figures / "paper001_figure2.png")
 
 
 if __name__ == "__main__":

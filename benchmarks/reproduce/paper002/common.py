@@ -13,7 +13,7 @@ from cryorbit.methods.map_posterior import MapPosterior, map_posterior
 from cryorbit.physics.fourier import fourier_to_volume, volume_to_fourier
 from cryorbit.physics.linear_gaussian import ball
 from cryorbit.poses.local import PoseSamples
-from cryorbit.simulate.orientations import Orientations
+from cryorbit.simulate.orientations import Kind, Orientations
 from cryorbit.simulate.particles import SimulatedParticles, simulate_particles
 from cryorbit.simulate.source import open_source
 from cryorbit.training.dataset import ArrayParticles, FourierStack
@@ -64,7 +64,7 @@ def simulate(
     name: str = "1aon",
     box: int = BOX,
     pixel_size: float = APIX,
-    kind: str = "uniform",
+    kind: Kind = "uniform",
     seed: int = 0,
 ) -> Data:
     """Projections of the model's map by slices; ``snr`` is signal variance over noise variance, None no noise."""

@@ -79,7 +79,8 @@ def bound(data: Data, stack: FourierStack) -> list[dict[str, object]]:
         grid = slicing_grid(found.volume.draw(generator), stack.disk.radius)
         predicted = forward(grid, unseen.rotations, unseen.shifts, stack.disk, ctf)
         terms.append(log_likelihood(images, predicted, noise, without_background(stack.disk)).double())
-    weights, rows = torch.stack(terms, dim=1), []
+    weights = torch.stack(terms, dim=1)
+    rows: list[dict[str, object]] = []
     for count in (1, 16, DRAWS):
         below = importance_weighted(weights.view(BOUNDED, -1, count)).mean(dim=1) - closed
         effective = effective_samples(weights[:, :count]).median()

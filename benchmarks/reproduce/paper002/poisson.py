@@ -18,6 +18,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import Data, exact, write
@@ -73,7 +74,7 @@ def without_background(values: Tensor) -> Tensor:
     return fourier_to_volume(volume_to_fourier(values) * (shell_index(BOX) > 0), BOX)
 
 
-def fitted(data: Data, stack: FourierStack, seed: int, **settings: object) -> tuple[Variational, float]:
+def fitted(data: Data, stack: FourierStack, seed: int, **settings: Any) -> tuple[Variational, float]:
     """The method at its end, and CPU seconds."""
     begun = time.process_time()
     config = VariationalConfig(epochs=EPOCHS, batch=100, **settings)

@@ -10,6 +10,7 @@ the mask, in their 90 % intervals; least and most of a shell are of shells 2 to 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import Data, exact, simulate, write
@@ -74,7 +75,7 @@ def main() -> None:
     for kind in ("uniform", "preferred", "cone"):
         for snr in (0.5, 0.05):
             for seed in range(arguments.seeds):
-                options = {"name": "4ake", "box": BOX, "pixel_size": APIX, "kind": kind, "seed": seed}
+                options: dict[str, Any] = {"name": "4ake", "box": BOX, "pixel_size": APIX, "kind": kind, "seed": seed}
                 data = simulate(arguments.data, arguments.count, snr, **options)
                 cell: dict[str, object] = {"snr": snr, "views": kind, "seed": seed, "images": arguments.count}
                 for line in rows(data, cell):

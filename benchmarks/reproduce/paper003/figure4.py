@@ -32,7 +32,8 @@ class Recorded(Refinement):
 
     def watch(self, true: tuple[Tensor, Tensor], every: int) -> None:
         """Record before every ``every``-th step."""
-        self.true, self.every, self.curve = true, every, []
+        self.true, self.every = true, every
+        self.curve: list[dict[str, float]] = []
 
     def look(self, index: int) -> None:
         """Write down where every problem stands."""
@@ -55,6 +56,7 @@ def empirical(signal: Tensor, density: Tensor, count: int, generator: torch.Gene
     sums = None
     for block in observations(signal, density, count, 1.0, generator):
         sums = MomentSums.of(block) if sums is None else sums + MomentSums.of(block)
+    assert sums is not None
     return sums.debiased(1.0)
 
 

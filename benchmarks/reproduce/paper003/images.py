@@ -147,14 +147,15 @@ def summed(
         if filters:
             seen = (
                 thirds.filters
-                if thirds
+                if thirds is not None
                 else ThirdFilters.random(basis, image_power(sums, sd**2), filters, 12, generator)
             )
             more = ThirdSums.of(seen, images, sd**2)
             thirds = more if thirds is None else thirds + more
         taken += time.process_time() - begun
     assert sums is not None
-    return sums.debiased(torch.ones(1)), thirds and thirds.debiased(torch.ones(1)), taken
+    third = None if thirds is None else thirds.debiased(torch.ones(1))
+    return sums.debiased(torch.ones(1)), third, taken
 
 
 def one(name: str, family: str, seed: int, count: int) -> dict[str, Any]:

@@ -154,7 +154,10 @@ def compared(found: Tensor, real: Tensor, pixel: float) -> dict[str, float | Non
     """FSC and correlation of a map with the true one, laid on it."""
     aligned = align_volumes(Volume(found.float(), pixel), Volume(real, pixel))
     curve = fsc(aligned.map.data, real)
-    at = {"fsc_0.5_A": resolution(curve, 0.5, BOX, pixel), "fsc_0.143_A": resolution(curve, 0.143, BOX, pixel)}
+    at: dict[str, float | None] = {
+        "fsc_0.5_A": resolution(curve, 0.5, BOX, pixel),
+        "fsc_0.143_A": resolution(curve, 0.143, BOX, pixel),
+    }
     return at | {"correlation": aligned.correlation}
 
 

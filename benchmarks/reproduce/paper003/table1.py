@@ -67,7 +67,8 @@ def measure(solve: Callable[[int], Pair], true: Pair, count: int) -> dict[str, f
     """Solve the first ``count`` problems one by one."""
     rows, started = [], time.process_time()
     for i in range(count):
-        rows.append(errors(tuple(x[None] for x in solve(i)), (true[0][i : i + 1], true[1][i : i + 1])))
+        signal, density = solve(i)
+        rows.append(errors((signal[None], density[None]), (true[0][i : i + 1], true[1][i : i + 1])))
     return summary(rows, time.process_time() - started)
 
 
@@ -102,11 +103,12 @@ def noisy_rows(
     kept: list[Tensor] = []
     started = time.process_time()
     for signal, density in zip(*true, strict=True):
-        sums, few = None, []
+        sums, few = None, list[Tensor]()
         for block in observations(signal, density, count, 1.0, generator):
             sums = MomentSums.of(block) if sums is None else sums + MomentSums.of(block)
-            if sum(map(len, few)) < read_again:
+            if sum(len(kept_block) for kept_block in few) < read_again:
                 few.append(block)
+        assert sums is not None
         moments.append(sums.debiased(1.0))
         kept.append(torch.cat(few)[:read_again])
     rows = {"simulation and moments": {"cpu_seconds_each": (time.process_time() - started) / problems}}

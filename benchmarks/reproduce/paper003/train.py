@@ -12,6 +12,7 @@ import subprocess
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,11 +45,12 @@ def main() -> None:
         history = History(arguments.weights / f"{name}.jsonl")
         origin, started = about(), time.process_time()
         run(method, checkpoint=arguments.weights / f"{name}.safetensors", history=history)
-        row = {"family": asdict(family), "config": asdict(method.config), "about": origin}
-        row |= {"pairs": arguments.steps * method.config.batch, "cpu_seconds": time.process_time() - started}
+        row: dict[str, Any] = {"family": asdict(family), "config": asdict(method.config), "about": origin}
+        seconds = time.process_time() - started
+        row |= {"pairs": arguments.steps * method.config.batch, "cpu_seconds": seconds}
         row |= {"parameters": sum(p.numel() for p in method.network.parameters())}
         (arguments.weights / f"{name}.json").write_text(json.dumps(row, indent=2) + "\n")
-        print(name, round(row["cpu_seconds"]), "CPU-s", flush=True)
+        print(name, round(seconds), "CPU-s", flush=True)
 
 
 if __name__ == "__main__":

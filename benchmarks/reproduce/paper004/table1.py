@@ -31,6 +31,7 @@ from cryorbit.report.style import DENSITY, bare, figure, png, write_bytes
 from cryorbit.simulate.pictures import TurnedPictures, side_views
 from cryorbit.simulate.source import open_source
 from cryorbit.training.loop import run
+from cryorbit.types import Volume
 
 PAPER = {"mnist": {"paper004": (0.02, 0.18), "spatial-vae": (66.07, 121.82)}}
 PAPER["projections"] = {"paper004": (0.3, 0.81), "spatial-vae": (2.1, 3.29)}
@@ -52,7 +53,10 @@ def mnist(folder: Path, train: int, test: int, noise: float) -> tuple[TurnedPict
 
 def projections(model: str, train: int, test: int, noise: float) -> tuple[TurnedPictures, TurnedPictures]:
     """Side views, four in five for training."""
-    views = side_views(open_source(model), train + test, 40, torch.Generator().manual_seed(SEED))
+    atoms = open_source(model)
+    if isinstance(atoms, Volume):
+        raise SystemExit(f"{model} is a map, expected a model of atoms")
+    views = side_views(atoms, train + test, 40, torch.Generator().manual_seed(SEED))
     return TurnedPictures(views[:train], noise=noise), TurnedPictures(views[train:], noise=noise)
 
 
