@@ -8,6 +8,7 @@ import torch
 
 from cryorbit.errors import ConfigError
 from cryorbit.groups import so3
+from cryorbit.groups.point import point_group
 from cryorbit.methods.amortized import Amortized, TablePoses, Tomo
 from cryorbit.methods.amortized_config import AmortizedConfig, DecoderConfig, TableConfig, checked
 from cryorbit.methods.distillation import Distillation, DistillationConfig, Structure
@@ -47,6 +48,16 @@ def test_known_poses_give_the_map(truth, stack):
     assert method.radius(0) == 5
     assert method.radius(79) == 8
     assert float(fsc(method.map(), truth.volume.data)[1:6].min()) > 0.95
+
+
+def test_an_imposed_symmetry_averages_the_map_over_its_group(truth, stack):
+    group = point_group("C2").float()
+    method = Tomo(stack, DecoderConfig(steps=160, batch=40), poses=truth.poses, mask_diameter=DIAMETER, symmetry=group)
+    run(method)
+    turned = truth.volume.data.flip(1, 2).roll((1, 1), dims=(1, 2))
+    averaged = 0.5 * (truth.volume.data + turned)
+    assert float(fsc(method.map(), averaged)[1:6].min()) > 0.9
+    assert float(fsc(method.map(), averaged)[1:6].mean() - fsc(method.map(), truth.volume.data)[1:6].mean()) > 0.1
 
 
 def test_known_poses_give_the_map_to_a_neural_field_too(truth, stack):
@@ -322,13 +333,12 @@ def test_settings_of_which_one_leaves_the_other_nothing_to_do_are_refused(code, 
         checked(dataclasses.replace(AmortizedConfig(), **change))
 
 
-def test_the_printed_model_goes_by_name_and_an_imposed_symmetry_is_refused():
+def test_the_printed_model_goes_by_name():
     made = preset(RunConfig(particles="x", preset="paper001"))
     assert made.method == "amortized"
     c = made.amortized
     assert (c.steps, c.batch, c.likelihood, c.heads, c.normalised, c.he) == (10_000, 32, "l2", 1, False, False)
-    with pytest.raises(ConfigError, match="CONF503"):
-        check(dataclasses.replace(made, symmetry="C4"))
+    check(dataclasses.replace(made, symmetry="C4"))
     with pytest.raises(ConfigError, match="CONF016"):
         check(dataclasses.replace(made, method="search"))
     with pytest.raises(ConfigError, match="CONF510"):

@@ -43,9 +43,10 @@ class Tomo(Decoding):
         poses: Poses,
         mask_diameter: float,
         members: Int[Tensor, " m"] | None = None,
+        symmetry: Float[Tensor, "s 3 3"] | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(stack, config, mask_diameter=mask_diameter, members=members, seed=seed)
+        super().__init__(stack, config, mask_diameter=mask_diameter, members=members, symmetry=symmetry, seed=seed)
         self.known = poses
 
     def _proposed(
@@ -74,9 +75,10 @@ class TablePoses(Decoding):
         *,
         mask_diameter: float,
         members: Int[Tensor, " m"] | None = None,
+        symmetry: Float[Tensor, "s 3 3"] | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(stack, config, mask_diameter=mask_diameter, members=members, seed=seed)
+        super().__init__(stack, config, mask_diameter=mask_diameter, members=members, symmetry=symmetry, seed=seed)
         self.parametrisation = config.parametrisation
         self.table = nn.Embedding(len(stack), PARAMETRISATIONS[config.parametrisation], sparse=True)
         generator = torch.Generator().manual_seed(seed)
@@ -118,6 +120,8 @@ class Amortized(Decoding):
         Particle diameter in angstrom.
     members
         (M,) the particles to learn from; all if None.
+    symmetry
+        (S, 3, 3) point group of the map; none if None.
     seed
         Of starts and batches.
     """
@@ -131,9 +135,10 @@ class Amortized(Decoding):
         *,
         mask_diameter: float,
         members: Int[Tensor, " m"] | None = None,
+        symmetry: Float[Tensor, "s 3 3"] | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(stack, config, mask_diameter=mask_diameter, members=members, seed=seed)
+        super().__init__(stack, config, mask_diameter=mask_diameter, members=members, symmetry=symmetry, seed=seed)
         self.config = config
         extent = mask_diameter / stack.pixel_size if config.side else math.inf
         view = View.around(stack.disk, config.side or stack.box, extent)

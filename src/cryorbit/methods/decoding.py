@@ -3,6 +3,8 @@
 Batches, the marching radius, the noise of every shell and Adam's steps are here; ``methods/amortized.py`` says where poses come from.
 """
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
@@ -39,6 +41,8 @@ class Decoding:
         Particle diameter in angstrom.
     members
         (M,) the particles to learn from; all if None.
+    symmetry
+        (S, 3, 3) point group of the map: at every step each image counts at one of its S equivalent poses, drawn anew. No symmetry if None.
     seed
         Of starts and batches.
     """
@@ -52,11 +56,13 @@ class Decoding:
         *,
         mask_diameter: float,
         members: Int[Tensor, " m"] | None = None,
+        symmetry: Float[Tensor, "s 3 3"] | None = None,
         seed: int = 0,
     ) -> None:
         checked(config)
         self.stack, self.decoder, self.seed, self.mask_diameter = stack, config, seed, mask_diameter
         self.members = torch.arange(len(stack)) if members is None else members
+        self.symmetry = (torch.eye(3)[None] if symmetry is None else symmetry).to(stack.device)
         device, diameter = stack.device, mask_diameter / stack.pixel_size
         self.mask = soft_sphere(stack.box, 0.5 * diameter, 3.0).to(device)
         self.unit = stack.box**-1.5  # spread of a voxel, where a Fourier pixel of an image has power 1
@@ -139,7 +145,8 @@ class Decoding:
         grid = slicing_grid(self.volume.density(self.mask), float(radius))
         seen = self._observed(grid, images[:, keep], ctf[:, keep], disk)
         generator = torch.Generator().manual_seed((self.seed + 1) * 1_000_003 - 1 - index)
-        loss, left = self._objective(seen, self._proposed(chosen, images, ctf, generator), index, generator)
+        found = self._equivalent(self._proposed(chosen, images, ctf, generator), generator)
+        loss, left = self._objective(seen, found, index, generator)
         loss.backward()
         if "encoder" in (modules := self._modules()):
             nn.utils.clip_grad_norm_(modules["encoder"].parameters(), _CLIP)
@@ -165,6 +172,13 @@ class Decoding:
             rows.append(torch.randperm(count, generator=generator)[at : at + size])
             size, place = size - len(rows[-1]), place + len(rows[-1])
         return self.members[torch.cat(rows)]
+
+    def _equivalent(self, found: EncodedPoses, generator: torch.Generator) -> EncodedPoses:
+        """Poses at which a map of this symmetry looks the same, one element of the group for each image."""
+        if len(self.symmetry) == 1:
+            return found
+        which = torch.randint(len(self.symmetry), (len(found.rotations),), generator=generator)
+        return replace(found, rotations=found.rotations @ self.symmetry[which.to(self.symmetry.device), None])
 
     def _observed(
         self, grid: SlicingGrid, images: Complex[Tensor, "b p"], ctf: Float[Tensor, "b p"], disk: FourierDisk

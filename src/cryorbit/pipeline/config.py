@@ -312,12 +312,6 @@ def check(config: RunConfig) -> None:
     }
     checked_volume(config.volume)
     checked(config.amortized)
-    if config.method == AMORTIZED and config.symmetry not in (AUTO, "C1"):
-        raise ConfigError(
-            "CONF503",
-            f"the autoencoder learns a map without symmetry, found --symmetry {config.symmetry}",
-            "pass --symmetry auto, which looks for one on its map, or --method marginal",
-        )
     if config.init == MOMENTS and config.symmetry not in (AUTO, "C1"):
         raise ConfigError(
             "CONF113",

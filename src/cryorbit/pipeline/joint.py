@@ -6,6 +6,7 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
+from cryorbit.groups.point import point_group
 from cryorbit.methods.amortized import Amortized
 from cryorbit.methods.halves import HALVES, members_of
 from cryorbit.pipeline.config import RunConfig
@@ -53,6 +54,7 @@ def learnt_maps(
             config.amortized,
             mask_diameter=inputs.mask_diameter,
             members=members_of(inputs.half_set, half),
+            symmetry=point_group(inputs.symmetry).float(),
             seed=2 * config.seed + half,
         )
         method.name = f"{Amortized.name} {half}"
