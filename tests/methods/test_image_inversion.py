@@ -1,5 +1,6 @@
 """From images to a map without poses: moments measured, inverted, and what is refused."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -89,6 +90,27 @@ def test_particles_with_ctf_and_noise_have_the_moments_of_the_molecule(tmp_path,
 
     assert float(relative_errors(in_one_unit(found), in_one_unit(clean))[1]) < 0.15
     assert np.isfinite(found.power.numpy()).all()
+
+
+def test_particles_shifted_by_a_known_sigma_have_the_moments_of_centred_ones(tmp_path):
+    for sigma in (0.0, 1.0):
+        settings = SimulationSettings(count=3000, seed=3, snr_db=20.0, shift_sigma_px=sigma)
+        write_simulation(tmp_path / str(sigma), make_projector(phantom(), 24, 4.0), settings)
+    still, moved = (open_particles(tmp_path / name / "particles.star") for name in ("0.0", "1.0"))
+    found = particle_moments(still, 5, mask_diameter=64.0)
+
+    def off(moments):
+        """Of the second moment, each entry over the power of its rings."""
+        scale = (found.power[1:, None] * found.power[1:]).sqrt()
+        wrong = (moments.second - found.second)[:, 1:, 1:] / scale
+        return float(wrong.norm() / (found.second[:, 1:, 1:] / scale).norm())
+
+    blurred, restored = (particle_moments(moved, 5, mask_diameter=64.0, shift_sigma=s) for s in (0.0, 4.0))
+    assert restored.basis == found.basis
+    assert off(restored) < 0.5 * off(blurred)
+    for wrong in (-1.0, math.nan, math.inf, 40.0):
+        with pytest.raises(DataError, match="DATA416"):
+            particle_moments(moved, 5, mask_diameter=64.0, shift_sigma=wrong)
 
 
 @pytest.mark.parametrize(

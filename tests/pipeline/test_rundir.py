@@ -88,11 +88,13 @@ def test_a_folder_of_half_written_files_only_is_a_fresh_one(tmp_path):
 
 def test_what_killed_runs_left_half_written_goes_with_the_next(ours, star):
     left = [killed_while_writing(ours / "map_mean.mrc"), killed_while_writing(ours / "checkpoint" / "x.safetensors")]
-    (ours / ".note.txt").write_text("mine")
+    kept = [killed_while_writing(ours / "map_aligned.mrc"), ours / ".note.0a1b2c3d.part.txt", ours / ".note.txt"]
+    for path in kept[1:]:
+        path.write_text("mine")
     assert all(path.exists() for path in left)
     reconstruct(config(star), ours)
     assert not any(path.exists() for path in left)
-    assert (ours / ".note.txt").read_text() == "mine"
+    assert all(path.exists() for path in kept)  # others' files, and what `evaluate` may be writing at this moment
 
 
 def test_overwrite_deletes_nothing_where_it_cannot_delete_all(tmp_path, monkeypatch):
@@ -100,7 +102,7 @@ def test_overwrite_deletes_nothing_where_it_cannot_delete_all(tmp_path, monkeypa
     open_run(run, RunConfig(particles="x"), overwrite=False)
     (run / "map.mrc").write_text("old")
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "checkpoint")
-    with pytest.raises(RunError, match=r"RUN003.*checkpoint cannot be written"):
+    with pytest.raises(RunError, match=r"RUN003.*checkpoint cannot be read and written"):
         open_run(run, RunConfig(particles="y"), overwrite=True)
     assert (run / "map.mrc").read_text() == "old"
     assert from_toml((run / "config.toml").read_text()).particles == "x"

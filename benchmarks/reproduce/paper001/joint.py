@@ -16,6 +16,7 @@ import json
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def ablation(
 def figure2(
     data: Data, steps: int, seeds: int, names: list[str], out: dict[str, Any], keep: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Loss and error against steps of the models ``names``, a run of each per seed; added to ``out``."""
+    """Loss and error against steps of the models ``names``, a run of each per seed; those ``out`` does not have yet are added to it."""
     printed = preset(RunConfig(particles="-", preset="paper001")).amortized
     printed = dataclasses.replace(printed, steps=steps, bfloat16=True)
     plain: dict[str, Any] = {
@@ -123,11 +124,11 @@ def figure2(
     kinds["tomo"] = lambda seed: Tomo(
         data.stack, DecoderConfig(steps=steps, **plain), poses=data.poses, seed=seed, **common
     )
-    for seed in range(seeds):
-        for name in names:
-            found: dict[str, Any] = {"seed": seed, "commit": commit(), "looks": trained(kinds[name](seed), data, LOOKS)}
-            print(name, seed, found["looks"][-1], flush=True)
-            out[name] = [*out.get(name, [])[:seed], found]
+    for seed, name in product(range(seeds), names):
+        runs = out.setdefault(name, {})
+        if str(seed) not in runs:
+            runs[str(seed)] = {"commit": commit(), "looks": trained(kinds[name](seed), data, LOOKS)}
+            print(name, seed, runs[str(seed)]["looks"][-1], flush=True)
             keep(out)
 
 
@@ -136,7 +137,7 @@ def drawn(rows: dict[str, Any], path: Path) -> None:
     mpl.rcParams["font.size"] = 8
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for i, (name, runs) in enumerate(rows.items()):
-        for j, found in enumerate(runs):
+        for j, found in enumerate(runs.values()):
             looks = found["looks"]
             style = {"color": f"C{i}", "label": FIGURE2[name] if j == 0 else None, "linewidth": 1.0}
             steps = [look["step"] for look in looks]

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from cryorbit.errors import FileError
 
-_UNFINISHED = re.compile(r"\..*\.[0-9a-f]{8}\.part(\.[^.]*)?")
+_UNFINISHED = re.compile(r"\.(.*)\.[0-9a-f]{8}\.part(\.[^.]*)?")
 
 
-def unfinished(folder: Path) -> list[Path]:
-    """Files that :func:`atomic_path` was writing in ``folder`` when its process was killed, or is writing now."""
-    return sorted(path for path in folder.iterdir() if _UNFINISHED.fullmatch(path.name) and path.is_file())
+def unfinished(folder: Path) -> dict[Path, str]:
+    """Files that :func:`atomic_path` was writing in ``folder`` when its process was killed, or is writing now, with their final names."""
+    found = ((path, _UNFINISHED.fullmatch(path.name)) for path in folder.iterdir() if path.is_file())
+    return {path: match[1] + (match[2] or "") for path, match in found if match}
 
 
 def _fsync(path: Path) -> None:

@@ -36,6 +36,7 @@ from cryorbit.types import CTFParams
 from cryorbit.volumes.ball import real_harmonics
 
 _BLOCK = 1000  # images in memory at once
+_SHIFTED = 3.0  # sigma: as far as shifts are taken to reach
 _TOLERANCE = 1e-12  # of L-BFGS: moments are met to 1e-5 where they can be
 
 Found = tuple[Float[Tensor, " n"], Float[Tensor, " l"], float]  # numbers of a map, of a density, the objective
@@ -113,7 +114,8 @@ def particle_moments(
     shift_sigma
         Standard deviation in angstrom of each coordinate of the particles' shifts, whose effect is taken out (:meth:`ImageMoments.centred`).
     """
-    radius = 0.5 * mask_diameter / particles.pixel_size
+    own, sigma = 0.5 * mask_diameter / particles.pixel_size, shift_sigma / particles.pixel_size
+    radius = own + _SHIFTED * sigma if 0 <= sigma < math.inf else own
     basis = PolarBasis(particles.box, rings, min(radius, particles.box / 2))
     window, whole = background_window(particles.box, radius), fourier_disk(particles.box)
     blocks = torch.arange(len(particles)).split(_BLOCK)
@@ -127,8 +129,7 @@ def particle_moments(
         total = sums if total is None else total + sums
     assert total is not None
     spectrum[0] = spectrum[1]  # shell 0 of a background without its mean says nothing
-    moments = total.debiased(spectrum)
-    return moments.centred(shift_sigma / particles.pixel_size) if shift_sigma else moments
+    return total.debiased(spectrum).centred(sigma).inside(min(own, particles.box / 2))
 
 
 def _ring_ctf(particles: ParticleSource, block: Int[Tensor, " b"], basis: PolarBasis) -> Float[Tensor, "b k"] | None:

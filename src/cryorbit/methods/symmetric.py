@@ -75,6 +75,13 @@ def group_of(found: SymmetryFinding) -> Float[Tensor, "s 3 3"]:
     return found.rotation.T @ point_group(found.name).float() @ found.rotation
 
 
+def averaged(volume: Float[Tensor, "d d d"], group: Float[Tensor, "s 3 3"]) -> Float[Tensor, "d d d"]:
+    """The map averaged over the rotations ``group`` about its centre."""
+    if len(group) == 1:
+        return volume
+    return torch.stack([move_volume(volume, g, torch.zeros(3)) for g in group]).mean(dim=0).to(volume)
+
+
 def symmetrised(
     volume: Float[Tensor, "d d d"], found: SymmetryFinding, pixel_size: float, *, framed: bool = False
 ) -> Float[Tensor, "d d d"]:

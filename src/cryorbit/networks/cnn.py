@@ -13,9 +13,12 @@ SMALLEST_SIDE = 2**_BLOCKS
 
 
 def bfloat16_is_fast(device: torch.device) -> bool:
-    """Whether ``device`` has instructions that multiply in bfloat16; on a CPU without them convolutions take 20 times as long as in float32."""
+    """Whether ``device`` multiplies in bfloat16: GPUs from compute capability 8 on, x86 with AVX-512 BF16.
+
+    On a CPU without it convolutions take 20 times as long as in float32 (32 to 64 channels of 32 x 32 with AVX2: 1.3 s and 0.064 s).
+    """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.get_device_properties(device).major >= 8
     return torch.cpu._is_avx512_bf16_supported()
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from cryorbit.physics.fourier import fourier_to_outer, fourier_to_signal, outer_to_fourier, signal_to_fourier
 
 _SLOPE = 0.02  # of the leaky ReLU, papers/003 appendix A
+_NOTHING = 1e-20  # what a signal of zeros is divided by
 _LEAST = 1e-2  # of a density in units of the uniform one, before its logarithm
 
 
@@ -140,7 +141,7 @@ def read_density(
     top = (outer_to_fourier(second)[:, ahead, k] * products.conj()).sum(dim=2)
     top = top + signal_to_fourier(first) * transform.conj()
     below = products.abs().square().sum(dim=2) + transform.abs().square()
-    return fourier_to_signal(top / (below + floor * below[:, :1])) / math.sqrt(n)
+    return fourier_to_signal(top / (below + floor * below[:, :1] + _NOTHING)) / math.sqrt(n)
 
 
 def _whitened(second: Float[Tensor, "b n n"], floor: float = 1e-3) -> Float[Tensor, "b n n"]:

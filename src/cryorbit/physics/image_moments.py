@@ -23,6 +23,7 @@ from torch import Tensor
 from cryorbit.errors import DataError
 from cryorbit.physics.polar import PolarBasis
 
+_LEAST_RING = 0.1  # of the last ring, that shifts leave: beyond, moments are those of the damping more than of images
 _LEAST_BLUR = 1e-3  # square of the share of a moment below which it is not divided by it
 
 
@@ -57,9 +58,24 @@ class ImageMoments:
         Parameters
         ----------
         shift_sigma_px
-            Standard deviation of each coordinate of the shifts that images were summed with, in pixels. Entries that they leave less than a few
-            per cent of come out too small rather than noisy (Wiener).
+            Standard deviation of each coordinate of the shifts that images were summed with, in pixels. The particles lie within the circle of
+            the basis wherever they are shifted. Angles at which a shift leaves less than a few per cent of a moment are damped, not
+            restored (Wiener).
+
+        Raises
+        ------
+        DataError
+            DATA416 no standard deviation, or one that leaves less than a tenth of the last ring.
         """
+        if not 0 <= shift_sigma_px < math.inf:
+            raise DataError("DATA416", f"shifts of sigma {shift_sigma_px:g} px, expected 0 or more")
+        reach = math.sqrt(-math.log(_LEAST_RING) / 2) * self.basis.box / math.pi
+        if shift_sigma_px * self.basis.rings > reach:
+            raise DataError(
+                "DATA416",
+                f"shifts of sigma {shift_sigma_px:g} px leave less than {_LEAST_RING:g} of ring {self.basis.rings}",
+                f"look at {math.floor(reach / shift_sigma_px)} rings, or centre the particles better",
+            )
         k = torch.arange(self.basis.rings + 1, dtype=torch.float64, device=self.first.device)
         order = torch.arange(self.basis.orders + 1, dtype=torch.float64, device=k.device)
         count = 4 * len(order)  # angles: more than the blurred moments, which have more orders, can need
@@ -73,9 +89,14 @@ class ImageMoments:
 
         wave = torch.polar(torch.ones_like(order[:, None] * angle), order[:, None] * angle)
         both = torch.where(order == 0, 1.0, 2.0)  # order -m is the conjugate of order m
-        around = torch.einsum("mkl,mn->kln", self.second * both[:, None, None], wave).real * undone(apart)
+        around = torch.einsum("mkl,mn->kln", self.second.to(wave) * both[:, None, None], wave).real * undone(apart)
         second = torch.einsum("kln,mn->mkl", around.to(wave), wave.conj()) / count
-        return ImageMoments(self.first * undone(k.square()), second, self.basis)
+        return ImageMoments(self.first.to(wave) * undone(k.square()), second, self.basis)
+
+    def inside(self, radius: float) -> "ImageMoments":
+        """The same of particles known to lie within a smaller circle of ``radius`` pixels: fewer orders."""
+        basis = replace(self.basis, radius=radius)
+        return ImageMoments(self.first, self.second[: basis.orders + 1], basis)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Ab initio by the orientation autoencoder: one for each half of the particles, each from a random start of its own."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from jaxtyping import Float
@@ -8,7 +9,9 @@ from torch import Tensor
 
 from cryorbit.groups.point import point_group
 from cryorbit.methods.amortized import Amortized
+from cryorbit.methods.amortized_config import AmortizedConfig
 from cryorbit.methods.halves import HALVES, members_of
+from cryorbit.methods.symmetric import averaged
 from cryorbit.pipeline.config import RunConfig
 from cryorbit.pipeline.inputs import Inputs
 from cryorbit.training.dataset import FourierStack
@@ -16,13 +19,20 @@ from cryorbit.training.history import History
 from cryorbit.training.loop import Progress, run
 
 
+def settings_of(config: RunConfig, elements: int) -> AmortizedConfig:
+    """Settings under a group of so many elements: a symmetric map has as much less to tell at low resolution as for ``marginal``."""
+    plain, ours = config.abinitio.radii(1), config.abinitio.radii(elements)
+    c = config.amortized
+    return replace(c, radius_start=c.radius_start * ours[0] / plain[0], radius_end=c.radius_end * ours[1] / plain[1])
+
+
 def least_radius(config: RunConfig, inputs: Inputs) -> float:
     """Fourier radius in pixels that the images of the autoencoder must reach."""
-    nyquist = 0.5 * inputs.particles.box
-    if not config.amortized.radius_end:
+    nyquist, end = 0.5 * inputs.particles.box, settings_of(config, len(point_group(inputs.symmetry))).radius_end
+    if not end:
         return nyquist
     extent = inputs.particles.box * inputs.particles.pixel_size
-    return min(math.ceil(config.amortized.radius_end * extent / inputs.mask_diameter), nyquist - 1)
+    return min(math.ceil(end * extent / inputs.mask_diameter), nyquist - 1)
 
 
 def learnt_maps(
@@ -47,14 +57,14 @@ def learnt_maps(
     -------
     Two (D, D, D) maps, each in a frame and hand of its own.
     """
-    maps = []
+    maps, group = [], point_group(inputs.symmetry).float()
     for half in HALVES:
         method = Amortized(
             stack,
-            config.amortized,
+            settings_of(config, len(group)),
             mask_diameter=inputs.mask_diameter,
             members=members_of(inputs.half_set, half),
-            symmetry=point_group(inputs.symmetry).float(),
+            symmetry=group,
             seed=2 * config.seed + half,
         )
         method.name = f"{Amortized.name} {half}"
@@ -65,5 +75,5 @@ def learnt_maps(
             progress=progress,
             fingerprint=fingerprint,
         )
-        maps.append(method.map())
+        maps.append(averaged(method.map(), group))
     return maps[0], maps[1]

@@ -49,6 +49,9 @@ OURS = (
 )
 """Everything this program writes into a run folder, and so all that --overwrite removes; last what says that it is one."""
 
+_UNLOCKED = ("config.toml", "provenance.json", "evaluation.json", "map_aligned.mrc", "report.html")
+"""Of these, what is written without the lock, perhaps at this moment."""
+
 
 def _config_of(folder: Path) -> RunConfig:
     try:
@@ -90,8 +93,8 @@ def _clear(folder: Path, read: Sequence[Path]) -> None:
             )
     folders = [folder, *(path for name in OURS if (path := folder / name).is_dir() and not path.is_symlink())]
     for path in folders:
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise RunError("RUN003", f"{path} cannot be written", "choose a writable --output folder")
+        if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+            raise RunError("RUN003", f"{path} cannot be read and written", "choose a writable --output folder")
     for name in OURS:
         path = folder / name
         if path.is_dir() and not path.is_symlink():
@@ -128,7 +131,7 @@ def open_run(folder: Path, config: RunConfig, read: Sequence[Path] = (), *, over
                     f"{folder} holds a run with other settings ({_differences(before, now)})",
                     "choose a new --output folder, pass --overwrite to delete that run, or give the settings in its config.toml",
                 )
-        elif not cleared and set(folder.iterdir()) - set(unfinished(folder)):
+        elif not cleared and set(folder.iterdir()) - unfinished(folder).keys():
             raise RunError("RUN001", f"{folder} is not empty and holds no cryorbit run", "choose a new --output folder")
         write_text(folder / "config.toml", to_toml(config))
         (folder / "checkpoint").mkdir(exist_ok=True)
@@ -149,14 +152,15 @@ def opened(folder: Path, config: RunConfig, inputs: Inputs, *, overwrite: bool) 
     if not (folder / "provenance.json").exists():  # a continued run keeps how it began
         outputs.write_json(folder / "provenance.json", outputs.provenance(Path(config.particles), str(inputs.device)))
     with locked(folder):
-        for path in (*unfinished(folder), *unfinished(folder / "checkpoint")):
-            path.unlink(missing_ok=True)
         yield " ".join([to_toml(decisive(config)), *(outputs.checksum(path) for path in read)])
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep a second process out of the run folder; the lock goes with the process, however it ends."""
+    """Keep a second process out of the run folder; the lock goes with the process, however it ends.
+
+    What a killed process left half written in it is removed.
+    """
     with (folder / "checkpoint" / "lock").open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -164,4 +168,9 @@ def locked(folder: Path) -> Iterator[None]:
             raise RunError(
                 "RUN005", f"another process is writing {folder}", "wait for it, or choose another --output folder"
             ) from error
+        left = [path for path, name in unfinished(folder).items() if name in OURS and name not in _UNLOCKED]
+        for inner in (folder / "checkpoint", folder / "encoder"):
+            left += unfinished(inner) if inner.is_dir() else []
+        for path in left:
+            path.unlink(missing_ok=True)
         yield
