@@ -18,7 +18,7 @@ from cryorbit.errors import CryorbitError
 from cryorbit.io.mrc import MrcStack
 from cryorbit.io.particles import open_particles
 from cryorbit.io.star import read_star
-from cryorbit.pipeline.rundir import OURS
+from cryorbit.pipeline.rundir import FOLDERS, OURS
 from cryorbit.pipeline.selection import select
 from cryorbit.simulate.particles import make_projector
 from cryorbit.simulate.phantom import phantom
@@ -77,7 +77,7 @@ def test_writes_what_it_promises(finished):
         "particles.star",
         "metrics.json",
     }
-    assert written <= set(OURS)  # --overwrite removes it
+    assert written <= {*OURS, *FOLDERS}  # --overwrite removes it
     features = np.load(run / "features.npy")
     assert features.shape == (200, 3)
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-5)
@@ -155,6 +155,8 @@ def test_classes_that_are_no_numbers_are_refused(finished, tmp_path, named):
     ("changes", "code"),
     [
         ({"keep": 1.5}, "CONF421"),
+        ({"keep": 0.0}, "CONF421"),
+        ({"max_junk": float("nan")}, "CONF421"),
         ({"classes": [77]}, "CONF422"),
         ({"max_junk": -1e9}, "DATA421"),
         ({"keep": 0.5, "max_junk": 1.0}, "CONF421"),
@@ -167,7 +169,7 @@ def test_select_refuses(finished, tmp_path, changes, code):
     source = finished / str(changes.pop("source", "run/particles.star"))
     output = changes.pop("output", None)
     target = finished / output if output and output.startswith("run") else tmp_path / (output or "out.star")
-    settings = {"classes": [], "keep": 0.0} | changes
+    settings = {"classes": [], "keep": None} | changes
     with pytest.raises(CryorbitError, match=code):
         select(source, target, **settings)
     assert not list(tmp_path.iterdir())

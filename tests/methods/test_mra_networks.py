@@ -31,6 +31,13 @@ def test_outputs_scale_with_the_signal_and_densities_sum_to_one(name, generator)
     torch.testing.assert_close(tripled[1], rho, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_signal_of_zeros_gives_finite_outputs(name):
+    v, rho = make_network(name, 15)(torch.zeros(1, 15), torch.zeros(1, 15, 15))
+    assert bool(v.isfinite().all())
+    torch.testing.assert_close(rho.sum(1), torch.ones(1))
+
+
 def equivariance_error(name: str, generator: torch.Generator) -> float:
     """Largest change of the outputs when the moments are moved by 4 samples and the signal is moved back."""
     network = make_network(name, 15)

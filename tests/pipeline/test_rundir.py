@@ -97,6 +97,27 @@ def test_what_killed_runs_left_half_written_goes_with_the_next(ours, star):
     assert all(path.exists() for path in kept)  # others' files, and what `evaluate` may be writing at this moment
 
 
+def test_overwrite_leaves_what_is_not_ours_in_the_folders_of_a_run(ours, star):
+    (ours / "figures").mkdir(exist_ok=True)
+    (ours / "figures" / "fsc.png").write_text("ours")
+    stack = ours / "figures" / "stack.mrcs"
+    stack.write_text("input")
+    (ours / "figures" / "mine").mkdir()
+    (ours / "checkpoint" / "thesis.txt").write_text("mine")
+    open_run(ours, config(star), [stack], overwrite=True)
+    assert [path.name for path in sorted((ours / "figures").iterdir())] == ["mine", "stack.mrcs"]
+    assert [path.name for path in sorted((ours / "checkpoint").iterdir())] == ["thesis.txt"]
+    assert sorted(path.name for path in ours.iterdir()) == ["checkpoint", "config.toml", "figures"]
+
+
+def test_images_too_small_for_the_encoder_are_refused_before_a_run_is_deleted(ours, star, tmp_path):
+    write_simulation(tmp_path / "in", make_projector(phantom(), 14, 6.0), SimulationSettings(count=40, seed=2))
+    small = RunConfig(particles=str(tmp_path / "in" / "particles.star"), method="amortized", mask_diameter=70.0)
+    with pytest.raises(ConfigError, match="CONF509"):
+        reconstruct(small, ours, overwrite=True)
+    assert (ours / "map.mrc").exists()
+
+
 def test_overwrite_deletes_nothing_where_it_cannot_delete_all(tmp_path, monkeypatch):
     run = tmp_path / "run"
     open_run(run, RunConfig(particles="x"), overwrite=False)
@@ -131,7 +152,7 @@ def test_foreign_or_damaged_config_is_never_overwritten(tmp_path, text):
     assert (tmp_path / "particles.star").read_text() == "precious"
 
 
-@pytest.mark.parametrize("name", ["particles.star", "classes.mrcs", "figures/stack.mrcs"])
+@pytest.mark.parametrize("name", ["particles.star", "classes.mrcs", "checkpoint/x.safetensors"])
 def test_input_inside_the_output_survives(tmp_path, name):
     open_run(tmp_path, RunConfig(particles="x"), overwrite=False)
     (tmp_path / "map.mrc").write_text("old")

@@ -20,9 +20,9 @@ def select(
     output: Annotated[Path, typer.Option("--output", "-o", help="STAR file to write.")],
     classes: Annotated[str, typer.Option("--classes", help="Classes to keep, comma-separated [all].")] = "",
     keep: Annotated[
-        float,
+        float | None,
         typer.Option("--keep", help="Fraction to keep of these, the least junk first, in place of --max-junk."),
-    ] = 0.0,
+    ] = None,
     max_junk: Annotated[float | None, typer.Option("--max-junk", help="Largest junk score kept, in nats [0].")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:

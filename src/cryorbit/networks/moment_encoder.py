@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from cryorbit.physics.fourier import fourier_to_outer, fourier_to_signal, outer_to_fourier, signal_to_fourier
 
 _SLOPE = 0.02  # of the leaky ReLU, papers/003 appendix A
-_NOTHING = 1e-20  # what a signal of zeros is divided by
+_NOTHING = 1e-20  # added to what is divided by, for signals of zeros
 _LEAST = 1e-2  # of a density in units of the uniform one, before its logarithm
 
 
@@ -148,5 +148,5 @@ def _whitened(second: Float[Tensor, "b n n"], floor: float = 1e-3) -> Float[Tens
     """``M2`` between signals whose spectrum is made flat where it is above ``floor`` of its highest power; eigenvalues near n rho."""
     transform = outer_to_fourier(second)
     power = transform.diagonal(dim1=1, dim2=2).real.clamp(min=0)
-    scale = (power + floor * power.amax(dim=1, keepdim=True)).rsqrt()
+    scale = (power + floor * power.amax(dim=1, keepdim=True) + _NOTHING).rsqrt()
     return fourier_to_outer(transform * scale[:, :, None] * scale[:, None, :])

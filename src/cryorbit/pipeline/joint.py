@@ -7,11 +7,13 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
+from cryorbit.errors import ConfigError
 from cryorbit.groups.point import point_group
 from cryorbit.methods.amortized import Amortized
 from cryorbit.methods.amortized_config import AmortizedConfig
 from cryorbit.methods.halves import HALVES, members_of
 from cryorbit.methods.symmetric import averaged
+from cryorbit.networks.cnn import SMALLEST_SIDE
 from cryorbit.pipeline.config import RunConfig
 from cryorbit.pipeline.inputs import Inputs
 from cryorbit.training.dataset import FourierStack
@@ -33,6 +35,25 @@ def least_radius(config: RunConfig, inputs: Inputs) -> float:
         return nyquist
     extent = inputs.particles.box * inputs.particles.pixel_size
     return min(math.ceil(end * extent / inputs.mask_diameter), nyquist - 1)
+
+
+def check_view(config: RunConfig, inputs: Inputs, box: int) -> None:
+    """Refuse images that are too small for the encoder where they are looked at in ``box`` pixels.
+
+    Raises
+    ------
+    ConfigError
+        CONF509.
+    """
+    c = config.amortized
+    side, least = min(c.side or box, box), (2 if c.polar else 1) * SMALLEST_SIDE
+    if side < least:
+        raise ConfigError(
+            "CONF509",
+            f"images of {inputs.particles.box} px, looked at in {box}, leave the encoder {side} px, expected {least} or more",
+            "look further (amortized.radius_end), or "
+            + ("set amortized.polar=false" if c.polar else "use --method marginal"),
+        )
 
 
 def learnt_maps(

@@ -25,12 +25,13 @@ from cryorbit.pipeline import outputs
 from cryorbit.pipeline.config import ABINITIO, AMORTIZED, MOMENTS, POSES, RunConfig
 from cryorbit.pipeline.handover import hand_over
 from cryorbit.pipeline.inputs import Inputs, prepare
-from cryorbit.pipeline.joint import learnt_maps, least_radius
+from cryorbit.pipeline.joint import check_view, learnt_maps, least_radius
 from cryorbit.pipeline.moment_start import moment_maps
 from cryorbit.pipeline.rundir import opened
 from cryorbit.pipeline.start import Start, fourier_stack, start_from_poses
 from cryorbit.pipeline.verdict import NOTED, OTHER_METHOD, OTHERS, TRUST, agree, judge, sentence
 from cryorbit.poses.posterior import PosedParticles
+from cryorbit.training.dataset import working_box
 from cryorbit.training.history import History
 from cryorbit.training.loop import Progress, run
 from cryorbit.types import Poses, Reconstruction, Volume
@@ -60,6 +61,8 @@ def reconstruct(
     The reconstruction that was written.
     """
     inputs = prepare(config)
+    if config.method == AMORTIZED:
+        check_view(config, inputs, working_box(inputs.particles.box, _first_radius(config, inputs)))
     with opened(output, config, inputs, overwrite=overwrite) as fingerprint:
         return _run(config, inputs, output, progress, fingerprint)
 
@@ -96,6 +99,13 @@ def _run(
     return result
 
 
+def _first_radius(config: RunConfig, inputs: Inputs) -> float:
+    """Fourier radius in pixels of the images that ab initio looks at."""
+    extent, group = inputs.particles.box * inputs.particles.pixel_size, point_group(inputs.symmetry)
+    radius = min(config.abinitio.radii(len(group))[1] * extent / inputs.mask_diameter, 0.5 * inputs.particles.box - 1)
+    return float(round(max(radius, least_radius(config, inputs)) if config.method == AMORTIZED else radius))
+
+
 def _abinitio(
     config: RunConfig,
     inputs: Inputs,
@@ -104,18 +114,12 @@ def _abinitio(
     progress: Progress | None,
     fingerprint: str,
 ) -> Marginal:
-    settings = config.abinitio
-    extent = inputs.particles.box * inputs.particles.pixel_size
-    group = point_group(inputs.symmetry).float()
-    radius = min(settings.radii(len(group))[1] * extent / inputs.mask_diameter, 0.5 * inputs.particles.box - 1)
-    if config.method == AMORTIZED:
-        radius = max(radius, least_radius(config, inputs))
-    stack = fourier_stack(config, inputs, float(round(radius)))
+    stack = fourier_stack(config, inputs, _first_radius(config, inputs))
     engine = Marginal(
         stack,
-        settings,
+        config.abinitio,
         mask_diameter=inputs.mask_diameter,
-        symmetry=group,
+        symmetry=point_group(inputs.symmetry).float(),
         half_set=inputs.half_set,
         seed=config.seed,
     )

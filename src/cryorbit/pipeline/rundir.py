@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import shutil
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,12 +41,19 @@ OURS = (
     "classes.png",
     "classes_frc.csv",
     "features.npy",
-    "checkpoint",
-    "encoder",
-    "figures",
     "config.toml",
 )
 """Everything this program writes into a run folder, and so all that --overwrite removes; last what says that it is one."""
+
+FOLDERS = {
+    "checkpoint": ("*.safetensors", "lock"),
+    "encoder": ("*.safetensors", "history.jsonl"),
+    "figures": tuple(
+        f"{name}.png"
+        for name in ("fsc", "slices", "orientations", "examples", "history", "noise", "overview", "posterior")
+    ),
+}
+"""The same of folders in it: what is in them."""
 
 _UNLOCKED = ("config.toml", "provenance.json", "evaluation.json", "map_aligned.mrc", "report.html")
 """Of these, what is written without the lock, perhaps at this moment."""
@@ -84,23 +90,35 @@ def _clear(folder: Path, read: Sequence[Path]) -> None:
     if (folder / "checkpoint" / "lock").exists():
         with locked(folder):  # by nobody else
             pass
-    removed = {(folder / name).resolve() for name in OURS}
+    ours = written(folder)
+    removed = {path.resolve() for path in ours}
     for path in read:
         kept = path.resolve()
         if removed & {kept, *kept.parents}:
             raise RunError(
                 "RUN006", f"{kept} is the input: --overwrite would delete it", "choose another --output folder"
             )
-    folders = [folder, *(path for name in OURS if (path := folder / name).is_dir() and not path.is_symlink())]
-    for path in folders:
-        if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-            raise RunError("RUN003", f"{path} cannot be read and written", "choose a writable --output folder")
-    for name in OURS:
-        path = folder / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    for parent in (folder, *(folder / name for name in FOLDERS)):
+        if parent.is_dir() and not os.access(parent, os.R_OK | os.W_OK | os.X_OK):
+            raise RunError("RUN003", f"{parent} cannot be read and written", "choose a writable --output folder")
+    for path in ours:
+        path.unlink(missing_ok=True)
+    for name in FOLDERS:
+        inner = folder / name
+        if inner.is_dir() and not any(inner.iterdir()):
+            inner.rmdir()
+
+
+def written(folder: Path) -> list[Path]:
+    """Files of a run that are there, the configuration last; a link to a folder counts as a file."""
+    inside = []
+    for name, patterns in FOLDERS.items():
+        inner = folder / name
+        if inner.is_symlink():
+            inside.append(inner)
+        elif inner.is_dir():
+            inside += [path for pattern in patterns for path in sorted(inner.glob(pattern))]
+    return inside + [path for name in OURS if (path := folder / name).is_symlink() or path.is_file()]
 
 
 def _differences(before: RunConfig, now: RunConfig) -> str:
@@ -169,7 +187,7 @@ def locked(folder: Path) -> Iterator[None]:
                 "RUN005", f"another process is writing {folder}", "wait for it, or choose another --output folder"
             ) from error
         left = [path for path, name in unfinished(folder).items() if name in OURS and name not in _UNLOCKED]
-        for inner in (folder / "checkpoint", folder / "encoder"):
+        for inner in (folder / "checkpoint", folder / "encoder"):  # figures are drawn without the lock
             left += unfinished(inner) if inner.is_dir() else []
         for path in left:
             path.unlink(missing_ok=True)

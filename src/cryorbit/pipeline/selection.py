@@ -1,5 +1,6 @@
 """Particles chosen by what ``align2d`` said of them: class and junk score."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ def select(
     output: Path,
     *,
     classes: list[int],
-    keep: float = 0.0,
+    keep: float | None = None,
     max_junk: float | None = None,
     overwrite: bool = False,
 ) -> tuple[int, int]:
@@ -32,7 +33,7 @@ def select(
     classes
         Class numbers, from 1 on.
     keep
-        Fraction of the particles of these classes, those of the lowest score; 0 goes by ``max_junk``.
+        Fraction of the particles of these classes, those of the lowest score; None goes by ``max_junk``.
     max_junk
         Largest score kept, nats; 0 unless said otherwise.
     overwrite
@@ -51,21 +52,25 @@ def select(
     RunError
         RUN047 the output exists, or is the input.
     """
-    if not 0 <= keep <= 1:
-        raise ConfigError("CONF421", f"--keep is {keep:g}, expected a fraction from 0 to 1")
-    if keep and max_junk is not None:
+    if keep is not None and not 0 < keep <= 1:
+        raise ConfigError("CONF421", f"--keep is {keep}, expected a fraction above 0 and at most 1")
+    if max_junk is not None and math.isnan(max_junk):
+        raise ConfigError("CONF421", f"--max-junk is {max_junk}, expected a number of nats")
+    if keep is not None and max_junk is not None:
         raise ConfigError("CONF421", "--keep and --max-junk each choose by junk score", "give one of them")
-    if output.exists() and (not overwrite or output.resolve() == source.resolve()):
+    if output.exists() and output.resolve() == source.resolve():
+        raise RunError("RUN047", f"{output} is the input", "give another --output")
+    if output.exists() and not overwrite:
         raise RunError("RUN047", f"{output} exists already", "give another --output, or --overwrite")
     if output.suffix.lower() != ".star":
         raise RunError("RUN047", f"{output} is no STAR file", "give an --output that ends in .star")
-    particles = open_particles(source)
+    particles = open_particles(source, require_images=False)
     number, junk = (_column(particles, name) for name in ("class_number", "junk"))
     unknown = sorted(set(classes) - set(number.astype(int).tolist()))
     if unknown:
         raise ConfigError("CONF422", f"no particle of {source} is in class {unknown[0]}", "see classes.csv of the run")
     inside = np.isin(number, classes) if classes else np.ones(len(number), dtype=bool)
-    if keep:
+    if keep is not None:
         ranked = np.flatnonzero(inside)[np.argsort(junk[inside], kind="stable")]
         chosen = np.sort(ranked[: round(keep * len(ranked))])
     else:
