@@ -71,7 +71,11 @@ def trained(method: Method, data: Data, looks: int) -> list[dict[str, float]]:
         losses.append(float(values["unexplained"]))
         if step % every == 0:
             seconds += time.process_time() - begun[0]
-            row = {"step": step, "unexplained": float(f"{sum(losses[-every:]) / every:.3g}"), "cpu_s": round(seconds, 1)}
+            row = {
+                "step": step,
+                "unexplained": float(f"{sum(losses[-every:]) / every:.3g}"),
+                "cpu_s": round(seconds, 1),
+            }
             if isinstance(method, Amortized | TablePoses):
                 row |= summary(data.errors(method.poses(chosen), chosen))
             rows.append(row)
