@@ -17,6 +17,7 @@ from cryorbit.cli.reconstruct import configured
 from cryorbit.errors import CryorbitError
 from cryorbit.io.particles import open_particles
 from cryorbit.pipeline.reconstruct import reconstruct
+from cryorbit.pipeline.rundir import written
 from cryorbit.simulate.particles import make_projector
 from cryorbit.simulate.phantom import phantom
 from cryorbit.simulate.settings import SimulationSettings
@@ -60,6 +61,7 @@ def finished(simulated: Path) -> Path:
 def test_run_folder_is_complete_and_consistent(finished, simulated):
     for name in [*FINAL, "config.toml", "provenance.json", "history.jsonl"]:
         assert (finished / name).stat().st_size > 0, name
+    assert {path for path in finished.rglob("*") if path.is_file()} <= set(written(finished))  # --overwrite removes it
     metrics = json.loads((finished / "metrics.json").read_text())
     assert metrics["particles"] == 400
     assert 8.0 <= metrics["resolution_A"] < 30.0

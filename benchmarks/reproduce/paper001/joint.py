@@ -33,12 +33,8 @@ from cryorbit.training.loop import Method, run
 RADIUS, TRAINED, HELD_OUT, LOOKS = 15.0, 2000, 500, 20
 FIGURE2 = {"euler": "Euler angles", "quaternion": "quaternions", "s2s2": "S2 x S2", "ours": "ours"}
 FIGURE2 |= {"ad": "a table of poses (AD)", "tomo": "known poses (tomo)"}
-BASE: dict[str, Any] = {
-    "polar": False,
-    "heads": 4,
-    "copies": "c2",
-    "radius_start": 2.0,
-}  # what the other rows change one setting of
+# What the other rows change one setting of.
+BASE: dict[str, Any] = {"polar": False, "heads": 4, "copies": "c2", "radius_start": 2.0}
 ROWS: dict[str, dict[str, Any]] = {
     "all": {},
     "without the symmetrised loss": {"copies": "c1"},

@@ -27,7 +27,13 @@ from cryorbit.groups.so3 import healpix_grid, in_plane_count
 from cryorbit.methods.moment_maps import BallMaps, MapFamily, MixtureMaps
 from cryorbit.physics.ctf import ctf
 from cryorbit.physics.fourier import fourier_disk
-from cryorbit.physics.image_moments import ImageMoments, ImageMomentSums, moments_of_slices, relative_errors
+from cryorbit.physics.image_moments import (
+    ImageMoments,
+    ImageMomentSums,
+    check_shifts,
+    moments_of_slices,
+    relative_errors,
+)
 from cryorbit.physics.polar import PolarBasis
 from cryorbit.physics.third_moments import ThirdMoments, third_of_slices
 from cryorbit.training.dataset import ParticleSource
@@ -115,8 +121,10 @@ def particle_moments(
         Standard deviation in angstrom of each coordinate of the particles' shifts, whose effect is taken out (:meth:`ImageMoments.centred`).
     """
     own, sigma = 0.5 * mask_diameter / particles.pixel_size, shift_sigma / particles.pixel_size
-    radius = own + _SHIFTED * sigma if 0 <= sigma < math.inf else own
-    basis = PolarBasis(particles.box, rings, min(radius, particles.box / 2))
+    basis = PolarBasis(particles.box, rings, min(own, particles.box / 2))
+    check_shifts(basis, sigma)
+    radius = own + _SHIFTED * sigma
+    wide = replace(basis, radius=min(radius, particles.box / 2))
     window, whole = background_window(particles.box, radius), fourier_disk(particles.box)
     blocks = torch.arange(len(particles)).split(_BLOCK)
     spectrum, total = torch.zeros(int(whole.shell.max()) + 1, dtype=torch.float64), None
@@ -125,11 +133,11 @@ def particle_moments(
         background = (images * window).sum(dim=(1, 2)) / window.sum()
         images = images - background[:, None, None]
         spectrum += len(block) / len(particles) * background_spectrum(images, window, whole).double()
-        sums = ImageMomentSums.of(basis, images, 1.0, _ring_ctf(particles, block, basis))
+        sums = ImageMomentSums.of(wide, images, 1.0, _ring_ctf(particles, block, wide))
         total = sums if total is None else total + sums
     assert total is not None
     spectrum[0] = spectrum[1]  # shell 0 of a background without its mean says nothing
-    return total.debiased(spectrum).centred(sigma).inside(min(own, particles.box / 2))
+    return total.debiased(spectrum).centred(sigma).inside(basis.radius)
 
 
 def _ring_ctf(particles: ParticleSource, block: Int[Tensor, " b"], basis: PolarBasis) -> Float[Tensor, "b k"] | None:

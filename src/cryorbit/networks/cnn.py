@@ -22,6 +22,11 @@ def bfloat16_is_fast(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported()
 
 
+def convolving(device: torch.device, *, bfloat16: bool) -> torch.autocast:
+    """A context whose products are in bfloat16, if wished and fast on ``device``."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16 and bfloat16_is_fast(device))
+
+
 class _Around(nn.Module):
     """The first column behind the last, and the last before the first."""
 
@@ -126,7 +131,6 @@ class ConvEncoder(nn.Module):
     def forward(self, images: Float[Tensor, "b side side"]) -> Float[Tensor, "b outputs"]:
         """One vector per image; images of variance about 1."""
         x = images[:, None].contiguous(memory_format=torch.channels_last)
-        reduced = self.reduced and bfloat16_is_fast(images.device)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=reduced):
+        with convolving(images.device, bfloat16=self.reduced):
             x = self.body(x)
         return self.last(x.to(images.dtype))

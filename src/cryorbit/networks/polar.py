@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cryorbit.errors import ConfigError
-from cryorbit.networks.cnn import SMALLEST_SIDE, bfloat16_is_fast, convolutions, perceptron, start_he
+from cryorbit.networks.cnn import SMALLEST_SIDE, convolutions, convolving, perceptron, start_he
 
 TURNS = 8
 """Directions of the plane from which an image is looked at."""
@@ -79,8 +79,7 @@ class RingEncoder(nn.Module):
         """One vector per image and direction; images of variance about 1."""
         places = self.places.expand(len(images), -1, -1, -1)
         x = nn.functional.grid_sample(images[:, None], places, align_corners=True)
-        reduced = self.reduced and bfloat16_is_fast(images.device)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=reduced):
+        with convolving(images.device, bfloat16=self.reduced):
             x = self.rings(x.contiguous(memory_format=torch.channels_last)).flatten(1, 2)
             x = self.body(x[:, :, self.order].movedim(2, 1).flatten(2).flatten(0, 1))
         return self.last(x.to(images.dtype)).unflatten(0, (-1, TURNS))

@@ -33,6 +33,25 @@ def ring_power(second: Complex[Tensor, "*batch m k k"]) -> Float[Tensor, "*batch
     return diagonal[..., 0, :] + 2 * diagonal[..., 1:, :].sum(dim=-2)
 
 
+def check_shifts(basis: PolarBasis, shift_sigma_px: float) -> None:
+    """Refuse shifts whose effect cannot be taken out of moments on ``basis``.
+
+    Raises
+    ------
+    DataError
+        DATA416 no standard deviation, or one that leaves less than a tenth of the last ring.
+    """
+    if not 0 <= shift_sigma_px < math.inf:
+        raise DataError("DATA416", f"shifts of sigma {shift_sigma_px:g} px, expected 0 or more")
+    reach = math.sqrt(-math.log(_LEAST_RING) / 2) * basis.box / math.pi
+    if shift_sigma_px * basis.rings > reach:
+        raise DataError(
+            "DATA416",
+            f"shifts of sigma {shift_sigma_px:g} px leave less than {_LEAST_RING:g} of ring {basis.rings}",
+            f"look at {math.floor(reach / shift_sigma_px)} rings, or centre the particles better",
+        )
+
+
 @dataclass(frozen=True)
 class ImageMoments:
     """Noise-free moments: ``first`` (K + 1,) and ``second`` (M + 1, K + 1, K + 1), Hermitian in its last axes; of ``basis``."""
@@ -65,17 +84,9 @@ class ImageMoments:
         Raises
         ------
         DataError
-            DATA416 no standard deviation, or one that leaves less than a tenth of the last ring.
+            As :func:`check_shifts`.
         """
-        if not 0 <= shift_sigma_px < math.inf:
-            raise DataError("DATA416", f"shifts of sigma {shift_sigma_px:g} px, expected 0 or more")
-        reach = math.sqrt(-math.log(_LEAST_RING) / 2) * self.basis.box / math.pi
-        if shift_sigma_px * self.basis.rings > reach:
-            raise DataError(
-                "DATA416",
-                f"shifts of sigma {shift_sigma_px:g} px leave less than {_LEAST_RING:g} of ring {self.basis.rings}",
-                f"look at {math.floor(reach / shift_sigma_px)} rings, or centre the particles better",
-            )
+        check_shifts(self.basis, shift_sigma_px)
         k = torch.arange(self.basis.rings + 1, dtype=torch.float64, device=self.first.device)
         order = torch.arange(self.basis.orders + 1, dtype=torch.float64, device=k.device)
         count = 4 * len(order)  # angles: more than the blurred moments, which have more orders, can need
