@@ -1,8 +1,9 @@
 """Contracts over the registry of methods: same seed same result, resume equals uninterrupted, finite, poses in SO(3)."""
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from cryorbit.errors import RunError
 from cryorbit.groups.so2 import SO2
 from cryorbit.groups.so3 import healpix_grid, random_rotations
 from cryorbit.methods.registry import METHODS, method
+from cryorbit.methods.starts import Starts
 from cryorbit.poses.local import PoseSamples
 from cryorbit.simulate.particles import SimulatedParticles, simulate_particles
 from cryorbit.simulate.phantom import phantom
@@ -27,6 +29,7 @@ SWITCHES: dict[str, dict[str, object]] = {
     "gauss-newton": {"gauss_newton": 1, "gauss_newton_from": 0.3},
     "neural": {"volume": "neural", "field_width": 16},
     "elbo": {"objective": "elbo"},
+    "starts": {"starts": 2, "trial": 0.5},
 }  # of the autoencoder
 CASES = [
     *METHODS,
@@ -83,7 +86,10 @@ def build(case: str, truth: SimulatedParticles, seed: int = 0) -> Method:
         given = {"poses": truth.poses} if name == "tomo" else {}
         own = {"side": 16, "heads": 2} if name == "amortized" else {}
         settings = config(steps=6, batch=25, **own, **SWITCHES.get(switch, {}))
-        return cls(stack, settings, mask_diameter=DIAMETER, seed=seed, **given)
+        made = partial(cls, stack, settings, mask_diameter=DIAMETER, seed=seed, **given)
+        if switch == "starts":
+            return Starts(lambda start: made(start=start), count=settings.starts, trial=settings.trial)
+        return made()
     raise AssertionError(f"tests/contracts/test_methods.py builds no {name}: add it")
 
 
@@ -147,7 +153,9 @@ def test_state_is_finite_and_rotations_are_rotations(name, whole):
 def test_tensors_that_are_missing_or_cut_are_refused(name, truth, whole, tmp_path: Path):
     sound, made = whole(name), build(name, truth)
     own = [
-        k for k in sound if not k.startswith(OPTIONAL) and not k.endswith("num_batches_tracked")
+        k
+        for k in sound
+        if not re.sub(r"^start\d\.", "", k).startswith(OPTIONAL) and not k.endswith("num_batches_tracked")
     ]  # optional for torch
     assert own
     for key in own:

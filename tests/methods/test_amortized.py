@@ -13,6 +13,7 @@ from cryorbit.methods.amortized import Amortized, TablePoses, Tomo
 from cryorbit.methods.amortized_config import AmortizedConfig, DecoderConfig, TableConfig, checked
 from cryorbit.methods.distillation import Distillation, DistillationConfig, Structure
 from cryorbit.methods.pose_objectives import Observed, best_candidate, evidence_bound, refined_candidate
+from cryorbit.methods.starts import Starts
 from cryorbit.metrics.align import align_poses
 from cryorbit.metrics.fsc import fsc
 from cryorbit.physics.copies import Copies
@@ -24,6 +25,7 @@ from cryorbit.poses.posterior import PosePosterior
 from cryorbit.poses.table import refine_poses
 from cryorbit.simulate.particles import SimulatedParticles, simulate_particles
 from cryorbit.simulate.phantom import phantom
+from cryorbit.training.checkpoint import save_checkpoint
 from cryorbit.training.dataset import ArrayParticles, FourierStack
 from cryorbit.training.loop import run
 from cryorbit.types import Poses
@@ -247,6 +249,49 @@ def test_every_image_is_shown_once_in_a_pass(stack):
     assert (torch.bincount(shown, minlength=80)[10:] == 3).all()
 
 
+def several(stack: FourierStack, count: int, steps: int = 8) -> Starts[Amortized]:
+    config = AmortizedConfig(steps=steps, batch=25, heads=1)
+    return Starts(
+        lambda start: Amortized(stack, config, mask_diameter=DIAMETER, seed=3, start=start), count=count, trial=0.5
+    )
+
+
+def test_the_start_that_leaves_least_unexplained_goes_on_alone(stack):
+    method = several(stack, 3)
+    assert method.total_steps() == 16
+    shown = [[one._batch(i) for i in range(4)] for one in method.starts]
+    assert all(torch.equal(a, b) for other in shown[1:] for a, b in zip(shown[0], other, strict=True))
+    maps = [one.map() for one in method.starts]
+    assert not torch.equal(maps[0], maps[1])
+    left = [[float(method.step(4 * start + inner)["unexplained"]) for inner in range(4)] for start in range(3)]
+    least = min(range(3), key=lambda start: sum(left[start][2:]))
+    assert method.best is method.starts[least]
+    assert max(sum(one[2:]) for one in left) > 1.0001 * sum(left[least][2:])
+    maps = [one.map() for one in method.starts]
+    assert {method.step(12)["start"], method.step(13)["start"]} == {float(least)}
+    same = [torch.equal(before, one.map()) for before, one in zip(maps, method.starts, strict=True)]
+    assert same == [number != least for number in range(3)]
+
+
+def test_one_start_is_the_method_itself(stack):
+    method, plain = several(stack, 1), several(stack, 1).starts[0]
+    run(method)
+    run(plain)
+    assert torch.equal(method.best.map(), plain.map())
+
+
+@pytest.mark.parametrize("stopped", [1, 4, 6, 8, 9])
+def test_starts_go_on_where_they_stopped(stack, stopped, tmp_path):
+    whole, part, resumed = (several(stack, 2) for _ in range(3))
+    run(whole)
+    for index in range(stopped):
+        part.step(index)
+    save_checkpoint(tmp_path / "c", part.state(), {"fingerprint": "", "stage": part.name, "next_step": stopped})
+    run(resumed, checkpoint=tmp_path / "c")
+    assert torch.equal(resumed.best.map(), whole.best.map())
+    assert torch.equal(resumed.unexplained, whole.unexplained)
+
+
 def structure(truth: SimulatedParticles, stack: FourierStack) -> Structure:
     noise = torch.full((9,), (16 * stack.scale) ** 2 * truth.noise_variance)
     return Structure(truth.volume.data * stack.scale, noise, EYE, shift_sd=0.0, strength_sd=0.0)
@@ -308,6 +353,8 @@ def test_an_encoder_knows_more_of_images_it_never_saw_than_chance(truth, stack):
         {"gauss_newton_from": 1.0},
         {"field_rate": 0.0},
         {"objective": "iwae"},
+        {"starts": 0},
+        {"trial": 0.0},
     ],
 )
 def test_settings_that_cannot_work_are_refused(change):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import torch
-from common import APIX, BOX, DIAMETER, LEVELS, Data, commit, simulated, summary, write
+from common import APIX, BOX, LEVELS, Data, commit, from_starts, simulated, summary, write
 from matplotlib import pyplot as plt
 from torch import Tensor
 
@@ -40,22 +40,23 @@ def learnt(
 ) -> tuple[Amortized, list[dict[str, object]], MapComparison]:
     """A network and its map; rows of how the map stood now and then."""
     config = dataclasses.replace(AmortizedConfig(steps=steps), radius_end=0.0)
-    method = Amortized(data.stack, config, mask_diameter=DIAMETER, seed=0)
+    method = from_starts(data.stack, config)
     rows: list[dict[str, object]] = []
     begun, chosen, found = time.process_time(), torch.arange(500), None
 
     def look(stage: str, step: int, total: int, values: dict[str, float | str]) -> None:
         nonlocal found
-        if step % max(1, steps // looks) == 0 or step == total:
-            found = compare_maps(Volume(method.map().cpu(), APIX), truth)
+        if step % max(1, total // looks) == 0 or step == total:
+            best = method.best
+            found = compare_maps(Volume(best.map().cpu(), APIX), truth)
             row = {"step": step, "cpu_s": round(time.process_time() - begun, 1), "commit": commit()}
-            row |= summary(data.errors(method.poses(chosen), chosen))
+            row |= summary(data.errors(best.poses(chosen), chosen))
             curve = [round(float(v), 4) for v in found.fsc_masked]
             rows.append(row | {"resolution_0143_masked_A": found.resolution_0143_masked, "fsc_masked": curve})
 
     run(method, progress=look)
     assert found is not None
-    return method, rows, found
+    return method.best, rows, found
 
 
 def pictures(method: Amortized, data: Data, which: int) -> tuple[Tensor, Tensor]:

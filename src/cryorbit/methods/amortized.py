@@ -122,8 +122,8 @@ class Amortized(Decoding):
         (M,) the particles to learn from; all if None.
     symmetry
         (S, 3, 3) point group of the map; none if None.
-    seed
-        Of starts and batches.
+    seed, start
+        Of batches, and with the number of the start of where the map and the network begin.
     """
 
     name = "amortized"
@@ -137,8 +137,11 @@ class Amortized(Decoding):
         members: Int[Tensor, " m"] | None = None,
         symmetry: Float[Tensor, "s 3 3"] | None = None,
         seed: int = 0,
+        start: int = 0,
     ) -> None:
-        super().__init__(stack, config, mask_diameter=mask_diameter, members=members, symmetry=symmetry, seed=seed)
+        super().__init__(
+            stack, config, mask_diameter=mask_diameter, members=members, symmetry=symmetry, seed=seed, start=start
+        )
         self.config = config
         extent = mask_diameter / stack.pixel_size if config.side else math.inf
         view = View.around(stack.disk, config.side or stack.box, extent)
@@ -151,7 +154,7 @@ class Amortized(Decoding):
             normalised=config.normalised,
             he=config.he,
             bfloat16=config.bfloat16,
-            seed=seed,
+            seed=self.first_seed,
         ).to(stack.device)
         self.seen = view.columns(stack.disk).to(stack.device)
         self.copies, self.moved = (Copies.of(name, view.disk.to(stack.device)) for name in (config.copies, "d4"))

@@ -100,6 +100,9 @@ class AmortizedConfig(DecoderConfig):
         Adam's step for the network's weights.
     bfloat16
         Convolve in bfloat16 where the device has instructions for it, elsewhere in float32.
+    starts, trial
+        Random starts, and the share of the steps that each makes before all but the one that leaves least of the images unexplained are
+        given up (:class:`~cryorbit.methods.starts.Starts`).
     """
 
     parametrisation: str = "s2s2"
@@ -117,6 +120,8 @@ class AmortizedConfig(DecoderConfig):
     side: int = 16
     encoder_rate: float = 1e-3
     bfloat16: bool = True
+    starts: int = 3
+    trial: float = 0.15
 
 
 def _checked_together(config: AmortizedConfig) -> None:
@@ -175,6 +180,8 @@ def checked(config: DecoderConfig) -> None:
             "copies": config.copies in GROUPS,
             "side": config.side == 0 or config.side >= (16 if config.polar else 8),
             "encoder_rate": config.encoder_rate > 0,
+            "starts": 1 <= config.starts <= 100,
+            "trial": 0 < config.trial <= 1,
         }
     for name, good in fine.items():
         if not good:
@@ -183,8 +190,8 @@ def checked(config: DecoderConfig) -> None:
                 f"{name} = {getattr(config, name)!r} is out of range",
                 f"likelihood: {', '.join(LIKELIHOODS)}; parametrisation: {', '.join(PARAMETRISATIONS)}; copies: {', '.join(GROUPS)}; "
                 f"objective: {', '.join(OBJECTIVES)}; radii not negative and the last at least the first; march 0 to 1; heads 1 to 64; "
-                "gauss_newton 0 to 20, from a share of the steps below 1; side 0 or at least 8, 16 where polar; counts "
-                "and rates positive, batches of 2 or more where they are normalised",
+                "gauss_newton 0 to 20, from a share of the steps below 1; side 0 or at least 8, 16 where polar; starts 1 to 100, each "
+                "for a trial above 0 and up to 1 of the steps; counts and rates positive, batches of 2 or more where they are normalised",
             )
     if isinstance(config, AmortizedConfig):
         _checked_together(config)

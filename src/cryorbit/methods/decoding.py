@@ -25,6 +25,7 @@ from cryorbit.volumes.voxel import VoxelVolume
 _NOISE_RATE = 0.05
 _LEAST_NOISE = 1e-4  # of the images' own power
 _CLIP = 1.0  # norm of a step's gradient in the network
+_APART = 15_485_863  # between the seeds of two starts; a generator sees 32 bits of a seed
 _BLOB = 0.25  # standard deviation of the first map in particle diameters
 
 
@@ -45,6 +46,8 @@ class Decoding:
         (S, 3, 3) point group of the map: at every step each image counts at one of its S equivalent poses, drawn anew. No symmetry if None.
     seed
         Of starts and batches.
+    start
+        Which of the starts from this seed: the batches, and copies drawn of images, are the same for all.
     """
 
     name = ""
@@ -58,9 +61,11 @@ class Decoding:
         members: Int[Tensor, " m"] | None = None,
         symmetry: Float[Tensor, "s 3 3"] | None = None,
         seed: int = 0,
+        start: int = 0,
     ) -> None:
         checked(config)
         self.stack, self.decoder, self.seed, self.mask_diameter = stack, config, seed, mask_diameter
+        self.first_seed = seed + start * _APART  # of what the map and what proposes poses begin with
         self.members = torch.arange(len(stack)) if members is None else members
         self.symmetry = (torch.eye(3)[None] if symmetry is None else symmetry).to(stack.device)
         device, diameter = stack.device, mask_diameter / stack.pixel_size
@@ -76,13 +81,13 @@ class Decoding:
         """And how far Adam's steps in it go."""
         c, start = self.decoder, self._first_map(diameter)
         if c.volume == "neural":
-            return NeuralVolume.from_map(start, width=c.field_width, seed=self.seed, unit=self.unit), c.field_rate
+            return NeuralVolume.from_map(start, width=c.field_width, seed=self.first_seed, unit=self.unit), c.field_rate
         return VoxelVolume.from_map(start), c.volume_rate * self.unit
 
     def _first_map(self, diameter: float) -> Float[Tensor, "d d d"]:
         """A ball with a soft rim and a little noise; only noise where the radius does not march (papers/001 algorithm 1)."""
         d = self.stack.box
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003)
+        generator = torch.Generator().manual_seed(self.first_seed * 1_000_003)
         noise = torch.rand(d, d, d, generator=generator).to(self.mask) * self.unit
         if not self.decoder.radius_start:
             return noise

@@ -60,6 +60,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "amortized.fit_shift=false",
         "amortized.side=0",
         "amortized.bfloat16=false",
+        "amortized.starts=1",
     ),
 }
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from cryorbit.errors import ConfigError
@@ -12,6 +12,7 @@ from cryorbit.groups.point import point_group
 from cryorbit.methods.amortized import Amortized
 from cryorbit.methods.amortized_config import AmortizedConfig
 from cryorbit.methods.halves import HALVES, members_of
+from cryorbit.methods.starts import Starts
 from cryorbit.methods.symmetric import averaged
 from cryorbit.networks.cnn import SMALLEST_SIDE
 from cryorbit.pipeline.config import RunConfig
@@ -79,15 +80,22 @@ def learnt_maps(
     Two (D, D, D) maps, each in a frame and hand of its own.
     """
     maps, group = [], point_group(inputs.symmetry).float()
+    settings = settings_of(config, len(group))
     for half in HALVES:
-        method = Amortized(
-            stack,
-            settings_of(config, len(group)),
-            mask_diameter=inputs.mask_diameter,
-            members=members_of(inputs.half_set, half),
-            symmetry=group,
-            seed=2 * config.seed + half,
-        )
+        members = members_of(inputs.half_set, half)
+
+        def begun(start: int, members: Int[Tensor, " m"] = members, seed: int = 2 * config.seed + half) -> Amortized:
+            return Amortized(
+                stack,
+                settings,
+                mask_diameter=inputs.mask_diameter,
+                members=members,
+                symmetry=group,
+                seed=seed,
+                start=start,
+            )
+
+        method = Starts(begun, count=settings.starts, trial=settings.trial)
         method.name = f"{Amortized.name} {half}"
         run(
             method,
@@ -96,5 +104,5 @@ def learnt_maps(
             progress=progress,
             fingerprint=fingerprint,
         )
-        maps.append(averaged(method.map(), group))
+        maps.append(averaged(method.best.map(), group))
     return maps[0], maps[1]
