@@ -19,7 +19,7 @@ from cryorbit.methods.moments import (
 )
 from cryorbit.metrics.map_search import align_volumes
 from cryorbit.physics.fourier import fourier_to_volume, volume_to_fourier
-from cryorbit.physics.image_moments import ImageMoments, moments_of_slices, relative_errors
+from cryorbit.physics.image_moments import Blur, ImageMoments, moments_of_slices, relative_errors
 from cryorbit.physics.polar import PolarBasis
 from cryorbit.physics.slicing import project
 from cryorbit.physics.third_moments import ThirdFilters, third_of_slices
@@ -106,15 +106,61 @@ def test_particles_shifted_by_a_known_sigma_have_the_moments_of_centred_ones(tmp
         return float(wrong.norm() / (found.second[:, 1:, 1:] / scale).norm())
 
     blurred, restored = (particle_moments(moved, 5, mask_diameter=64.0, shift_sigma=s) for s in (0.0, 4.0))
-    assert restored.basis == found.basis
-    assert off(restored) < 0.5 * off(blurred)
+    assert restored.basis.radius > found.basis.radius  # shifted particles reach further
+    assert restored.centred().basis == found.basis
+    assert off(restored.centred()) < 0.5 * off(blurred)
     for wrong in (-1.0, math.nan, math.inf, 40.0):
         with pytest.raises(DataError, match="DATA416"):
             particle_moments(moved, 5, mask_diameter=64.0, shift_sigma=wrong)
 
 
+def test_a_fit_blurs_what_a_map_predicts_as_shifts_do(exact):
+    """The true map's moments match those of shifted images where the fit knows of the shifts, and their circle."""
+    wide = PolarBasis(24, 5, 12.0)
+    blur = Blur(POLAR, 1.2, inner=POLAR.orders, outer=wide.orders)
+    shifted = ImageMoments(*blur(exact.first, exact.second), wide, shift_sigma_px=1.2, particle_radius_px=10.0)
+    still, moved = (MomentFit(m, QUICK, 5) for m in (exact, shifted))
+    found = still.minimised(still.scaled(still.maps.start(torch.Generator().manual_seed(0))), still.uniform, 100)
+    assert moved.maps.polar == still.maps.polar
+    errors = [max(fit.as_map(found).errors) for fit in (still, moved)]
+    assert errors[1] < 1.2 * errors[0] < 0.1
+    filters = ThirdFilters.random(POLAR, exact.power, 2, 3, torch.Generator().manual_seed(0))
+    third = third_of_slices(filters, still.maps.slices(found[0]), still.density(found[1]))
+    with pytest.raises(DataError, match="DATA418"):
+        invert_from(shifted, QUICK, found[0], third)
+
+
+def test_entries_of_large_variance_count_less(exact, generator):
+    """Every other ring's cross terms are noise: a fit that knows is nearer to the moments without noise than one that does not."""
+    first, second = (torch.zeros_like(x.real) for x in (exact.first, exact.second))
+    ring = torch.arange(6)
+    crossed = (ring[:, None] - ring).abs() % 2 == 1
+    second[:, crossed] = 4.0 * (exact.power[:, None] * exact.power)[crossed]
+    noise = second.sqrt() * torch.randn(second.shape, generator=generator).tril()
+    noisy = ImageMoments(exact.first, exact.second + noise + noise.mT, POLAR, (first, second))
+    still, plain, weighed = (
+        MomentFit(m, replace(QUICK, tolerance=t, positivity=0.0), 5)
+        for m, t in ((exact, 0.0), (noisy, 0.0), (noisy, 0.01))
+    )
+    start = still.scaled(still.maps.start(torch.Generator().manual_seed(0)))
+    found = [fit.minimised(start, fit.uniform, 150)[:2] for fit in (plain, weighed)]
+    errors = [float(still.objective(*x)) for x in found]
+    assert errors[1] < 0.1 * errors[0]
+    with pytest.raises(DataError, match="DATA417"):
+        MomentFit(exact, replace(QUICK, tolerance=0.01), 5)
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"rings": 6}, {"rings": 1}, {"kept": 4}, {"degree": 0}, {"gaussians": -1}, {"view_degree": -1}]
+    "wrong",
+    [
+        {"rings": 6},
+        {"tolerance": -1.0},
+        {"rings": 1},
+        {"kept": 4},
+        {"degree": 0},
+        {"gaussians": -1},
+        {"view_degree": -1},
+    ],
 )
 def test_settings_that_cannot_work_are_refused(exact, wrong):
     config = MomentsConfig(**({"starts": 3, "kept": 1} | wrong))

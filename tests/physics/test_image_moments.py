@@ -1,6 +1,7 @@
 """Polar coefficients, and moments of images: what rotations, noise and CTF do to them."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from cryorbit.errors import ConfigError, DataError
 from cryorbit.groups import so3
 from cryorbit.physics.cryoem import form_images
 from cryorbit.physics.fourier import disk_to_images, fourier_disk, images_to_disk
-from cryorbit.physics.image_moments import ImageMoments, ImageMomentSums, moments_of_slices, relative_errors
+from cryorbit.physics.image_moments import Blur, ImageMoments, ImageMomentSums, moments_of_slices, relative_errors
 from cryorbit.physics.noise import coloured_spectrum, radial_noise
 from cryorbit.physics.polar import PolarBasis
 from cryorbit.physics.slicing import project
@@ -70,11 +71,60 @@ def test_moments_of_shifted_images_are_those_of_centred_ones_once_blur_is_undone
     moved = disk_to_images(form_images(images_to_disk(images, disk), moves, disk, None), disk)
     basis = PolarBasis(24, 5, 12.0)
     still, seen = (ImageMomentSums.of(basis, x, 0.0).debiased(torch.ones(1)) for x in (images, moved))
-    before, after = relative_errors(seen, still), relative_errors(seen.centred(sigma), still)
+    known = replace(seen, shift_sigma_px=sigma)
+    before, after = relative_errors(seen, still), relative_errors(known.centred(), still)
     assert all(float(b) > 0.03 for b in before)
     assert all(float(a) < 0.1 * float(b) for a, b in zip(after, before, strict=True))
-    unchanged = relative_errors(still.centred(0.0), still)
-    assert all(float(u) < 1e-6 for u in unchanged)
+    assert all(float(u) < 1e-6 for u in relative_errors(still.centred(), still))
+    blur = Blur(basis, sigma, inner=basis.orders, outer=basis.orders)
+    forward = relative_errors(ImageMoments(*blur(still.first, still.second), basis), seen)
+    assert all(float(f) < 0.1 * float(b) for f, b in zip(forward, before, strict=True))
+
+
+def test_blur_is_a_product_over_angles(generator):
+    """Beside the moments as a function of two points of Fourier space, multiplied by what shifts leave there."""
+    basis, sigma, orders = PolarBasis(24, 3, 10.0), 1.5, 4
+    first = torch.randn(4, dtype=torch.complex128, generator=generator)
+    c = torch.randn(6, orders + 1, 4, dtype=torch.complex128, generator=generator)
+    by_order = c.permute(1, 2, 0)
+    second = by_order @ by_order.mH
+    second[0] = second[0].real.to(second)  # as of real images: order -m is the conjugate of order m
+    blur = Blur(basis, sigma, inner=orders, outer=orders + 9)
+    found_first, found = blur(first, second)
+
+    def at(blocks, theta):
+        m = torch.arange(1, len(blocks)).double()
+        return (blocks[0] + 2 * torch.einsum("mkl,m->kl", blocks[1:], torch.exp(1j * m * theta))).real
+
+    k = torch.arange(4).double()
+    steep = 2 * (math.pi * sigma / 24) ** 2
+    for theta in (0.0, 0.7, 2.9):
+        apart = k[:, None] ** 2 + k**2 - 2 * k[:, None] * k * math.cos(theta)
+        torch.testing.assert_close(
+            at(found, theta), at(second, theta) * torch.exp(-steep * apart), rtol=1e-6, atol=1e-6
+        )
+    torch.testing.assert_close(found_first, first * torch.exp(-steep * k**2))
+
+
+@pytest.mark.parametrize("with_ctf", [False, True])
+def test_variance_is_the_spread_of_estimates_over_data_sets(volume, with_ctf, generator):
+    clean, sets = simulated(volume, generator, 300), 150
+    rings = 1.0 + 0.5 * torch.rand(300, BASIS.rings + 1, generator=generator) if with_ctf else None
+    sd, found = 2.0 * float(clean.std()), []
+    for _ in range(sets):
+        chosen = torch.randint(300, (300,), generator=generator)
+        noisy = clean[chosen] + sd * torch.randn(clean.shape, generator=generator)
+        part = ImageMomentSums.of(BASIS, noisy, sd**2, None if rings is None else rings[chosen])
+        found.append(part.debiased(torch.ones(1)))
+    for which, name in enumerate(("first", "second")):
+        estimates = torch.stack([getattr(one, name) for one in found])
+        spread = (estimates - estimates.mean(dim=0)).abs().square().mean(dim=0)
+        said = torch.stack([one.variance[which] for one in found]).mean(dim=0)
+        seen = spread > 1e-9 * spread.max()  # others hold rounding, or nothing
+        ratio = (said / spread)[seen]
+        assert 0.9 < float(ratio.median()) < (1.3 if with_ctf else 1.1)  # that CTFs differ counts as spread
+        assert 0.5 < float(ratio.min()) < float(ratio.max()) < 2.0
+        assert float(said[~seen].sum()) < 1e-6 * float(said.max())
 
 
 def simulated(volume, generator, count=4000):
@@ -114,6 +164,8 @@ def test_moments_of_noisy_images_with_ctf_are_those_of_clean_ones_without(volume
         square.sum(dim=0),
         square.mT @ square,
         (ctf * (strength * sd**2)[:, None]).double().mT @ ctf.double(),
+        torch.zeros(BASIS.rings + 1),
+        torch.zeros(by_order.shape[0], BASIS.rings + 1, BASIS.rings + 1),
         len(clean),
     )
     assert max(map(float, relative_errors(sums.debiased(coloured_spectrum(24, 4.0)), exact))) < 0.08

@@ -13,7 +13,7 @@ views as in images.py, moments exact over the 4000 views unless the case says im
 * noise: white noise in the ball with the shells' power of 4AKE.
 
 Compared are the network's map (the head of the least objective at its best density), the best of all heads' maps after L-BFGS (``invert_from``;
-again by the objective), and the best of ten random starts. ``likeness`` is the best correlation with any molecule of the training, over
+again by the objective), and the best of ten random starts. ``weighed``: of images, the refined map once more, entries over their variance (``MomentsConfig.tolerance``). ``likeness`` is the best correlation with any molecule of the training, over
 rotations and hands: a map like them where the truth is not is made up. ``unlike_training`` is the size of the network's inputs (below 1
 for most that is like the training).
 
@@ -56,6 +56,7 @@ BOX, RINGS, RADIUS, PIXEL, DEGREE, MARGIN = 32, 9, 14.0, 3.2, 10, 2
 POLAR = PolarBasis(BOX, RINGS, RADIUS)
 BASIS = BallBasis(BOX, RADIUS, RINGS + MARGIN, DEGREE)
 REFINED = MomentsConfig(degree=DEGREE, margin=MARGIN)
+WEIGHED_BY_ERROR = replace(REFINED, tolerance=0.003)
 RANDOM = MomentsConfig(degree=DEGREE, starts=10, kept=3)
 MODELS = {"1igy": "1igy.cif", "1aon": "1aon.pdb.gz"}
 IMAGES, FILTERS = 100_000, 64
@@ -117,7 +118,9 @@ def seen(volume: Tensor, case: str, seed: int) -> ImageMoments:
     generator = torch.Generator().manual_seed(seed)
     optics = OPTICS[case]
     moments = summed(POLAR, noisy_images(volume, library, IMAGES, generator, optics), 0, generator)[0]
-    return moments.centred(optics.shift_sigma_px) if optics and not case.endswith("blurred") else moments
+    return (
+        replace(moments, shift_sigma_px=optics.shift_sigma_px) if optics and not case.endswith("blurred") else moments
+    )
 
 
 def third_row(prior: MomentPrior, seed: int) -> dict[str, Any]:
@@ -187,6 +190,12 @@ def one(prior: MomentPrior, case: str, seed: int, data: Path) -> dict[str, Any]:
     refined = min((invert_from(moments, REFINED, a) for _, _, a in starts), key=lambda found: found.objective)
     taken = time.process_time() - begun
     random = invert_moments(moments, RANDOM, torch.Generator().manual_seed(seed))
+    weighed = {}
+    if moments.variance is not None:
+        found = min(
+            (invert_from(moments, WEIGHED_BY_ERROR, a) for _, _, a in starts), key=lambda found: found.objective
+        )
+        weighed["weighed"] = compared(found.volume, volume, pixel) | {"objective": found.objective}
 
     def judged(found: Tensor) -> dict[str, float | None]:
         return compared(found, volume, pixel) | {"likeness": likeness(prior, BASIS.nearest(found).float())}
@@ -195,13 +204,14 @@ def one(prior: MomentPrior, case: str, seed: int, data: Path) -> dict[str, Any]:
         "case": case,
         "seed": seed,
         "pixel_A": pixel,
-        "moments_off": [float(x) for x in relative_errors(moments, seen(volume, "exact", seed))],
+        "moments_off": [float(x) for x in relative_errors(moments.centred(), seen(volume, "exact", seed))],
         "unlike_training": prior.strangeness(moments),
         "truth_likeness": likeness(prior, BASIS.nearest(volume).float()),
         "network": judged(BASIS.volume(start)) | {"objective": alone},
         "refined": judged(refined.volume) | {"objective": refined.objective, "matched_to": refined.errors},
         "random": judged(random.volume) | {"objective": random.objective, "matched_to": random.errors},
         "network_and_refinement_cpu_s": taken,
+        **weighed,
     }
 
 

@@ -24,6 +24,10 @@ _WIDTH = 3.5  # first Gaussians are one over so many times the finest detail wid
 class MapFamily(Protocol):
     """Maps told by a vector of real numbers, on rings ``k = 0 .. rings`` of a polar basis."""
 
+    @property
+    def polar(self) -> PolarBasis:
+        """Of the slices."""
+
     def slices(self, parameters: Float[Tensor, " n"]) -> Complex[Tensor, "v m k"]:
         """Angular Fourier coefficients from every direction."""
 

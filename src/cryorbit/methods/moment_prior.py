@@ -191,7 +191,8 @@ class MomentPrior:
         return out.view(len(scaled), self.config.heads, -1) * self.spread
 
     def _scaled(self, moments: ImageMoments) -> Float[Tensor, "1 f"]:
-        """The moments as the network takes them; CONF120 of another box or circle, or too few rings."""
+        """Moments of centred particles as the network takes them; CONF120 of another box or circle, or too few rings."""
+        moments = moments.centred() if moments.shift_sigma_px else moments
         found, needed = moments.basis, self.basis
         if (found.box, found.radius) != (needed.box, needed.radius) or found.rings < self.rings:
             raise ConfigError(

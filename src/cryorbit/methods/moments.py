@@ -28,6 +28,7 @@ from cryorbit.methods.moment_maps import BallMaps, MapFamily, MixtureMaps
 from cryorbit.physics.ctf import ctf
 from cryorbit.physics.fourier import fourier_disk
 from cryorbit.physics.image_moments import (
+    Blur,
     ImageMoments,
     ImageMomentSums,
     check_shifts,
@@ -77,6 +78,9 @@ class MomentsConfig:
         The map is a sum of so many Gaussians; 0: any map in a ball, to which ``degree``, ``positivity`` and ``margin`` apply.
     view_degree
         Largest degree of the spherical harmonics of the density's logarithm; 0: one number per direction.
+    tolerance
+        Entries are weighed by one over their variance and the square of this share of the power of their two rings, by which what a map
+        predicts may be off; 0: by the power of the rings alone (eq. 30).
     """
 
     rings: int = 0
@@ -91,6 +95,7 @@ class MomentsConfig:
     third: float = 10.0
     gaussians: int = 0
     view_degree: int = 0
+    tolerance: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ def particle_moments(
     mask_diameter
         Particle diameter in angstrom: pixels within it count, those outside are background.
     shift_sigma
-        Standard deviation in angstrom of each coordinate of the particles' shifts, whose effect is taken out (:meth:`ImageMoments.centred`).
+        Standard deviation in angstrom of each coordinate of the particles' shifts, which an inversion reckons with.
     """
     own, sigma = 0.5 * mask_diameter / particles.pixel_size, shift_sigma / particles.pixel_size
     basis = PolarBasis(particles.box, rings, min(own, particles.box / 2))
@@ -137,7 +142,8 @@ def particle_moments(
         total = sums if total is None else total + sums
     assert total is not None
     spectrum[0] = spectrum[1]  # shell 0 of a background without its mean says nothing
-    return total.debiased(spectrum).centred(sigma).inside(basis.radius)
+    found = total.debiased(spectrum)
+    return replace(found, shift_sigma_px=sigma, particle_radius_px=basis.radius)
 
 
 def _ring_ctf(particles: ParticleSource, block: Int[Tensor, " b"], basis: PolarBasis) -> Float[Tensor, "b k"] | None:
@@ -178,7 +184,7 @@ class MomentFit:
         self.third = third
         self.moments, self.config = moments.within(rings), config
         self.rotations = view_directions(config.order)
-        polar = self.moments.basis
+        polar = self.moments.centred_basis
         self.maps: MapFamily = (
             MixtureMaps(polar, self.rotations, config.gaussians)
             if config.gaussians
@@ -189,9 +195,27 @@ class MomentFit:
             if config.view_degree
             else torch.eye(len(self.rotations))
         )
-        power = self.moments.power.clamp(min=0)
-        self.weight = 1 / (power + config.floor * power.max()).float()
+        sigma = self.moments.shift_sigma_px
+        self.blur = Blur(polar, sigma, inner=polar.orders, outer=self.moments.basis.orders) if sigma else None
+        self.weights = self._weights()
         self.target = (self.moments.first.to(torch.complex64), self.moments.second.to(torch.complex64))
+
+    def _weights(self) -> tuple[Float[Tensor, " k"], Float[Tensor, "m k k"]]:
+        """Of the squared mismatch of each entry of both moments; orders m > 0 count twice, for m and -m."""
+        power, c = self.moments.power.clamp(min=0), self.config
+        level = power + c.floor * power.max()
+        first, second = level, (level[:, None] * level).expand_as(self.moments.second.real)
+        if c.tolerance:
+            if self.moments.variance is None:
+                raise DataError(
+                    "DATA417", "these moments do not know their errors", "set tolerance to 0, or sum moments of images"
+                )
+            first, second = (
+                c.tolerance**2 * a + b for a, b in zip((first, second), self.moments.variance, strict=True)
+            )
+        second = 2 / second
+        second[0] *= 0.5
+        return (1 / first).float(), second.float()
 
     @property
     def uniform(self) -> Float[Tensor, " l"]:
@@ -203,8 +227,13 @@ class MomentFit:
         return torch.softmax(self.harmonics @ views, 0)
 
     def predicted(self, parameters: Float[Tensor, " n"], views: Float[Tensor, " l"]) -> ImageMoments:
-        """Moments of a map and a density."""
-        return moments_of_slices(self.maps.slices(parameters), self.density(views), self.moments.basis)
+        """Moments of a map and a density, of particles shifted as those of the images."""
+        return self._blurred(moments_of_slices(self.maps.slices(parameters), self.density(views), self.maps.polar))
+
+    def _blurred(self, moments: ImageMoments) -> ImageMoments:
+        if self.blur is None:
+            return moments
+        return ImageMoments(*self.blur(moments.first, moments.second), self.moments.basis)
 
     def scaled(self, parameters: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """The same map, of the right power."""
@@ -214,13 +243,11 @@ class MomentFit:
     def objective(self, parameters: Float[Tensor, " n"], views: Float[Tensor, " l"]) -> Float[Tensor, ""]:
         """Weighted squared mismatch and penalty; about 1 for an empty map."""
         slices, density = self.maps.slices(parameters), self.density(views)
-        found, (first, second) = moments_of_slices(slices, density, self.moments.basis), self.target
-        both = self.weight[:, None] * self.weight
-        twice = torch.full((len(second), 1, 1), 2.0)
-        twice[0] = 1.0
-        off_second = (twice * both * (found.second - second).abs().square()).sum()
-        off_first = (self.weight * (found.first - first).abs().square()).sum()
-        whole = (twice * both * second.abs().square()).sum() + (self.weight * first.abs().square()).sum()
+        found = self._blurred(moments_of_slices(slices, density, self.maps.polar))
+        (first, second), (weigh_first, weigh_second) = self.target, self.weights
+        off_second = (weigh_second * (found.second - second).abs().square()).sum()
+        off_first = (weigh_first * (found.first - first).abs().square()).sum()
+        whole = (weigh_second * second.abs().square()).sum() + (weigh_first * first.abs().square()).sum()
         mismatch = (off_second + off_first) / whole + self.config.positivity * self.maps.penalty(parameters)
         if self.third is None:
             return mismatch
@@ -259,11 +286,13 @@ class MomentFit:
         return MomentMap(self.maps.volume(parameters), self.density(views), self.rotations, objective, errors)
 
 
-def _check(moments: ImageMoments, config: MomentsConfig, rings: int) -> None:
-    """CONF115 settings out of range, DATA409 moments without a signal."""
+def _check(moments: ImageMoments, config: MomentsConfig, rings: int, third: ThirdMoments | None) -> None:
+    """CONF115 settings out of range, DATA409 moments without a signal, DATA418 third moments of shifted images."""
     most = len(moments.first) - 1
     counts = 1 <= config.kept <= config.starts and min(config.degree, config.iterations) >= 1
-    least = min(config.order, config.gaussians, config.margin, config.positivity, config.third, config.floor)
+    least = min(
+        config.order, config.gaussians, config.margin, config.positivity, config.third, config.floor, config.tolerance
+    )
     directions = 12 * 4**config.order  # of HEALPix
     if not (2 <= rings <= most and counts and least >= 0 and 1 <= (config.view_degree + 1) ** 2 <= directions):
         raise ConfigError(
@@ -272,6 +301,8 @@ def _check(moments: ImageMoments, config: MomentsConfig, rings: int) -> None:
             f"rings 2 to {most} (0: all), degree and iterations at least 1, kept from 1 to starts, nothing below 0, and no more harmonics "
             f"of views than there are directions ({directions})",
         )
+    if third and moments.shift_sigma_px:
+        raise DataError("DATA418", "third moments of particles that are not centred", "centre them, or do without")
     power = float(moments.power.sum())
     if not (math.isfinite(power) and power > 0 and bool(moments.first.isfinite().all())):
         raise DataError(
@@ -290,7 +321,7 @@ def invert_moments(
     Parameters
     ----------
     moments
-        Debiased, of centred images.
+        Debiased; shifts that the images have are reckoned with.
     config
         Settings.
     generator
@@ -303,10 +334,10 @@ def invert_moments(
     ConfigError
         CONF115 settings out of range.
     DataError
-        DATA409 moments without a signal.
+        DATA409 moments without a signal; DATA417 ``tolerance`` for moments without variances; DATA418 third moments of shifted images.
     """
     rings = config.rings or len(moments.first) - 1
-    _check(moments, config, rings)
+    _check(moments, config, rings, third)
     stages = sorted({max(2, rings // 2), max(2, round(0.8 * rings)), rings})
     fit = MomentFit(moments, config, stages[0])
     found = sorted((_random_start(fit, generator) for _ in range(config.starts)), key=lambda x: x[2])
@@ -333,7 +364,7 @@ def invert_from(
     Parameters
     ----------
     moments
-        Debiased, of centred images.
+        Debiased; shifts that the images have are reckoned with.
     config
         Settings; ``rings``, ``starts`` and ``kept`` are not looked at.
     parameters
@@ -346,10 +377,10 @@ def invert_from(
     ConfigError
         CONF115 settings out of range; CONF119 not a start of this family.
     DataError
-        DATA409 moments without a signal.
+        DATA409 moments without a signal; DATA417 ``tolerance`` for moments without variances; DATA418 third moments of shifted images.
     """
     rings = len(moments.first) - 1
-    _check(moments, config, rings)
+    _check(moments, config, rings, third)
     fit = MomentFit(moments, config, rings, third)
     expected, given = len(fit.maps.start(torch.Generator())), parameters.detach().float()
     if given.shape != (expected,) or not bool(given.isfinite().all()) or not bool(given.any()):

@@ -10,7 +10,8 @@ images, ``M2 = sum h_k h_k' (c c* - noise) / sum (h_k h_k')^2`` with h the CTF a
 
 Shifts that are normal, isotropic and independent of the view, of sigma ``s`` pixels in each coordinate, multiply ``E F(k) F(k')*`` by
 ``exp(-2 pi^2 s^2 |k - k'|^2 / D^2)`` (k, k' here vectors of Fourier space), which depends on the angle between k and k' alone: moments of
-particles that are not centred are those of centred ones times that, and :meth:`ImageMoments.centred` takes it out.
+particles that are not centred are those of centred ones times that. :class:`Blur` does this to what a map predicts;
+:meth:`ImageMoments.centred` takes it out of what was measured.
 """
 
 import math
@@ -25,6 +26,7 @@ from cryorbit.physics.polar import PolarBasis
 
 _LEAST_RING = 0.1  # of the last ring, that shifts leave: beyond, moments are those of the damping more than of images
 _LEAST_BLUR = 1e-3  # square of the share of a moment below which it is not divided by it
+_ANGLES = 64
 
 
 def ring_power(second: Complex[Tensor, "*batch m k k"]) -> Float[Tensor, "*batch k"]:
@@ -52,62 +54,108 @@ def check_shifts(basis: PolarBasis, shift_sigma_px: float) -> None:
         )
 
 
+class Blur:
+    """What shifts make of the moments of centred particles, or that undone.
+
+    Parameters
+    ----------
+    basis
+        Rings.
+    shift_sigma_px
+        Standard deviation of each coordinate of the shifts.
+    inner, outer
+        Largest order of what comes in and of what goes out.
+    undone
+        Divide. Angles at which a shift leaves less than a few per cent of a moment are damped, not restored (Wiener).
+    """
+
+    def __init__(
+        self, basis: PolarBasis, shift_sigma_px: float, *, inner: int, outer: int, undone: bool = False
+    ) -> None:
+        def gain(square: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+            blur = torch.exp(-2 * (math.pi * shift_sigma_px / basis.box) ** 2 * square)
+            return blur * (1 + _LEAST_BLUR) / (blur.square() + _LEAST_BLUR) if undone else blur
+
+        k = torch.arange(basis.rings + 1, dtype=torch.float64)
+        count = max(_ANGLES, 4 * (inner + outer + 1))  # more than the products have orders
+        angle = 2 * math.pi / count * torch.arange(count, dtype=torch.float64)
+        apart = k[:, None, None] ** 2 + k[:, None] ** 2 - 2 * k[:, None, None] * k[:, None] * angle.cos()
+        orders = torch.arange(inner + outer + 1, dtype=torch.float64)
+        by_order = torch.einsum("kln,mn->mkl", gain(apart), (orders[:, None] * angle).cos()) / count
+        ins, outs = torch.arange(inner + 1), torch.arange(outer + 1)[:, None]
+        minus, plus = by_order[(outs - ins).abs()], by_order[outs + ins]  # order -m is the conjugate of order m
+        plus[:, 0] = 0
+        self.first, self.real, self.imaginary = gain(k.square()), minus + plus, minus - plus
+
+    def __call__(
+        self, first: Complex[Tensor, " k"], second: Complex[Tensor, "m k k"]
+    ) -> tuple[Complex[Tensor, " k"], Complex[Tensor, "n k k"]]:
+        """Both moments; differentiable."""
+        parts = (
+            torch.einsum("nmkl,mkl->nkl", turn.to(part), part)
+            for turn, part in ((self.real, second.real), (self.imaginary, second.imag))
+        )
+        return first * self.first.to(first.real), torch.complex(*parts)
+
+
 @dataclass(frozen=True)
 class ImageMoments:
-    """Noise-free moments: ``first`` (K + 1,) and ``second`` (M + 1, K + 1, K + 1), Hermitian in its last axes; of ``basis``."""
+    """Noise-free moments of images.
+
+    Attributes
+    ----------
+    first, second
+        (K + 1,) and (M + 1, K + 1, K + 1), Hermitian in its last axes; of ``basis``.
+    basis
+        Rings and orders.
+    variance
+        Of the entries of both, ``E |estimate - moment|^2``, from their spread over the images (that CTFs differ counts as spread); None where
+        they are exact.
+    shift_sigma_px
+        Standard deviation of each coordinate of shifts that the images still have, in pixels.
+    particle_radius_px
+        Of the circle within which centred particles lie, where that of the basis is wider so that shifts do not cut them off.
+    """
 
     first: Complex[Tensor, " k"]
     second: Complex[Tensor, "m k k"]
     basis: PolarBasis
+    variance: tuple[Float[Tensor, " k"], Float[Tensor, "m k k"]] | None = None
+    shift_sigma_px: float = 0.0
+    particle_radius_px: float | None = None
 
     @property
     def power(self) -> Float[Tensor, " k"]:
         """Mean ``|F|^2`` on each ring: all orders, m and -m."""
         return ring_power(self.second)
 
+    @property
+    def centred_basis(self) -> PolarBasis:
+        """Of the same particles without shifts: a smaller circle, fewer orders."""
+        return replace(self.basis, radius=self.particle_radius_px or self.basis.radius)
+
     def within(self, rings: int) -> "ImageMoments":
         """Rings 0 to ``rings``."""
         inner = slice(0, rings + 1)
         basis = replace(self.basis, rings=rings)
-        return ImageMoments(self.first[inner], self.second[: basis.orders + 1, inner, inner], basis)
+        orders = slice(0, basis.orders + 1)
+        variance = self.variance and (self.variance[0][inner], self.variance[1][orders, inner, inner])
+        return replace(
+            self, first=self.first[inner], second=self.second[orders, inner, inner], basis=basis, variance=variance
+        )
 
-    def centred(self, shift_sigma_px: float) -> "ImageMoments":
-        """Moments that the same particles would have if they were centred.
-
-        Parameters
-        ----------
-        shift_sigma_px
-            Standard deviation of each coordinate of the shifts that images were summed with, in pixels. The particles lie within the circle of
-            the basis wherever they are shifted. Angles at which a shift leaves less than a few per cent of a moment are damped, not
-            restored (Wiener).
+    def centred(self) -> "ImageMoments":
+        """Moments that the same particles would have if they were centred; their variance is not carried over.
 
         Raises
         ------
         DataError
             As :func:`check_shifts`.
         """
-        check_shifts(self.basis, shift_sigma_px)
-        k = torch.arange(self.basis.rings + 1, dtype=torch.float64, device=self.first.device)
-        order = torch.arange(self.basis.orders + 1, dtype=torch.float64, device=k.device)
-        count = 4 * len(order)  # angles: more than the blurred moments, which have more orders, can need
-        angle = 2 * math.pi / count * torch.arange(count, dtype=torch.float64, device=k.device)
-        apart = k[:, None, None] ** 2 + k[:, None] ** 2 - 2 * k[:, None, None] * k[:, None] * angle.cos()
-        steep = 2 * (math.pi * shift_sigma_px / self.basis.box) ** 2
-
-        def undone(square: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-            blur = torch.exp(-steep * square)
-            return blur * (1 + _LEAST_BLUR) / (blur.square() + _LEAST_BLUR)
-
-        wave = torch.polar(torch.ones_like(order[:, None] * angle), order[:, None] * angle)
-        both = torch.where(order == 0, 1.0, 2.0)  # order -m is the conjugate of order m
-        around = torch.einsum("mkl,mn->kln", self.second.to(wave) * both[:, None, None], wave).real * undone(apart)
-        second = torch.einsum("kln,mn->mkl", around.to(wave), wave.conj()) / count
-        return ImageMoments(self.first.to(wave) * undone(k.square()), second, self.basis)
-
-    def inside(self, radius: float) -> "ImageMoments":
-        """The same of particles known to lie within a smaller circle of ``radius`` pixels: fewer orders."""
-        basis = replace(self.basis, radius=radius)
-        return ImageMoments(self.first, self.second[: basis.orders + 1], basis)
+        check_shifts(self.basis, self.shift_sigma_px)
+        basis, orders = self.centred_basis, self.basis.orders
+        undo = Blur(self.basis, self.shift_sigma_px, inner=orders, outer=basis.orders, undone=True)
+        return ImageMoments(*undo(self.first, self.second), basis)
 
 
 @dataclass(frozen=True)
@@ -124,6 +172,8 @@ class ImageMomentSums:
         (K + 1,) sums of ``h^2`` and (K + 1, K + 1) of ``h^2 h'^2``.
     noise
         (K + 1, K + 1) sums of ``h h'`` times the noise's strength.
+    spread_first, spread_second
+        Sums of the squared magnitudes of what ``first`` and ``second`` sum.
     count
         Images.
     """
@@ -134,6 +184,8 @@ class ImageMomentSums:
     weight_first: Float[Tensor, " k"]
     weight_second: Float[Tensor, "k k"]
     noise: Float[Tensor, "k k"]
+    spread_first: Float[Tensor, " k"]
+    spread_second: Float[Tensor, "m k k"]
     count: int
 
     @staticmethod
@@ -160,7 +212,7 @@ class ImageMomentSums:
         h = torch.ones(len(images), basis.rings + 1, device=images.device) if ctf is None else ctf.to(images.device)
         variance = torch.as_tensor(noise, dtype=h.dtype, device=h.device).expand(len(images))
         by_order = (c * h[:, None]).permute(1, 2, 0)
-        square = h.square().double()
+        square, power = h.square().double(), by_order.abs().square()
         return ImageMomentSums(
             basis,
             (h * c[:, 0]).sum(dim=0).to(torch.complex128),
@@ -168,6 +220,8 @@ class ImageMomentSums:
             square.sum(dim=0),
             square.mT @ square,
             (h * variance[:, None]).double().mT @ h.double(),
+            power[0].sum(dim=1).double(),
+            (power @ power.mT).double(),
             len(images),
         )
 
@@ -181,11 +235,13 @@ class ImageMomentSums:
             self.weight_first + other.weight_first,
             self.weight_second + other.weight_second,
             self.noise + other.noise,
+            self.spread_first + other.spread_first,
+            self.spread_second + other.spread_second,
             self.count + other.count,
         )
 
     def debiased(self, spectrum: Float[Tensor, " s"]) -> ImageMoments:
-        """Unbiased estimates of the moments of noise-free images without CTF.
+        """Unbiased estimates of the moments of noise-free images without CTF, and the variance of each.
 
         Parameters
         ----------
@@ -200,7 +256,19 @@ class ImageMomentSums:
         if not self.count or not bool((self.weight_second > 0).all()):
             raise DataError("DATA407", f"{self.count} images leave a ring of the moments without information")
         second = self.second - self.noise * self.basis.noise(spectrum).to(self.noise.device)
-        return ImageMoments(self.first / self.weight_first, second / self.weight_second, self.basis)
+
+        def variance(spread: Tensor, total: Tensor, weight: Tensor) -> Tensor:
+            return (spread - total.abs().square() / self.count).clamp_min(0) / weight.square()
+
+        return ImageMoments(
+            self.first / self.weight_first,
+            second / self.weight_second,
+            self.basis,
+            (
+                variance(self.spread_first, self.first, self.weight_first),
+                variance(self.spread_second, self.second, self.weight_second),
+            ),
+        )
 
 
 def moments_of_slices(
