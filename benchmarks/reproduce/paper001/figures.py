@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/paper001_figure3.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    arguments.figures.mkdir(parents=True, exist_ok=True)
     curves: dict[str, list[dict[str, object]]] = {}
     shown: dict[str, list[Tensor]] = {}
     truth = None

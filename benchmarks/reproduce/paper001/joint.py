@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    arguments.figures.mkdir(parents=True, exist_ok=True)
     star = simulated(arguments.work / arguments.level.replace(" ", "").lower() / "sim", 3000, arguments.level, 1)
     data = Data.of(star, RADIUS)
     output = arguments.output or Path(f"benchmarks/results/paper001_{arguments.what}.json")

@@ -7,7 +7,7 @@ views as in images.py, moments exact over the 4000 views unless the case says im
 
 * protein: random molecules that the training has not seen, one set of views each;
 * 4ake, 1igy, 1aon: models, the farthest atom of the last two at 0.8 of the ball; "4ake, images": from 100,000 images at SNR 1; "CTF": with
-  defocus uniform in 0.8 to 2 um; "shifts": of sigma 1 px (3.2 A), left in the images, their blur taken out of the moments ("blurred": not);
+  defocus uniform in 0.8 to 2 um; "shifts": of sigma 1 px (3.2 A), left in the images, and known ("blurred": not);
 * gaussians: four, as in images.py: unlike the training;
 * turned: 4AKE with each degree of its harmonics turned by itself: same support, power and autocorrelation on every shell, no molecule;
 * noise: white noise in the ball with the shells' power of 4AKE.
