@@ -17,11 +17,13 @@ import math
 import subprocess
 import time
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from cryorbit.groups.so2 import SO2
 from cryorbit.io.idx import read_idx
 from cryorbit.methods.invariant import PRESETS, Invariant
 from cryorbit.methods.spatial_vae import SpatialVAE, SpatialVAEConfig
@@ -51,6 +53,11 @@ def mnist(folder: Path, train: int, test: int, noise: float) -> tuple[TurnedPict
     return sets[0], sets[1]
 
 
+def labels(folder: Path, test: int) -> Tensor:
+    """Which digits the first of the test set are."""
+    return torch.from_numpy(read_idx(folder / "t10k-labels-idx1-ubyte.gz")[:test].astype("int64"))
+
+
 def projections(model: str, train: int, test: int, noise: float) -> tuple[TurnedPictures, TurnedPictures]:
     """Side views, four in five for training."""
     atoms = open_source(model)
@@ -60,10 +67,10 @@ def projections(model: str, train: int, test: int, noise: float) -> tuple[Turned
     return TurnedPictures(views[:train], noise=noise), TurnedPictures(views[train:], noise=noise)
 
 
-def method_of(name: str, pictures: TurnedPictures, epochs: int) -> Invariant | SpatialVAE:
+def method_of(name: str, pictures: TurnedPictures, epochs: int, seed: int) -> Invariant | SpatialVAE:
     """The method of a row, shortened to ``epochs``."""
     if name == "spatial-vae":
-        return SpatialVAE(pictures, SpatialVAEConfig(epochs=epochs, batch=64), seed=SEED)
+        return SpatialVAE(pictures, SpatialVAEConfig(epochs=epochs, batch=64), seed=seed)
     config = {
         "invariant": replace(PRESETS["default"], angle="fitted"),
         "one guess": replace(PRESETS["default"], angle="circle"),
@@ -71,19 +78,36 @@ def method_of(name: str, pictures: TurnedPictures, epochs: int) -> Invariant | S
         **PRESETS,
     }[name]
     config = replace(config, epochs=epochs, drop_epoch=2 * epochs // 3, batch=64)
-    return Invariant(pictures, config, seed=SEED)
+    return Invariant(pictures, config, seed=seed)
 
 
-def measured(method: Invariant | SpatialVAE, test: TurnedPictures, free: bool) -> tuple[dict[str, object], Tensor]:
+def turned_over(found: Tensor, truth: Tensor, labels: Tensor) -> dict[str, object]:
+    """Angles off by more than a quarter turn: their share of each digit and of those that were themselves turned by more than that; and what
+    is left in the mean square without them.
+    """
+    off = SO2().distance(found, truth)
+    over, far = off > math.pi / 2, SO2().distance(truth, SO2().identity()) > math.pi / 2
+    return {
+        "share": float(over.double().mean()),
+        "share_of_far_turned": float(over[far].double().mean()),
+        "share_by_digit": [float(over[labels == digit].double().mean()) for digit in range(10)],
+        "mean_square_without": float(off[~over].square().mean()),
+    }
+
+
+def measured(
+    method: Invariant | SpatialVAE, test: TurnedPictures, free: bool, labels: Tensor | None
+) -> tuple[dict[str, object], Tensor]:
     """Errors on turned copies of the test set, drawn the same for every method."""
     shown, truth, angles = test.draw(torch.arange(len(test)), torch.Generator().manual_seed(SEED))
     made, found = method.canonical(shown)
     turns = angle_errors(found, angles, free=free)
     if free:  # found = truth + offset: the frame is turned back by it
         made = rotate_images(made, torch.full((len(made),), turns["offset"]))
-    return {"pictures": picture_errors(made, truth), "angle": turns}, torch.cat(
-        [truth[:SHOWN], shown[:SHOWN], made[:SHOWN]]
-    )
+    out: dict[str, object] = {"pictures": picture_errors(made, truth), "angle": turns}
+    if labels is not None:
+        out["turned_over"] = turned_over(found - turns["offset"] if free else found, angles, labels)
+    return out, torch.cat([truth[:SHOWN], shown[:SHOWN], made[:SHOWN]])
 
 
 def draw(pictures: dict[str, dict[str, Tensor]], path: Path) -> None:
@@ -111,6 +135,7 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=0.1, help="of projections")
     parser.add_argument("--digit-noise", type=float, default=0.0)
     parser.add_argument("--epochs", type=int, help="of every row")
+    parser.add_argument("--seeds", type=int, default=1, help="of weights and order; the pictures stay the same")
     parser.add_argument("--kinds", nargs="*", choices=list(EPOCHS), default=list(EPOCHS))
     parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS))
     parser.add_argument("--json", type=Path, required=True)
@@ -138,28 +163,29 @@ def main() -> None:
         if before != {k: v for k, v in json.loads(json.dumps(record)).items() if k != "rows"}:
             parser.error(f"{a.json} is of other sizes or noise: name another file")
     pictures: dict[str, dict[str, Tensor]] = {kind: {} for kind in sets}
-    for name in a.rows:
-        for kind, (train, test) in sets.items():
-            epochs = (SPATIAL_VAE_EPOCHS if name == "spatial-vae" else EPOCHS)[kind]
-            method = method_of(name, train, a.epochs or epochs)
-            started = time.process_time()
-            run(method)
-            seconds = time.process_time() - started
-            free = name in ("spatial-vae", "unsupervised")
-            result, pictures[kind][name] = measured(method, test, free)
-            row = {
-                "commit": commit,
-                "threads": torch.get_num_threads(),
-                "config": asdict(method.config),
-                "cpu_seconds": seconds,
-                "steps": method.total_steps(),
-                **result,
-            }
-            record["rows"][kind][name] = row  # type: ignore[index]
-            a.json.write_text(json.dumps(record, indent=2) + "\n")
-            print(kind, name, f"{seconds:.0f} s", json.dumps(result), flush=True)
-            if a.picture:
-                draw({k: v for k, v in pictures.items() if v}, a.picture)
+    digits = labels(a.mnist, a.test[0])
+    for name, (kind, (train, test)), seed in product(a.rows, sets.items(), range(SEED, SEED + a.seeds)):
+        epochs = (SPATIAL_VAE_EPOCHS if name == "spatial-vae" else EPOCHS)[kind]
+        method = method_of(name, train, a.epochs or epochs, seed)
+        started = time.process_time()
+        run(method)
+        seconds = time.process_time() - started
+        free = name in ("spatial-vae", "unsupervised")
+        result, shown = measured(method, test, free, digits if kind == "mnist" else None)
+        pictures[kind].setdefault(name, shown)
+        row = {
+            "commit": commit,
+            "threads": torch.get_num_threads(),
+            "config": asdict(method.config),
+            "cpu_seconds": seconds,
+            "steps": method.total_steps(),
+            **result,
+        }
+        record["rows"][kind].setdefault(name, {})[str(seed)] = row  # type: ignore[index]
+        a.json.write_text(json.dumps(record, indent=2) + "\n")
+        print(kind, name, seed, f"{seconds:.0f} s", json.dumps(result), flush=True)
+        if a.picture:
+            draw({k: v for k, v in pictures.items() if v}, a.picture)
 
 
 if __name__ == "__main__":
