@@ -15,7 +15,8 @@ views as in images.py, moments exact over the 4000 views unless the case says im
 Compared are the network's map (the head of the least objective at its best density), the best of all heads' maps after L-BFGS (``invert_from``;
 again by the objective), and the best of ten random starts. ``weighed``: of images, the
 refined map once more, entries over their variance (``MomentsConfig.tolerance``). ``likeness`` is the best correlation with any molecule of
-the training, over rotations and hands: a map like them where the truth is not is made up. ``unlike_training`` is the size of the network's
+the training, over rotations and hands: a map like them where the truth is not is made up (a search of
+minutes, left out for images). ``unlike_training`` is the size of the network's
 inputs (below 1 for most that is like the training).
 
 --only-third: 4AKE from images, with third moments through 64 filters and no penalty on negative density; every head's map a little way, then
@@ -199,7 +200,8 @@ def one(prior: MomentPrior, case: str, seed: int, data: Path) -> dict[str, Any]:
         weighed["weighed"] = compared(found.volume, volume, pixel) | {"objective": found.objective}
 
     def judged(found: Tensor) -> dict[str, float | None]:
-        return compared(found, volume, pixel) | {"likeness": likeness(prior, BASIS.nearest(found).float())}
+        out = compared(found, volume, pixel)
+        return out if case in OPTICS else out | {"likeness": likeness(prior, BASIS.nearest(found).float())}
 
     return {
         "case": case,
@@ -207,7 +209,7 @@ def one(prior: MomentPrior, case: str, seed: int, data: Path) -> dict[str, Any]:
         "pixel_A": pixel,
         "moments_off": [float(x) for x in relative_errors(moments.centred(), seen(volume, "exact", seed))],
         "unlike_training": prior.strangeness(moments),
-        "truth_likeness": likeness(prior, BASIS.nearest(volume).float()),
+        **({} if case in OPTICS else {"truth_likeness": likeness(prior, BASIS.nearest(volume).float())}),
         "network": judged(BASIS.volume(start)) | {"objective": alone},
         "refined": judged(refined.volume) | {"objective": refined.objective, "matched_to": refined.errors},
         "random": judged(random.volume) | {"objective": random.objective, "matched_to": random.errors},
