@@ -38,6 +38,7 @@ METHODS_SHARED = {
     "amortized_config",
     "decoding",
     "pose_objectives",
+    "starts",
     "refinement_config",
     "symmetric",
     "halves",

@@ -46,6 +46,9 @@ def test_each_half_is_learnt_from_its_own_images(finished):
     run, _ = finished
     stages = [json.loads(line)["stage"] for line in (run / "history.jsonl").read_text().splitlines()]
     assert stages.count("amortized 1") == stages.count("amortized 2") == 6  # the first step from three starts
+    lines = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()[:3]]
+    assert [line["start"] for line in lines] == ["0", "1", "2"]
+    assert len({line["unexplained"] for line in lines}) == 3  # of the same images
     assert stages.index("abinitio") == 12  # what they learnt is improved on
     first, second = (load_checkpoint(run / "checkpoint" / f"amortized_{half}.safetensors")[0] for half in (1, 2))
     last = "encoder.network.last.weight"

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,8 +12,8 @@ import torch
 from cryorbit.errors import RunError
 from cryorbit.groups.so2 import SO2
 from cryorbit.groups.so3 import healpix_grid, random_rotations
+from cryorbit.methods.amortized import from_starts
 from cryorbit.methods.registry import METHODS, method
-from cryorbit.methods.starts import Starts
 from cryorbit.poses.local import PoseSamples
 from cryorbit.simulate.particles import SimulatedParticles, simulate_particles
 from cryorbit.simulate.phantom import phantom
@@ -86,10 +86,8 @@ def build(case: str, truth: SimulatedParticles, seed: int = 0) -> Method:
         given = {"poses": truth.poses} if name == "tomo" else {}
         own = {"side": 16, "heads": 2} if name == "amortized" else {}
         settings = config(steps=6, batch=25, **own, **SWITCHES.get(switch, {}))
-        made = partial(cls, stack, settings, mask_diameter=DIAMETER, seed=seed, **given)
-        if switch == "starts":
-            return Starts(lambda start: made(start=start), count=settings.starts, trial=settings.trial)
-        return made()
+        made = from_starts if switch == "starts" else cls
+        return made(stack, settings, mask_diameter=DIAMETER, seed=seed, **given)
     raise AssertionError(f"tests/contracts/test_methods.py builds no {name}: add it")
 
 

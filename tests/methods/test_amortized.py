@@ -9,7 +9,7 @@ import torch
 from cryorbit.errors import ConfigError
 from cryorbit.groups import so3
 from cryorbit.groups.point import point_group
-from cryorbit.methods.amortized import Amortized, TablePoses, Tomo
+from cryorbit.methods.amortized import Amortized, TablePoses, Tomo, from_starts
 from cryorbit.methods.amortized_config import AmortizedConfig, DecoderConfig, TableConfig, checked
 from cryorbit.methods.distillation import Distillation, DistillationConfig, Structure
 from cryorbit.methods.pose_objectives import Observed, best_candidate, evidence_bound, refined_candidate
@@ -250,10 +250,8 @@ def test_every_image_is_shown_once_in_a_pass(stack):
 
 
 def several(stack: FourierStack, count: int, steps: int = 8) -> Starts[Amortized]:
-    config = AmortizedConfig(steps=steps, batch=25, heads=1)
-    return Starts(
-        lambda start: Amortized(stack, config, mask_diameter=DIAMETER, seed=3, start=start), count=count, trial=0.5
-    )
+    config = AmortizedConfig(steps=steps, batch=25, heads=1, starts=count, trial=0.5)
+    return from_starts(stack, config, mask_diameter=DIAMETER, seed=3)
 
 
 def test_the_start_that_leaves_least_unexplained_goes_on_alone(stack):
@@ -261,14 +259,15 @@ def test_the_start_that_leaves_least_unexplained_goes_on_alone(stack):
     assert method.total_steps() == 16
     shown = [[one._batch(i) for i in range(4)] for one in method.starts]
     assert all(torch.equal(a, b) for other in shown[1:] for a, b in zip(shown[0], other, strict=True))
-    maps = [one.map() for one in method.starts]
+    maps, networks = zip(*((one.map(), one.encoder.network.last.weight) for one in method.starts), strict=True)
     assert not torch.equal(maps[0], maps[1])
+    assert not torch.equal(networks[0], networks[1])
     left = [[float(method.step(4 * start + inner)["unexplained"]) for inner in range(4)] for start in range(3)]
     least = min(range(3), key=lambda start: sum(left[start][2:]))
     assert method.best is method.starts[least]
     assert max(sum(one[2:]) for one in left) > 1.0001 * sum(left[least][2:])
     maps = [one.map() for one in method.starts]
-    assert {method.step(12)["start"], method.step(13)["start"]} == {float(least)}
+    assert {method.step(12)["start"], method.step(13)["start"]} == {str(least)}
     same = [torch.equal(before, one.map()) for before, one in zip(maps, method.starts, strict=True)]
     assert same == [number != least for number in range(3)]
 
@@ -280,10 +279,16 @@ def test_one_start_is_the_method_itself(stack):
     assert torch.equal(method.best.map(), plain.map())
 
 
+@pytest.fixture(scope="module")
+def whole(stack: FourierStack) -> Starts[Amortized]:
+    method = several(stack, 2)
+    run(method)
+    return method
+
+
 @pytest.mark.parametrize("stopped", [1, 4, 6, 8, 9])
-def test_starts_go_on_where_they_stopped(stack, stopped, tmp_path):
-    whole, part, resumed = (several(stack, 2) for _ in range(3))
-    run(whole)
+def test_starts_go_on_where_they_stopped(stack, whole, stopped, tmp_path):
+    part, resumed = several(stack, 2), several(stack, 2)
     for index in range(stopped):
         part.step(index)
     save_checkpoint(tmp_path / "c", part.state(), {"fingerprint": "", "stage": part.name, "next_step": stopped})

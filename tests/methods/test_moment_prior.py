@@ -7,7 +7,7 @@ from cryorbit.errors import ConfigError
 from cryorbit.groups import so3
 from cryorbit.methods.moment_prior import MomentPrior, PriorConfig, random_densities, scaled_moments
 from cryorbit.methods.moments import MomentFit, MomentsConfig, invert_from, view_directions
-from cryorbit.physics.image_moments import ImageMoments, moments_of_slices
+from cryorbit.physics.image_moments import Blur, ImageMoments, moments_of_slices
 from cryorbit.physics.polar import PolarBasis
 from cryorbit.simulate.proteins import Proteins
 from cryorbit.training.loop import Method, run
@@ -105,6 +105,23 @@ def test_a_prediction_starts_the_inversion(prior, generator):
             invert_from(moments, config, wrong)
     with pytest.raises(ConfigError, match="CONF120"):
         prior.predict(moments.within(2))
+
+
+def test_shifts_that_are_known_hardly_change_a_prediction(prior, generator):
+    first, second = prior.moments(prior.molecules[:1], random_densities(prior.directions, 1, generator))
+    blocks = torch.zeros(POLAR.orders + 1, 5, 5, dtype=torch.complex128)
+    blocks[: second.shape[1]] = second[0]
+    wide = PolarBasis(20, 4, 10.0)
+    blur = Blur(POLAR, 0.7, inner=POLAR.orders, outer=wide.orders)
+    shifted = ImageMoments(
+        *blur(first[0].to(torch.complex128), blocks), wide, shift_sigma_px=0.7, particle_radius_px=9.0
+    )
+    still = ImageMoments(first[0].to(torch.complex128), blocks, POLAR)
+    unknown = ImageMoments(shifted.first, shifted.second[: POLAR.orders + 1], POLAR)
+    expected = prior.predict(still)
+    known, blurred = (float((prior.predict(m) - expected).norm() / expected.norm()) for m in (shifted, unknown))
+    assert known < 0.05
+    assert known < 0.2 * blurred
 
 
 def test_weights_work_where_principal_axes_have_other_signs(tmp_path, prior, generator):

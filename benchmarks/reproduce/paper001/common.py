@@ -9,9 +9,6 @@ from typing import Any
 import torch
 
 from cryorbit.io.particles import open_particles
-from cryorbit.methods.amortized import Amortized
-from cryorbit.methods.amortized_config import AmortizedConfig
-from cryorbit.methods.starts import Starts
 from cryorbit.metrics.align import align_poses
 from cryorbit.simulate.particles import make_projector
 from cryorbit.simulate.settings import CTFSettings, SimulationSettings
@@ -54,17 +51,6 @@ class Data:
         """Degrees between the poses ``found`` of the particles ``chosen`` and the truth, after the best common rotation and hand."""
         doubled = Poses(found.rotations.double().cpu(), found.shifts.double().cpu())
         return torch.rad2deg(align_poses(doubled, self.poses[chosen]).error)
-
-
-def from_starts(
-    stack: FourierStack, config: AmortizedConfig, *, members: torch.Tensor | None = None, seed: int = 0
-) -> Starts[Amortized]:
-    """The autoencoder, from as many starts as ``config`` says."""
-
-    def begun(start: int) -> Amortized:
-        return Amortized(stack, config, mask_diameter=DIAMETER, members=members, seed=seed, start=start)
-
-    return Starts(begun, count=config.starts, trial=config.trial)
 
 
 def summary(error: torch.Tensor) -> dict[str, float]:

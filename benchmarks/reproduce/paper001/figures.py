@@ -13,12 +13,12 @@ from pathlib import Path
 
 import matplotlib as mpl
 import torch
-from common import APIX, BOX, LEVELS, Data, commit, from_starts, simulated, summary, write
+from common import APIX, BOX, DIAMETER, LEVELS, Data, commit, simulated, summary, write
 from matplotlib import pyplot as plt
 from torch import Tensor
 
 from cryorbit.io.mrc import read_volume
-from cryorbit.methods.amortized import Amortized
+from cryorbit.methods.amortized import Amortized, from_starts
 from cryorbit.methods.amortized_config import AmortizedConfig
 from cryorbit.metrics.evaluation import MapComparison, compare_maps
 from cryorbit.physics.cryoem import forward
@@ -40,7 +40,7 @@ def learnt(
 ) -> tuple[Amortized, list[dict[str, object]], MapComparison]:
     """A network and its map; rows of how the map stood now and then."""
     config = dataclasses.replace(AmortizedConfig(steps=steps), radius_end=0.0)
-    method = from_starts(data.stack, config)
+    method = from_starts(data.stack, config, mask_diameter=DIAMETER)
     rows: list[dict[str, object]] = []
     begun, chosen, found = time.process_time(), torch.arange(500), None
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import APIX, BOX, DIAMETER, Data, from_starts, simulated, summary, write
+from common import APIX, BOX, DIAMETER, Data, simulated, summary, write
 
 from cryorbit.io.mrc import read_volume
 from cryorbit.io.particles import open_particles
+from cryorbit.methods.amortized import from_starts
 from cryorbit.metrics.evaluation import compare_maps
 from cryorbit.pipeline.config import AMORTIZED, RunConfig
 from cryorbit.pipeline.finished import open_finished
@@ -34,7 +35,7 @@ def of_networks(run: Path, data: Data) -> list[dict[str, float]]:
     for half in (1, 2):
         state, _ = load_checkpoint(run / "checkpoint" / f"amortized_{half}.safetensors")
         stack = FourierStack(data.stack.particles, radius_of(config), mask_diameter=DIAMETER)
-        method = from_starts(stack, config.amortized)
+        method = from_starts(stack, config.amortized, mask_diameter=DIAMETER)
         method.load_state(state)
         unseen = torch.nonzero(half_set == 3 - half)[:LOOKED_AT, 0]
         rows.append(summary(data.errors(method.best.poses(unseen), unseen)))

@@ -3,16 +3,18 @@
     python benchmarks/reproduce/paper001/joint.py --work DIR --what ablation
     python benchmarks/reproduce/paper001/joint.py --work DIR --what ablation --rows all "one head" --seeds 2
     python benchmarks/reproduce/paper001/joint.py --work DIR --what figure2
+    python benchmarks/reproduce/paper001/joint.py --work DIR --what trials --steps 1400 --seeds 2
 
 Particles the network has not seen are posed by it; errors are after the best common rotation and hand. Rows
 that are not run again stay in the JSON as they are; each run names its seed and commit. ``figure2`` trains the paper's model
 (Euler angles, quaternions, S2 x S2), its yardsticks and ours on what 64 px images hold up to 15 Fourier pixels (6.8 A), for ``--steps``
-(the paper: 10,000; ours: its own default).
+(the paper: 10,000; ours: its own default). ``trials``: whether a start's trial tells how it ends.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,10 +24,10 @@ from typing import Any
 
 import matplotlib as mpl
 import torch
-from common import DIAMETER, Data, commit, from_starts, simulated, summary, write
+from common import DIAMETER, Data, commit, simulated, summary, write
 from matplotlib import pyplot as plt
 
-from cryorbit.methods.amortized import Amortized, TablePoses, Tomo
+from cryorbit.methods.amortized import Amortized, TablePoses, Tomo, from_starts
 from cryorbit.methods.amortized_config import AmortizedConfig, DecoderConfig, TableConfig
 from cryorbit.methods.starts import Starts
 from cryorbit.pipeline.config import RunConfig, preset
@@ -80,7 +82,8 @@ def trained(method: Method, data: Data, looks: int) -> list[dict[str, float]]:
                 "unexplained": float(f"{sum(losses[-every:]) / every:.3g}"),
                 "cpu_s": round(seconds, 1),
             }
-            if isinstance(known := method.best if isinstance(method, Starts) else method, Amortized | TablePoses):
+            known = method.starts[int(values["start"])] if isinstance(method, Starts) else method
+            if isinstance(known, Amortized | TablePoses):
                 row |= summary(data.errors(known.poses(chosen), chosen))
             rows.append(row)
             begun[0] = time.process_time()
@@ -104,7 +107,7 @@ def ablation(
         config = dataclasses.replace(AmortizedConfig(steps=steps), **{**BASE, **ROWS[name]})
         ends = []
         for seed in range(seeds):
-            method = from_starts(data.stack, config, members=members, seed=seed)
+            method = from_starts(data.stack, config, mask_diameter=DIAMETER, members=members, seed=seed)
             ends.append({"seed": seed, "commit": commit(), **trained(method, data, 1)[-1]})
             print(name, ends[-1], flush=True)
         out[name] = ends
@@ -126,7 +129,7 @@ def figure2(
     named["ours"] = AmortizedConfig()
 
     def encoded(config: AmortizedConfig, seed: int) -> Method:
-        return from_starts(data.stack, config, members=members, seed=seed)
+        return from_starts(data.stack, config, seed=seed, **common)
 
     kinds: dict[str, Callable[[int], Method]] = {name: partial(encoded, config) for name, config in named.items()}
     kinds["ad"] = lambda seed: TablePoses(data.stack, TableConfig(steps=steps, **plain), seed=seed, **common)
@@ -139,6 +142,26 @@ def figure2(
             runs[str(seed)] = {"commit": commit(), "looks": trained(kinds[name](seed), data, LOOKS)}
             print(name, seed, runs[str(seed)]["looks"][-1], flush=True)
             keep(out)
+
+
+def trials(
+    data: Data, steps: int, seeds: int, names: list[str], out: dict[str, Any], keep: Callable[[dict[str, Any]], None]
+) -> None:
+    """Every start that the default would try, each to its end: what it left unexplained in its trial, and where it ends."""
+    config, chosen = AmortizedConfig(steps=steps), torch.arange(TRAINED, TRAINED + HELD_OUT)
+    trial = round(config.trial * steps)
+    for seed, start in product(range(seeds), range(config.starts)):
+        method = Amortized(
+            data.stack, config, mask_diameter=DIAMETER, members=torch.arange(TRAINED), seed=seed, start=start
+        )
+        left: list[float] = []
+        run(method, progress=lambda stage, step, total, values, left=left: left.append(float(values["unexplained"])))  # type: ignore[misc]
+        judged = left[trial - math.ceil(trial / 2) : trial]
+        row = {"commit": commit(), "unexplained_in_trial": sum(judged) / len(judged)}
+        row |= {"unexplained": sum(left[-50:]) / 50, **summary(data.errors(method.poses(chosen), chosen))}
+        out.setdefault(str(seed), {})[str(start)] = row
+        print(seed, start, row, flush=True)
+        keep(out)
 
 
 def drawn(rows: dict[str, Any], path: Path) -> None:
@@ -159,11 +182,18 @@ def drawn(rows: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+MEASURED: dict[str, tuple[dict[str, Any], Callable[..., None]]] = {
+    "ablation": (ROWS, ablation),
+    "figure2": (FIGURE2, figure2),
+    "trials": ({}, trials),
+}
+
+
 def main() -> None:
-    """One of the two."""
+    """One of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="Folder for data; what is there is used.")
-    parser.add_argument("--what", choices=("ablation", "figure2"), required=True)
+    parser.add_argument("--what", choices=tuple(MEASURED), required=True)
     parser.add_argument("--level", default="clean", choices=("clean", "0 dB"))
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=1)
@@ -183,7 +213,7 @@ def main() -> None:
     before = json.loads(output.read_text()) if output.exists() else sizes | {"rows": {}}
     if {name: before[name] for name in sizes} != sizes:
         parser.error(f"{output} holds runs of other sizes, give another --output")
-    known, measure = (ROWS, ablation) if arguments.what == "ablation" else (FIGURE2, figure2)
+    known, measure = MEASURED[arguments.what]
     measure(
         data,
         arguments.steps,

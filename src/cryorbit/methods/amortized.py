@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cryorbit.methods.amortized_config import AmortizedConfig, DecoderConfig, TableConfig
 from cryorbit.methods.decoding import Decoding
 from cryorbit.methods.pose_objectives import Objective, Observed, best_candidate, evidence_bound, refined_candidate
+from cryorbit.methods.starts import Starts
 from cryorbit.physics.copies import Copies
 from cryorbit.physics.slicing import slicing_grid
 from cryorbit.poses.density import SHIFT_SD
@@ -115,7 +116,7 @@ class Amortized(Decoding):
     stack
         Particles as Fourier pixels.
     config
-        Settings.
+        Settings; ``starts`` and ``trial`` are those of :func:`from_starts`.
     mask_diameter
         Particle diameter in angstrom.
     members
@@ -218,3 +219,22 @@ class Amortized(Decoding):
                 parts.append((found.rotations[row, best].cpu(), found.shifts[row, best].cpu()))
         self.encoder.train()
         return Poses(torch.cat([r for r, _ in parts]), torch.cat([s for _, s in parts]))
+
+
+def from_starts(
+    stack: FourierStack,
+    config: AmortizedConfig,
+    *,
+    mask_diameter: float,
+    members: Int[Tensor, " m"] | None = None,
+    symmetry: Float[Tensor, "s 3 3"] | None = None,
+    seed: int = 0,
+) -> Starts[Amortized]:
+    """The autoencoder from as many random starts as ``config`` says, of which the best goes on. Parameters as for :class:`Amortized`."""
+
+    def begun(start: int) -> Amortized:
+        return Amortized(
+            stack, config, mask_diameter=mask_diameter, members=members, symmetry=symmetry, seed=seed, start=start
+        )
+
+    return Starts(begun, count=config.starts, trial=config.trial)

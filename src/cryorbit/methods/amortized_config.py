@@ -102,7 +102,7 @@ class AmortizedConfig(DecoderConfig):
         Convolve in bfloat16 where the device has instructions for it, elsewhere in float32.
     starts, trial
         Random starts, and the share of the steps that each makes before all but the one that leaves least of the images unexplained are
-        given up (:class:`~cryorbit.methods.starts.Starts`).
+        given up (:func:`~cryorbit.methods.amortized.from_starts`).
     """
 
     parametrisation: str = "s2s2"

@@ -191,9 +191,16 @@ class MomentPrior:
         return out.view(len(scaled), self.config.heads, -1) * self.spread
 
     def _scaled(self, moments: ImageMoments) -> Float[Tensor, "1 f"]:
-        """Moments of centred particles as the network takes them; CONF120 of another box or circle, or too few rings."""
-        moments = moments.centred() if moments.shift_sigma_px else moments
-        found, needed = moments.basis, self.basis
+        """Moments of centred particles as the network takes them.
+
+        Raises
+        ------
+        ConfigError
+            CONF120 of another box or circle, or too few rings.
+        DataError
+            DATA416 shifts that leave too little of them.
+        """
+        found, needed = moments.centred_basis, self.basis
         if (found.box, found.radius) != (needed.box, needed.radius) or found.rings < self.rings:
             raise ConfigError(
                 "CONF120",
@@ -201,6 +208,7 @@ class MomentPrior:
                 "measure the moments on the network's rings, or train one for these",
             )
         inner = moments.within(self.rings)
+        inner = inner.centred() if moments.shift_sigma_px else inner
         second = inner.second[: self.basis.degrees + 1]
         return scaled_moments(*(x.to(torch.complex64)[None] for x in (inner.first, second)))
 

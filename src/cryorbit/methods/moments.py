@@ -79,8 +79,8 @@ class MomentsConfig:
     view_degree
         Largest degree of the spherical harmonics of the density's logarithm; 0: one number per direction.
     tolerance
-        Entries are weighed by one over their variance and the square of this share of the power of their two rings, by which what a map
-        predicts may be off; 0: by the power of the rings alone (eq. 30).
+        Entries weigh one over their variance plus the square of what a map's prediction may be off by, this share of the root of the power of
+        each of their rings. 0: one over the powers alone, as in eq. 30.
     """
 
     rings: int = 0
@@ -127,7 +127,7 @@ def particle_moments(
     """
     own, sigma = 0.5 * mask_diameter / particles.pixel_size, shift_sigma / particles.pixel_size
     basis = PolarBasis(particles.box, rings, min(own, particles.box / 2))
-    check_shifts(basis, sigma)
+    check_shifts(sigma)
     radius = own + _SHIFTED * sigma
     wide = replace(basis, radius=min(radius, particles.box / 2))
     window, whole = background_window(particles.box, radius), fourier_disk(particles.box)
@@ -208,7 +208,7 @@ class MomentFit:
         if c.tolerance:
             if self.moments.variance is None:
                 raise DataError(
-                    "DATA417", "these moments do not know their errors", "set tolerance to 0, or sum moments of images"
+                    "DATA417", "these moments do not know their errors", "set tolerance to 0, or give them as summed"
                 )
             first, second = (
                 c.tolerance**2 * a + b for a, b in zip((first, second), self.moments.variance, strict=True)
@@ -287,7 +287,7 @@ class MomentFit:
 
 
 def _check(moments: ImageMoments, config: MomentsConfig, rings: int, third: ThirdMoments | None) -> None:
-    """CONF115 settings out of range, DATA409 moments without a signal, DATA418 third moments of shifted images."""
+    """CONF115 settings out of range, DATA409 moments without a signal, DATA416, 418 shifts."""
     most = len(moments.first) - 1
     counts = 1 <= config.kept <= config.starts and min(config.degree, config.iterations) >= 1
     least = min(
@@ -301,8 +301,9 @@ def _check(moments: ImageMoments, config: MomentsConfig, rings: int, third: Thir
             f"rings 2 to {most} (0: all), degree and iterations at least 1, kept from 1 to starts, nothing below 0, and no more harmonics "
             f"of views than there are directions ({directions})",
         )
+    check_shifts(moments.shift_sigma_px)
     if third and moments.shift_sigma_px:
-        raise DataError("DATA418", "third moments of particles that are not centred", "centre them, or do without")
+        raise DataError("DATA418", "third moments of shifted images", "centre the images before summing, or do without")
     power = float(moments.power.sum())
     if not (math.isfinite(power) and power > 0 and bool(moments.first.isfinite().all())):
         raise DataError(

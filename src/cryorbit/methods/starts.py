@@ -1,7 +1,7 @@
 """Several starts of a map learnt by gradient: each makes its first steps, then the one that leaves least of the images unexplained goes on.
 
 Joint training from a random start settles early on which view is which; where that went wrong it stays (papers/001 has one start). All starts
-see the same images in the same order, so what they leave unexplained compares without the images' noise.
+see the same images in the same order, so the power of these images' noise cancels where what they leave unexplained is compared.
 """
 
 import math
@@ -28,7 +28,8 @@ class Starts(Generic[D]):
     count
         How many starts.
     trial
-        Share of the method's steps that each makes before they are compared.
+        Share of the method's steps that each makes before they are compared, by the later half of these. Rates rise for the first 50 steps, so
+        trials of fewer than 100 say little.
     """
 
     def __init__(self, begun: Callable[[int], D], *, count: int, trial: float) -> None:
@@ -61,10 +62,10 @@ class Starts(Generic[D]):
         if start < len(self.starts):
             values = self.starts[start].step(inner)
             self.unexplained[start, inner] = float(values["unexplained"])
-            return {**values, "start": float(start)}
+            return {**values, "start": str(start)}
         return {
             **self.best.step(index - (len(self.starts) - 1) * self.trial),
-            "start": float(self.starts.index(self.best)),
+            "start": str(self.starts.index(self.best)),
         }
 
     def _kept(self) -> list[tuple[str, D]]:

@@ -15,7 +15,8 @@ particles that are not centred are those of centred ones times that. :class:`Blu
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Complex, Float
@@ -35,23 +36,10 @@ def ring_power(second: Complex[Tensor, "*batch m k k"]) -> Float[Tensor, "*batch
     return diagonal[..., 0, :] + 2 * diagonal[..., 1:, :].sum(dim=-2)
 
 
-def check_shifts(basis: PolarBasis, shift_sigma_px: float) -> None:
-    """Refuse shifts whose effect cannot be taken out of moments on ``basis``.
-
-    Raises
-    ------
-    DataError
-        DATA416 no standard deviation, or one that leaves less than a tenth of the last ring.
-    """
+def check_shifts(shift_sigma_px: float) -> None:
+    """Refuse what is no standard deviation: DATA416."""
     if not 0 <= shift_sigma_px < math.inf:
         raise DataError("DATA416", f"shifts of sigma {shift_sigma_px:g} px, expected 0 or more")
-    reach = math.sqrt(-math.log(_LEAST_RING) / 2) * basis.box / math.pi
-    if shift_sigma_px * basis.rings > reach:
-        raise DataError(
-            "DATA416",
-            f"shifts of sigma {shift_sigma_px:g} px leave less than {_LEAST_RING:g} of ring {basis.rings}",
-            f"look at {math.floor(reach / shift_sigma_px)} rings, or centre the particles better",
-        )
 
 
 class Blur:
@@ -77,25 +65,28 @@ class Blur:
             return blur * (1 + _LEAST_BLUR) / (blur.square() + _LEAST_BLUR) if undone else blur
 
         k = torch.arange(basis.rings + 1, dtype=torch.float64)
-        count = max(_ANGLES, 4 * (inner + outer + 1))  # more than the products have orders
+        count = max(_ANGLES, 2 * (inner + outer + 1))  # as many as the product has orders
         angle = 2 * math.pi / count * torch.arange(count, dtype=torch.float64)
-        apart = k[:, None, None] ** 2 + k[:, None] ** 2 - 2 * k[:, None, None] * k[:, None] * angle.cos()
-        orders = torch.arange(inner + outer + 1, dtype=torch.float64)
-        by_order = torch.einsum("kln,mn->mkl", gain(apart), (orders[:, None] * angle).cos()) / count
-        ins, outs = torch.arange(inner + 1), torch.arange(outer + 1)[:, None]
-        minus, plus = by_order[(outs - ins).abs()], by_order[outs + ins]  # order -m is the conjugate of order m
-        plus[:, 0] = 0
-        self.first, self.real, self.imaginary = gain(k.square()), minus + plus, minus - plus
+        apart = k[:, None] ** 2 + k**2 - 2 * k[:, None] * k * angle.cos()[:, None, None]
+        self.first, self.second = gain(k.square()), gain(apart)
+
+        def waves(most: int) -> Complex[Tensor, "m n"]:
+            phase = torch.arange(most + 1, dtype=torch.float64)[:, None] * angle
+            return torch.polar(torch.ones_like(phase), phase)
+
+        self.to_angle, self.to_order = (
+            2 * waves(inner).mT,
+            waves(outer).conj() / count,
+        )  # order -m is the conjugate of order m
+        self.to_angle[:, 0] = 1
 
     def __call__(
         self, first: Complex[Tensor, " k"], second: Complex[Tensor, "m k k"]
     ) -> tuple[Complex[Tensor, " k"], Complex[Tensor, "n k k"]]:
         """Both moments; differentiable."""
-        parts = (
-            torch.einsum("nmkl,mkl->nkl", turn.to(part), part)
-            for turn, part in ((self.real, second.real), (self.imaginary, second.imag))
-        )
-        return first * self.first.to(first.real), torch.complex(*parts)
+        around = (self.to_angle.to(second) @ second.flatten(1)).real * self.second.flatten(1).to(second.real)
+        blurred = self.to_order.to(second) @ around.to(second)
+        return first * self.first.to(first.real), blurred.unflatten(1, second.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -109,8 +100,7 @@ class ImageMoments:
     basis
         Rings and orders.
     variance
-        Of the entries of both, ``E |estimate - moment|^2``, from their spread over the images (that CTFs differ counts as spread); None where
-        they are exact.
+        Of the entries of both, ``E |estimate - moment|^2``, at a known spectrum of the noise; None where they are exact.
     shift_sigma_px
         Standard deviation of each coordinate of shifts that the images still have, in pixels.
     particle_radius_px
@@ -150,12 +140,81 @@ class ImageMoments:
         Raises
         ------
         DataError
-            As :func:`check_shifts`.
+            DATA416 shifts of no standard deviation, or of one that leaves less than a tenth of the last ring.
         """
-        check_shifts(self.basis, self.shift_sigma_px)
+        check_shifts(self.shift_sigma_px)
+        reach = math.sqrt(-math.log(_LEAST_RING) / 2) * self.basis.box / math.pi
+        if self.shift_sigma_px * self.basis.rings > reach:
+            raise DataError(
+                "DATA416",
+                f"shifts of sigma {self.shift_sigma_px:g} px leave less than {_LEAST_RING:g} of ring {self.basis.rings}",
+                f"look at {math.floor(reach / self.shift_sigma_px)} rings (within), or centre the particles better",
+            )
         basis, orders = self.centred_basis, self.basis.orders
         undo = Blur(self.basis, self.shift_sigma_px, inner=orders, outer=basis.orders, undone=True)
         return ImageMoments(*undo(self.first, self.second), basis)
+
+
+def _added(a: Any, b: Any, *same: str) -> dict[str, Any]:
+    """Sums of the fields of two dataclasses, but of those that are the ``same``."""
+    return {f.name: getattr(a, f.name) + getattr(b, f.name) for f in fields(a) if f.name not in same}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Sums over images that say how far the estimates of moments are off, however CTFs and noise differ among images.
+
+    Of an entry an image brings ``z = h h' c c'*``, of which ``g M + n N`` is expected, with ``g = h^2 h'^2``, ``n = h h'`` times the strength
+    of its noise, M the moment and N that of noise; what it brings beyond that is error.
+
+    Attributes
+    ----------
+    square, signal, noise
+        Of ``|z|^2``, ``g z`` and ``n z``, each (M + 1, K + 1, K + 1).
+    weights
+        (3, K + 1, K + 1) of ``g^2``, ``n^2`` and ``g n``.
+    first
+        (2, K + 1) of ``|z|^2`` and ``h^2 z`` for ``z = h c_0``.
+    """
+
+    square: Float[Tensor, "m k k"]
+    signal: Complex[Tensor, "m k k"]
+    noise: Complex[Tensor, "m k k"]
+    weights: Float[Tensor, "3 k k"]
+    first: Complex[Tensor, "2 k"]
+
+    @staticmethod
+    def of(z: Complex[Tensor, "m k b"], h: Float[Tensor, "b k"], strength: Float[Tensor, " b"]) -> "Spread":
+        """Of one block of images: ``z`` their coefficients times ``h``."""
+        h, s = h.mT, strength.sqrt()
+
+        def crossed(x: Tensor) -> Tensor:
+            """Sum over images of each pair of rings, in double precision."""
+            return (x @ x.mH).to(torch.promote_types(x.dtype, torch.float64))
+
+        return Spread(
+            crossed(z.abs().square()),
+            crossed(z * h**2),
+            crossed(z * (s * h)),
+            torch.stack([crossed(x) for x in (h**4, s**2 * h**2, s * h**3)]),
+            torch.stack([z[0].abs().square().to(z), z[0] * h**2]).sum(dim=-1).to(torch.complex128),
+        )
+
+    def __add__(self, other: "Spread") -> "Spread":
+        return Spread(**_added(self, other))
+
+    def variance(
+        self, moments: ImageMoments, noise: Complex[Tensor, "m k k"], weights: tuple[Tensor, Tensor]
+    ) -> tuple[Float[Tensor, " k"], Float[Tensor, "m k k"]]:
+        """Of the estimates ``moments``, at these moments of noise, from sums of these weights."""
+        first, second = moments.first, moments.second
+        g, n, both = self.weights
+        one = (
+            self.first[0].real - 2 * (first.conj() * self.first[1]).real + first.abs().square() * weights[1].diagonal()
+        )
+        two = self.square - 2 * (second.conj() * self.signal + noise.conj() * self.noise).real
+        two = two + g * second.abs().square() + n * noise.abs().square() + 2 * both * (second.conj() * noise).real
+        return one.clamp_min(0) / weights[0].square(), two.clamp_min(0) / weights[1].square()
 
 
 @dataclass(frozen=True)
@@ -172,8 +231,8 @@ class ImageMomentSums:
         (K + 1,) sums of ``h^2`` and (K + 1, K + 1) of ``h^2 h'^2``.
     noise
         (K + 1, K + 1) sums of ``h h'`` times the noise's strength.
-    spread_first, spread_second
-        Sums of the squared magnitudes of what ``first`` and ``second`` sum.
+    spread
+        What the errors of both follow from.
     count
         Images.
     """
@@ -184,8 +243,7 @@ class ImageMomentSums:
     weight_first: Float[Tensor, " k"]
     weight_second: Float[Tensor, "k k"]
     noise: Float[Tensor, "k k"]
-    spread_first: Float[Tensor, " k"]
-    spread_second: Float[Tensor, "m k k"]
+    spread: Spread
     count: int
 
     @staticmethod
@@ -212,7 +270,7 @@ class ImageMomentSums:
         h = torch.ones(len(images), basis.rings + 1, device=images.device) if ctf is None else ctf.to(images.device)
         variance = torch.as_tensor(noise, dtype=h.dtype, device=h.device).expand(len(images))
         by_order = (c * h[:, None]).permute(1, 2, 0)
-        square, power = h.square().double(), by_order.abs().square()
+        square = h.square().double()
         return ImageMomentSums(
             basis,
             (h * c[:, 0]).sum(dim=0).to(torch.complex128),
@@ -220,25 +278,14 @@ class ImageMomentSums:
             square.sum(dim=0),
             square.mT @ square,
             (h * variance[:, None]).double().mT @ h.double(),
-            power[0].sum(dim=1).double(),
-            (power @ power.mT).double(),
+            Spread.of(by_order, h, variance),
             len(images),
         )
 
     def __add__(self, other: "ImageMomentSums") -> "ImageMomentSums":
         if self.basis != other.basis:
             raise DataError("DATA406", f"moments on {self.basis} and {other.basis} cannot be added")
-        return ImageMomentSums(
-            self.basis,
-            self.first + other.first,
-            self.second + other.second,
-            self.weight_first + other.weight_first,
-            self.weight_second + other.weight_second,
-            self.noise + other.noise,
-            self.spread_first + other.spread_first,
-            self.spread_second + other.spread_second,
-            self.count + other.count,
-        )
+        return replace(self, **_added(self, other, "basis"))
 
     def debiased(self, spectrum: Float[Tensor, " s"]) -> ImageMoments:
         """Unbiased estimates of the moments of noise-free images without CTF, and the variance of each.
@@ -255,20 +302,10 @@ class ImageMomentSums:
         """
         if not self.count or not bool((self.weight_second > 0).all()):
             raise DataError("DATA407", f"{self.count} images leave a ring of the moments without information")
-        second = self.second - self.noise * self.basis.noise(spectrum).to(self.noise.device)
-
-        def variance(spread: Tensor, total: Tensor, weight: Tensor) -> Tensor:
-            return (spread - total.abs().square() / self.count).clamp_min(0) / weight.square()
-
-        return ImageMoments(
-            self.first / self.weight_first,
-            second / self.weight_second,
-            self.basis,
-            (
-                variance(self.spread_first, self.first, self.weight_first),
-                variance(self.spread_second, self.second, self.weight_second),
-            ),
-        )
+        noise, weights = self.basis.noise(spectrum).to(self.noise.device), (self.weight_first, self.weight_second)
+        second = (self.second - self.noise * noise) / self.weight_second
+        found = ImageMoments(self.first / self.weight_first, second, self.basis)
+        return replace(found, variance=self.spread.variance(found, noise, weights))
 
 
 def moments_of_slices(

@@ -4,15 +4,14 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from cryorbit.errors import ConfigError
 from cryorbit.groups.point import point_group
-from cryorbit.methods.amortized import Amortized
+from cryorbit.methods.amortized import Amortized, from_starts
 from cryorbit.methods.amortized_config import AmortizedConfig
 from cryorbit.methods.halves import HALVES, members_of
-from cryorbit.methods.starts import Starts
 from cryorbit.methods.symmetric import averaged
 from cryorbit.networks.cnn import SMALLEST_SIDE
 from cryorbit.pipeline.config import RunConfig
@@ -82,20 +81,14 @@ def learnt_maps(
     maps, group = [], point_group(inputs.symmetry).float()
     settings = settings_of(config, len(group))
     for half in HALVES:
-        members = members_of(inputs.half_set, half)
-
-        def begun(start: int, members: Int[Tensor, " m"] = members, seed: int = 2 * config.seed + half) -> Amortized:
-            return Amortized(
-                stack,
-                settings,
-                mask_diameter=inputs.mask_diameter,
-                members=members,
-                symmetry=group,
-                seed=seed,
-                start=start,
-            )
-
-        method = Starts(begun, count=settings.starts, trial=settings.trial)
+        method = from_starts(
+            stack,
+            settings,
+            mask_diameter=inputs.mask_diameter,
+            members=members_of(inputs.half_set, half),
+            symmetry=group,
+            seed=2 * config.seed + half,
+        )
         method.name = f"{Amortized.name} {half}"
         run(
             method,
