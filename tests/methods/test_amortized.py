@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from cryorbit.errors import ConfigError
+from cryorbit.errors import ConfigError, RunError
 from cryorbit.groups import so3
 from cryorbit.groups.point import point_group
 from cryorbit.methods.amortized import Amortized, TablePoses, Tomo, from_starts
@@ -257,23 +257,27 @@ def several(stack: FourierStack, count: int, steps: int = 8) -> Starts[Amortized
 def test_the_start_that_leaves_least_unexplained_goes_on_alone(stack):
     method = several(stack, 3)
     assert method.total_steps() == 16
-    shown = [[one._batch(i) for i in range(4)] for one in method.starts]
+    each = [method.begun(number) for number in range(3)]
+    shown = [[one._batch(i) for i in range(4)] for one in each]
     assert all(torch.equal(a, b) for other in shown[1:] for a, b in zip(shown[0], other, strict=True))
-    maps, networks = zip(*((one.map(), one.encoder.network.last.weight) for one in method.starts), strict=True)
+    maps, networks = zip(*((one.map(), one.encoder.network.last.weight) for one in each), strict=True)
     assert not torch.equal(maps[0], maps[1])
     assert not torch.equal(networks[0], networks[1])
-    left = [[float(method.step(4 * start + inner)["unexplained"]) for inner in range(4)] for start in range(3)]
+    left = []
+    for start in range(3):
+        left.append([float(method.step(4 * start + inner)["unexplained"]) for inner in range(4)])
+        assert len(method.starts) <= 2
     least = min(range(3), key=lambda start: sum(left[start][2:]))
-    assert method.best is method.starts[least]
+    assert method.chosen == least
     assert max(sum(one[2:]) for one in left) > 1.0001 * sum(left[least][2:])
-    maps = [one.map() for one in method.starts]
+    before = method.best.map()
     assert {method.step(12)["start"], method.step(13)["start"]} == {str(least)}
-    same = [torch.equal(before, one.map()) for before, one in zip(maps, method.starts, strict=True)]
-    assert same == [number != least for number in range(3)]
+    assert list(method.starts) == [least]
+    assert not torch.equal(before, method.best.map())
 
 
 def test_one_start_is_the_method_itself(stack):
-    method, plain = several(stack, 1), several(stack, 1).starts[0]
+    method, plain = several(stack, 1), several(stack, 1).begun(0)
     run(method)
     run(plain)
     assert torch.equal(method.best.map(), plain.map())
@@ -295,6 +299,21 @@ def test_starts_go_on_where_they_stopped(stack, whole, stopped, tmp_path):
     run(resumed, checkpoint=tmp_path / "c")
     assert torch.equal(resumed.best.map(), whole.best.map())
     assert torch.equal(resumed.unexplained, whole.unexplained)
+
+
+@pytest.mark.parametrize("damage", ["hole", "infinite", "no starts", "not the best"])
+def test_trials_that_do_not_fit_are_refused(stack, damage):
+    method, again = several(stack, 2), several(stack, 2)
+    for index in range(6):
+        method.step(index)
+    state = {name: value.clone() for name, value in method.state().items()}
+    if damage in ("hole", "infinite"):
+        state["unexplained"][0, 1] = math.nan if damage == "hole" else math.inf
+    else:
+        gone = "start" if damage == "no starts" else "start0."
+        state = {name: value for name, value in state.items() if not name.startswith(gone)}
+    with pytest.raises(RunError, match="RUN013"):
+        again.load_state(state)
 
 
 def structure(truth: SimulatedParticles, stack: FourierStack) -> Structure:

@@ -27,6 +27,7 @@ from cryorbit.simulate.particles import make_projector
 from cryorbit.simulate.phantom import phantom
 from cryorbit.simulate.settings import CTFSettings, SimulationSettings
 from cryorbit.simulate.write import write_simulation
+from cryorbit.training.dataset import ArrayParticles
 from cryorbit.types import Volume
 from cryorbit.volumes.mixture import MixtureSlices, mixture_volume
 
@@ -115,7 +116,32 @@ def test_particles_shifted_by_a_known_sigma_have_the_moments_of_centred_ones(tmp
         with pytest.raises(DataError, match="DATA416"):
             invert_moments(replace(restored, shift_sigma_px=wrong), QUICK, torch.Generator())
     with pytest.raises(DataError, match="DATA416"):
-        replace(restored, shift_sigma_px=10.0).centred()
+        replace(restored, shift_sigma_px=3.9).centred()  # of 5 rings little is left
+
+
+@pytest.mark.parametrize("wrong", ["none", "not finite"])
+def test_particles_without_moments_are_refused(wrong):
+    images = torch.randn(4, 24, 24, generator=torch.Generator().manual_seed(0)).numpy()
+    images[2, 3, 3] = np.nan
+    particles = ArrayParticles(images[:0] if wrong == "none" else images, 4.0)
+    with pytest.raises(DataError, match="DATA407" if wrong == "none" else "DATA419: image 3"):
+        particle_moments(particles, 5, mask_diameter=64.0)
+
+
+@pytest.mark.parametrize("wrong", ["first", "second", "variance", "power", "setting"])
+def test_moments_that_are_not_finite_or_too_large_are_refused(exact, wrong):
+    first, second = exact.first.clone(), exact.second.clone()
+    variance = [torch.ones_like(x.real) for x in (first, second)]
+    if wrong == "power":
+        first, second = first * 1e9, second * 1e18
+    elif wrong != "setting":
+        {"first": first, "second": second[2, 1], "variance": variance[0]}[wrong][2] = math.nan
+    config = replace(QUICK, tolerance=math.nan if wrong == "setting" else 0.01)
+    error = ConfigError if wrong == "setting" else DataError
+    with pytest.raises(error, match="CONF115" if wrong == "setting" else "DATA409"):
+        invert_moments(ImageMoments(first, second, POLAR, tuple(variance)), config, torch.Generator())
+    with pytest.raises(DataError, match="DATA422"):
+        exact.within(7)
 
 
 def test_a_fit_blurs_what_a_map_predicts_as_shifts_do(exact):

@@ -68,6 +68,16 @@ def test_overwrite_removes_our_files_only(tmp_path):
     assert from_toml((run / "config.toml").read_text()).particles == "y"
 
 
+def test_configuration_of_an_older_version_stays_as_that_version_can_read_it(tmp_path):
+    run, config = tmp_path / "run", RunConfig(particles="x")
+    open_run(run, config, overwrite=False)
+    older = (run / "config.toml").read_text().replace(f"trial = {config.amortized.trial}\n", "")
+    assert len(older) < (run / "config.toml").stat().st_size
+    (run / "config.toml").write_text(older)
+    open_run(run, config, overwrite=False)
+    assert (run / "config.toml").read_text() == older
+
+
 def killed_while_writing(final: Path) -> Path:
     """What :func:`atomic_path` leaves when its process is killed."""
     with atomic_path(final) as temporary:

@@ -198,8 +198,9 @@ class MomentPrior:
         ConfigError
             CONF120 of another box or circle, or too few rings.
         DataError
-            DATA416 shifts that leave too little of them.
+            DATA409 moments without a signal; DATA416 shifts that leave too little of them.
         """
+        moments.check()
         found, needed = moments.centred_basis, self.basis
         if (found.box, found.radius) != (needed.box, needed.radius) or found.rings < self.rings:
             raise ConfigError(

@@ -12,7 +12,7 @@ left to a prior: the family of maps, its penalty, and the starts.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -28,6 +28,7 @@ from cryorbit.methods.moment_maps import BallMaps, MapFamily, MixtureMaps
 from cryorbit.physics.ctf import ctf
 from cryorbit.physics.fourier import fourier_disk
 from cryorbit.physics.image_moments import (
+    SHIFTED,
     Blur,
     ImageMoments,
     ImageMomentSums,
@@ -43,7 +44,6 @@ from cryorbit.types import CTFParams
 from cryorbit.volumes.ball import real_harmonics
 
 _BLOCK = 1000  # images in memory at once
-_SHIFTED = 3.0  # sigma: as far as shifts are taken to reach
 _TOLERANCE = 1e-12  # of L-BFGS: moments are met to 1e-5 where they can be
 
 Found = tuple[Float[Tensor, " n"], Float[Tensor, " l"], float]  # numbers of a map, of a density, the objective
@@ -127,14 +127,20 @@ def particle_moments(
     """
     own, sigma = 0.5 * mask_diameter / particles.pixel_size, shift_sigma / particles.pixel_size
     basis = PolarBasis(particles.box, rings, min(own, particles.box / 2))
-    check_shifts(sigma)
-    radius = own + _SHIFTED * sigma
+    check_shifts(sigma, particles.box)
+    if not len(particles):
+        raise DataError("DATA407", "no particles to measure moments of")
+    radius = own + SHIFTED * sigma
     wide = replace(basis, radius=min(radius, particles.box / 2))
     window, whole = background_window(particles.box, radius), fourier_disk(particles.box)
     blocks = torch.arange(len(particles)).split(_BLOCK)
     spectrum, total = torch.zeros(int(whole.shell.max()) + 1, dtype=torch.float64), None
     for block in blocks:
         images = torch.from_numpy(particles.read(block.numpy()))
+        if not bool((fine := images.isfinite().all(dim=(1, 2))).all()):
+            raise DataError(
+                "DATA419", f"image {int(block[~fine][0]) + 1} holds values that are not finite", "leave it out"
+            )
         background = (images * window).sum(dim=(1, 2)) / window.sum()
         images = images - background[:, None, None]
         spectrum += len(block) / len(particles) * background_spectrum(images, window, whole).double()
@@ -196,7 +202,8 @@ class MomentFit:
             else torch.eye(len(self.rotations))
         )
         sigma = self.moments.shift_sigma_px
-        self.blur = Blur(polar, sigma, inner=polar.orders, outer=self.moments.basis.orders) if sigma else None
+        outer = self.moments.basis.orders
+        self.blur = Blur(polar, sigma, inner=polar.orders, outer=outer) if sigma or outer != polar.orders else None
         self.weights = self._weights()
         self.target = (self.moments.first.to(torch.complex64), self.moments.second.to(torch.complex64))
 
@@ -290,25 +297,18 @@ def _check(moments: ImageMoments, config: MomentsConfig, rings: int, third: Thir
     """CONF115 settings out of range, DATA409 moments without a signal, DATA416, 418 shifts."""
     most = len(moments.first) - 1
     counts = 1 <= config.kept <= config.starts and min(config.degree, config.iterations) >= 1
-    least = min(
-        config.order, config.gaussians, config.margin, config.positivity, config.third, config.floor, config.tolerance
-    )
+    sound = all(0 <= x < math.inf for x in astuple(config))
     directions = 12 * 4**config.order  # of HEALPix
-    if not (2 <= rings <= most and counts and least >= 0 and 1 <= (config.view_degree + 1) ** 2 <= directions):
+    if not (2 <= rings <= most and counts and sound and 1 <= (config.view_degree + 1) ** 2 <= directions):
         raise ConfigError(
             "CONF115",
             f"{config} cannot invert moments on {most} rings",
-            f"rings 2 to {most} (0: all), degree and iterations at least 1, kept from 1 to starts, nothing below 0, and no more harmonics "
-            f"of views than there are directions ({directions})",
+            f"rings 2 to {most} (0: all), degree and iterations from 1, kept from 1 to starts, none negative or infinite, views of at most "
+            f"{directions} harmonics, the number of directions",
         )
-    check_shifts(moments.shift_sigma_px)
+    moments.check()
     if third and moments.shift_sigma_px:
         raise DataError("DATA418", "third moments of shifted images", "centre the images before summing, or do without")
-    power = float(moments.power.sum())
-    if not (math.isfinite(power) and power > 0 and bool(moments.first.isfinite().all())):
-        raise DataError(
-            "DATA409", f"moments with a total power of {power:g} show no particle", "sum more images, or look at them"
-        )
 
 
 def invert_moments(

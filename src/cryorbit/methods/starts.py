@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 
 import torch
 
+from cryorbit.errors import RunError
 from cryorbit.methods.decoding import Decoding
 from cryorbit.training.checkpoint import State, fitted
 
@@ -19,7 +20,7 @@ D = TypeVar("D", bound=Decoding)
 
 
 class Starts(Generic[D]):
-    """Trials of one method one after the other, then the best of them to its end.
+    """Trials of one method one after the other, then the best of them to its end. No more than the best so far and the one on trial are kept.
 
     Parameters
     ----------
@@ -33,24 +34,27 @@ class Starts(Generic[D]):
     """
 
     def __init__(self, begun: Callable[[int], D], *, count: int, trial: float) -> None:
-        self.starts = [begun(number) for number in range(count)]
+        self.begun, self.count = begun, count
+        self.starts = {0: begun(0)}
         self.name = self.starts[0].name
         self.steps = self.starts[0].total_steps()
         self.trial = max(1, min(self.steps, round(trial * self.steps)))
         self.unexplained = torch.full((count, self.trial), math.nan, dtype=torch.float64)
 
     @property
-    def best(self) -> D:
-        """Of the starts that have made their trial: the one that goes on when all have."""
+    def chosen(self) -> int:
+        """Number of the best of the starts that have made their trial; the first before."""
         left = self.unexplained[:, -math.ceil(_COMPARED * self.trial) :].mean(dim=1)
-        return self.starts[int(left.nan_to_num(math.inf).argmin())]
+        return int(left.nan_to_num(math.inf).argmin())
 
-    def _tried(self) -> bool:
-        return not bool(self.unexplained.isnan().any())
+    @property
+    def best(self) -> D:
+        """The start of that number."""
+        return self.starts[self.chosen]
 
     def total_steps(self) -> int:
         """Of all trials, and of what is left for the best."""
-        return (len(self.starts) - 1) * self.trial + self.steps
+        return (self.count - 1) * self.trial + self.steps
 
     def finished(self) -> bool:
         """Never before the last step."""
@@ -59,30 +63,34 @@ class Starts(Generic[D]):
     def step(self, index: int) -> dict[str, float | str]:
         """A step of a trial, or of the best."""
         start, inner = divmod(index, self.trial)
-        if start < len(self.starts):
+        if start < self.count:
+            if start not in self.starts:
+                self.starts = {self.chosen: self.best, start: self.begun(start)}
             values = self.starts[start].step(inner)
             self.unexplained[start, inner] = float(values["unexplained"])
             return {**values, "start": str(start)}
-        return {
-            **self.best.step(index - (len(self.starts) - 1) * self.trial),
-            "start": str(self.starts.index(self.best)),
-        }
-
-    def _kept(self) -> list[tuple[str, D]]:
-        """Starts that are still needed, with what their tensors are named after."""
-        return [(f"start{i}.", start) for i, start in enumerate(self.starts) if not self._tried() or start is self.best]
+        self.starts = {self.chosen: self.best}
+        return {**self.best.step(index - (self.count - 1) * self.trial), "start": str(self.chosen)}
 
     def state(self) -> State:
-        """All starts, after their trials the best alone."""
+        """Starts that are still needed, and what all left unexplained."""
         state: State = {"unexplained": self.unexplained}
-        for prefix, start in self._kept():
-            state |= {prefix + name: value for name, value in start.state().items()}
+        for number, start in self.starts.items():
+            state |= {f"start{number}.{name}": value for name, value in start.state().items()}
         return state
 
     def load_state(self, state: State) -> None:
         """Inverse of :meth:`state`."""
-        self.unexplained = fitted(state, {"unexplained": self.unexplained.shape})["unexplained"].double()
-        for prefix, start in self._kept():
-            start.load_state(
-                {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        unexplained = fitted(state, {"unexplained": self.unexplained.shape})["unexplained"].double()
+        made = unexplained.flatten().isfinite()
+        numbers = sorted({int(name[5:].partition(".")[0]) for name in state if name.startswith("start")})
+        complete = unexplained.isfinite().all(dim=1).sum()
+        self.unexplained = unexplained
+        if bool((made[1:] & ~made[:-1]).any()) or (int(complete) and self.chosen not in numbers) or not numbers:
+            raise RunError(
+                "RUN013", "the checkpoint holds starts that do not fit their trials", "delete it to do its stage again"
             )
+        self.starts = {number: self.begun(number) for number in numbers}
+        for number, start in self.starts.items():
+            own = f"start{number}."
+            start.load_state({name.removeprefix(own): v for name, v in state.items() if name.startswith(own)})

@@ -28,6 +28,9 @@ from cryorbit.physics.polar import PolarBasis
 _LEAST_RING = 0.1  # of the last ring, that shifts leave: beyond, moments are those of the damping more than of images
 _LEAST_BLUR = 1e-3  # square of the share of a moment below which it is not divided by it
 _ANGLES = 64
+_SMALLEST, _LARGEST = 1e-14, 1e16  # total power that single precision can weigh
+SHIFTED = 3.0
+"""Standard deviations as far as shifts are taken to reach."""
 
 
 def ring_power(second: Complex[Tensor, "*batch m k k"]) -> Float[Tensor, "*batch k"]:
@@ -36,10 +39,14 @@ def ring_power(second: Complex[Tensor, "*batch m k k"]) -> Float[Tensor, "*batch
     return diagonal[..., 0, :] + 2 * diagonal[..., 1:, :].sum(dim=-2)
 
 
-def check_shifts(shift_sigma_px: float) -> None:
-    """Refuse what is no standard deviation: DATA416."""
-    if not 0 <= shift_sigma_px < math.inf:
-        raise DataError("DATA416", f"shifts of sigma {shift_sigma_px:g} px, expected 0 or more")
+def check_shifts(shift_sigma_px: float, box: int) -> None:
+    """Refuse what is no standard deviation of shifts of images of ``box`` pixels: DATA416."""
+    if not 0 <= shift_sigma_px <= box / (2 * SHIFTED):
+        raise DataError(
+            "DATA416",
+            f"shifts of sigma {shift_sigma_px:g} px in images of {box} px, expected 0 to {box / (2 * SHIFTED):g}",
+            "give the standard deviation of each coordinate, or cut out larger images",
+        )
 
 
 class Blur:
@@ -122,10 +129,36 @@ class ImageMoments:
     @property
     def centred_basis(self) -> PolarBasis:
         """Of the same particles without shifts: a smaller circle, fewer orders."""
-        return replace(self.basis, radius=self.particle_radius_px or self.basis.radius)
+        if self.particle_radius_px is None:
+            return self.basis
+        return replace(self.basis, radius=self.particle_radius_px)
+
+    def check(self) -> None:
+        """Refuse moments from which nothing can be learnt.
+
+        Raises
+        ------
+        DataError
+            DATA409 no signal, or values that are not finite; DATA416 shifts of no standard deviation.
+        """
+        check_shifts(self.shift_sigma_px, self.basis.box)
+        power, variance = float(self.power.sum()), self.variance or ()
+        finite = all(bool(x.isfinite().all()) for x in (self.first, self.second, *variance))
+        if not (finite and _SMALLEST < power < _LARGEST):
+            raise DataError(
+                "DATA409",
+                f"moments with a total power of {power:g}"
+                + ("" if finite else ", some not finite,")
+                + " show no particle",
+                "sum more images, of finite values and a spread of about 1, or look at them",
+            )
 
     def within(self, rings: int) -> "ImageMoments":
-        """Rings 0 to ``rings``."""
+        """Rings 0 to ``rings``; DATA422 where there are fewer."""
+        if rings > self.basis.rings:
+            raise DataError(
+                "DATA422", f"moments on {self.basis.rings} rings, {rings} asked for", "measure them on more rings"
+            )
         inner = slice(0, rings + 1)
         basis = replace(self.basis, rings=rings)
         orders = slice(0, basis.orders + 1)
@@ -142,13 +175,13 @@ class ImageMoments:
         DataError
             DATA416 shifts of no standard deviation, or of one that leaves less than a tenth of the last ring.
         """
-        check_shifts(self.shift_sigma_px)
+        self.check()
         reach = math.sqrt(-math.log(_LEAST_RING) / 2) * self.basis.box / math.pi
         if self.shift_sigma_px * self.basis.rings > reach:
             raise DataError(
                 "DATA416",
                 f"shifts of sigma {self.shift_sigma_px:g} px leave less than {_LEAST_RING:g} of ring {self.basis.rings}",
-                f"look at {math.floor(reach / self.shift_sigma_px)} rings (within), or centre the particles better",
+                f"look at fewer rings (within({reach / self.shift_sigma_px:.0f})), or centre the particles better",
             )
         basis, orders = self.centred_basis, self.basis.orders
         undo = Blur(self.basis, self.shift_sigma_px, inner=orders, outer=basis.orders, undone=True)
@@ -284,7 +317,9 @@ class ImageMomentSums:
 
     def __add__(self, other: "ImageMomentSums") -> "ImageMomentSums":
         if self.basis != other.basis:
-            raise DataError("DATA406", f"moments on {self.basis} and {other.basis} cannot be added")
+            raise DataError(
+                "DATA406", f"moments on {self.basis} and {other.basis} cannot be added", "measure both on one basis"
+            )
         return replace(self, **_added(self, other, "basis"))
 
     def debiased(self, spectrum: Float[Tensor, " s"]) -> ImageMoments:
@@ -301,11 +336,19 @@ class ImageMomentSums:
             DATA407 no image says anything of some ring.
         """
         if not self.count or not bool((self.weight_second > 0).all()):
-            raise DataError("DATA407", f"{self.count} images leave a ring of the moments without information")
+            raise DataError(
+                "DATA407",
+                f"{self.count} images leave a ring of the moments without information",
+                "sum images, of more than one defocus where they have a CTF",
+            )
         noise, weights = self.basis.noise(spectrum).to(self.noise.device), (self.weight_first, self.weight_second)
         second = (self.second - self.noise * noise) / self.weight_second
         found = ImageMoments(self.first / self.weight_first, second, self.basis)
-        return replace(found, variance=self.spread.variance(found, noise, weights))
+        first_variance, second_variance = self.spread.variance(found, noise, weights)
+        fewer = (
+            self.count / (self.count - 1) if self.count > 1 else math.inf
+        )  # the moments are those of the same images
+        return replace(found, variance=(fewer * first_variance, fewer * second_variance))
 
 
 def moments_of_slices(

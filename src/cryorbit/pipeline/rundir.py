@@ -141,8 +141,9 @@ def open_run(folder: Path, config: RunConfig, read: Sequence[Path] = (), *, over
         if cleared:
             _clear(folder, read)
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "config.toml").is_file():
-            before, now = decisive(_config_of(folder)), decisive(config)
+        there = _config_of(folder) if (folder / "config.toml").is_file() else None
+        if there is not None:
+            before, now = decisive(there), decisive(config)
             if before != now:
                 raise RunError(
                     "RUN002",
@@ -151,7 +152,8 @@ def open_run(folder: Path, config: RunConfig, read: Sequence[Path] = (), *, over
                 )
         elif not cleared and set(folder.iterdir()) - unfinished(folder).keys():
             raise RunError("RUN001", f"{folder} is not empty and holds no cryorbit run", "choose a new --output folder")
-        write_text(folder / "config.toml", to_toml(config))
+        if there != config:  # one that an older version wrote stays as that version can read it
+            write_text(folder / "config.toml", to_toml(config))
         (folder / "checkpoint").mkdir(exist_ok=True)
     except OSError as error:
         raise RunError(

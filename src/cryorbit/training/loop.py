@@ -108,7 +108,7 @@ def run(
         if meta.get("fingerprint") != fingerprint or meta.get("stage") != method.name:
             raise RunError(
                 "RUN011",
-                f"{checkpoint} was written with other settings or data",
+                f"{checkpoint} was written with other settings or data, or by another version",
                 "use a new --output folder, or --overwrite to start over",
             )
         with in_use(checkpoint):
