@@ -4,7 +4,8 @@
 * **poses**: an encoder of several weighted candidates (``poses/encoder.py``).
 * **objective**: log density of the pose under the mixture of candidates (``poses/density.py``): of a pose drawn from the particle's
   posterior, so that all its modes count by their mass; and of the true pose of an image drawn from the map, with the CTF of a particle and
-  the run's noise, shifts and strengths. There is no end of the latter, so nothing is learnt by heart.
+  the run's noise, shifts and strengths. There is no end of the latter, so nothing is learnt by heart. At last, if asked, end to end as well:
+  the residual of the image at its best candidate (papers/001 eq. 11).
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from cryorbit.errors import ConfigError
 from cryorbit.groups import so3
+from cryorbit.methods.pose_objectives import Observed
 from cryorbit.physics.cryoem import forward
 from cryorbit.physics.slicing import slicing_grid
 from cryorbit.poses.density import SHIFT_SD, cosines, log_mixture
@@ -48,6 +50,8 @@ class DistillationConfig:
         Share of each batch that is drawn from the map; the rest are the run's own particles.
     bfloat16
         Convolve in bfloat16 where the device has instructions for it, elsewhere in float32.
+    end_to_end
+        Share of the steps, the last ones, in which the log likelihood of each image at its best candidate is climbed too.
     """
 
     steps: int = 3000
@@ -58,6 +62,7 @@ class DistillationConfig:
     polar: bool = False
     synthetic: float = 0.75
     bfloat16: bool = True
+    end_to_end: float = 0.0
 
     def encoder(self, view: View, seed: int = 0) -> PoseEncoder:
         """The network that these settings teach."""
@@ -71,13 +76,15 @@ class DistillationConfig:
             "side": self.side >= (16 if self.polar else 8),
             "heads": 1 <= self.heads <= 64,
             "synthetic": 0 <= self.synthetic <= 1,
+            "end_to_end": 0 <= self.end_to_end <= 1,
         }
         for name, good in fine.items():
             if not good:
                 raise ConfigError(
                     "CONF510",
                     f"{name} = {getattr(self, name)} is out of range",
-                    "steps and rate positive, batch at least 2, side at least 8 (16 where polar), heads 1 to 64, synthetic 0 to 1",
+                    "steps and rate positive, batch at least 2, side at least 8 (16 where polar), heads 1 to 64, synthetic and "
+                    "end_to_end 0 to 1",
                 )
 
 
@@ -146,6 +153,7 @@ class Distillation:
         self.encoder = config.encoder(view, seed).to(stack.device)
         self.columns = view.columns(stack.disk).to(stack.device)
         self.disk = view.disk.to(stack.device)
+        self.variance = structure.noise.to(stack.device)[self.disk.shell]
         self.grid = slicing_grid(structure.volume, view.disk.radius)
         self.shift_sd = SHIFT_SD * stack.box / view.box
         self.optimiser = torch.optim.Adam(self.encoder.parameters())
@@ -165,9 +173,12 @@ class Distillation:
         parts = [self.draw(drawn, generator)] if drawn else []
         if drawn < self.config.batch:
             parts.append(self._real(self.config.batch - drawn, generator))
-        images, rotations, shifts = (torch.cat(x) for x in zip(*parts, strict=True))
-        found = self.encoder(images)
+        images, ctf, rotations, shifts = (torch.cat(x) for x in zip(*parts, strict=True))
+        found = self.encoder(images * ctf)
         loss = -log_mixture(found, rotations, shifts, self.structure.symmetry, self.shift_sd).mean()
+        if index >= (1 - self.config.end_to_end) * self.config.steps:
+            seen = Observed(self.grid, images, ctf, 0.5 * self.disk.weight / self.variance, self.disk)
+            loss = loss + seen.losses(seen.squares(found.rotations, found.shifts)).min(dim=1).values.mean()
         self.optimiser.param_groups[0]["lr"] = self.config.rate * warm_cosine(index, self.config.steps)
         self.optimiser.zero_grad()
         loss.backward()
@@ -183,31 +194,31 @@ class Distillation:
 
     def draw(
         self, count: int, generator: torch.Generator
-    ) -> tuple[Complex[Tensor, "b p"], Float[Tensor, "b 3 3"], Float[Tensor, "b 2"]]:
-        """``count`` images from the map as the encoder is shown them, with their rotations and shifts in pixels."""
+    ) -> tuple[Complex[Tensor, "b p"], Float[Tensor, "b p"], Float[Tensor, "b 3 3"], Float[Tensor, "b 2"]]:
+        """``count`` images from the map with their CTF, rotations, and shifts in pixels."""
         s, device = self.structure, self.disk.weight.device
         rotations = so3.random_rotations(count, generator).to(device)
         shifts = (s.shift_sd * torch.randn(count, 2, generator=generator)).to(device)
         strength = (1 + s.strength_sd * torch.randn(count, 1, generator=generator)).clamp_min(_WEAKEST).to(device)
         ctf = self.stack.ctf(self._particles(count, generator))[:, self.columns]
         noise = torch.randn(count, len(self.disk), 2, generator=generator).to(device)
-        noise = torch.view_as_complex(noise * (0.5 * s.noise.to(device)[self.disk.shell]).sqrt()[:, None])
-        images = forward(self.grid, rotations, shifts, self.disk, ctf * strength) + noise
-        return images * ctf, rotations, shifts
+        noise = torch.view_as_complex(noise * (0.5 * self.variance).sqrt()[:, None])
+        return forward(self.grid, rotations, shifts, self.disk, ctf * strength) + noise, ctf, rotations, shifts
 
     def _particles(self, count: int, generator: torch.Generator) -> Int[Tensor, " b"]:
         return self.members[torch.randint(len(self.members), (count,), generator=generator)]
 
     def _real(
         self, count: int, generator: torch.Generator
-    ) -> tuple[Complex[Tensor, "b p"], Float[Tensor, "b 3 3"], Float[Tensor, "b 2"]]:
-        """Particles of the run with a pose drawn from the posterior of each, every other one turned by 180 degrees in plane."""
+    ) -> tuple[Complex[Tensor, "b p"], Float[Tensor, "b p"], Float[Tensor, "b 3 3"], Float[Tensor, "b 2"]]:
+        """Particles of the run with their CTF and a pose drawn from the posterior of each, every other one turned by 180 degrees in plane."""
         chosen = self._particles(count, generator)
-        images = (self.stack.images(chosen) * self.stack.ctf(chosen))[:, self.columns]
+        images, ctf = (x[:, self.columns] for x in (self.stack.images(chosen), self.stack.ctf(chosen)))
         rotations, shifts = (x[:, 0].float().to(images.device) for x in self.posterior.rows(chosen).drawn(1, generator))
         turned = (torch.rand(count, generator=generator) < 0.5).to(images.device)
         return (
             torch.where(turned[:, None], images.conj(), images),
+            ctf,
             torch.where(turned[:, None, None], so3.half_turn(rotations), rotations),
             torch.where(turned[:, None], -shifts, shifts),
         )
