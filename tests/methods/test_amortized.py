@@ -326,15 +326,20 @@ def known_posterior(truth: SimulatedParticles) -> PosePosterior:
     return PosePosterior(truth.poses.rotations[:, None], torch.zeros(300, 1, 2), torch.ones(300, 1), covariance)
 
 
-def test_drawn_images_have_the_power_and_the_noise_of_real_ones(truth, stack):
-    method = Distillation(
+def teaching(truth: SimulatedParticles, stack: FourierStack, config: DistillationConfig, shown: int) -> Distillation:
+    """Of the first images, whose poses are known; the others are never shown."""
+    return Distillation(
         stack,
-        DistillationConfig(side=16),
+        config,
         structure=structure(truth, stack),
         posterior=known_posterior(truth),
-        members=torch.arange(300),
+        members=torch.arange(shown),
         mask_diameter=DIAMETER,
     )
+
+
+def test_drawn_images_have_the_power_and_the_noise_of_real_ones(truth, stack):
+    method = teaching(truth, stack, DistillationConfig(side=16), 300)
     drawn = method.draw(300, torch.Generator().manual_seed(0))[0]
     real = method._real(300, torch.Generator().manual_seed(0))[0]
     powers = [x[:, method.disk.shell > 0].abs().square().mean(dim=0) for x in (drawn, real)]
@@ -346,14 +351,7 @@ def test_drawn_images_have_the_power_and_the_noise_of_real_ones(truth, stack):
 
 def test_an_encoder_knows_more_of_images_it_never_saw_than_chance(truth, stack):
     config = DistillationConfig(steps=70, batch=40, side=16, heads=2, synthetic=0.5)
-    method = Distillation(
-        stack,
-        config,
-        structure=structure(truth, stack),
-        posterior=known_posterior(truth),
-        members=torch.arange(200),
-        mask_diameter=DIAMETER,
-    )
+    method = teaching(truth, stack, config, 200)
     run(method)
     chosen = torch.arange(200, 300)  # never shown
     with torch.no_grad():
@@ -368,16 +366,7 @@ def test_teaching_ends_with_the_likelihood_of_the_images(truth, stack):
     steps, chosen, methods = 60, torch.arange(200, 300), []
     for share in (0.0, 0.5):
         config = DistillationConfig(steps=steps, batch=40, side=16, heads=2, synthetic=0.5, end_to_end=share)
-        methods.append(
-            Distillation(
-                stack,
-                config,
-                structure=structure(truth, stack),
-                posterior=known_posterior(truth),
-                members=torch.arange(200),
-                mask_diameter=DIAMETER,
-            )
-        )
+        methods.append(teaching(truth, stack, config, 200))
     losses = [[float(method.step(index)["loss"]) for index in range(steps)] for method in methods]
     assert losses[0][:30] == losses[1][:30]
     assert losses[1][30] > losses[0][30] + 10  # half of the squared residuals over the noise, of some hundred pixels

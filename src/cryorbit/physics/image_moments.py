@@ -81,11 +81,8 @@ class Blur:
             phase = torch.arange(most + 1, dtype=torch.float64)[:, None] * angle
             return torch.polar(torch.ones_like(phase), phase)
 
-        self.to_angle, self.to_order = (
-            2 * waves(inner).mT,
-            waves(outer).conj() / count,
-        )  # order -m is the conjugate of order m
-        self.to_angle[:, 0] = 1
+        self.to_angle, self.to_order = 2 * waves(inner).mT, waves(outer).conj() / count
+        self.to_angle[:, 0] = 1  # the others count for -m too, which is the conjugate
 
     def __call__(
         self, first: Complex[Tensor, " k"], second: Complex[Tensor, "m k k"]
@@ -345,9 +342,7 @@ class ImageMomentSums:
         second = (self.second - self.noise * noise) / self.weight_second
         found = ImageMoments(self.first / self.weight_first, second, self.basis)
         first_variance, second_variance = self.spread.variance(found, noise, weights)
-        fewer = (
-            self.count / (self.count - 1) if self.count > 1 else math.inf
-        )  # the moments are those of the same images
+        fewer = self.count / (self.count - 1) if self.count > 1 else math.inf  # the moments are of the same images
         return replace(found, variance=(fewer * first_variance, fewer * second_variance))
 
 
