@@ -25,7 +25,7 @@ from cryorbit.poses.posterior import PosePosterior
 from cryorbit.poses.table import refine_poses
 from cryorbit.simulate.particles import SimulatedParticles, simulate_particles
 from cryorbit.simulate.phantom import phantom
-from cryorbit.training.checkpoint import save_checkpoint
+from cryorbit.training.checkpoint import in_use, save_checkpoint
 from cryorbit.training.dataset import ArrayParticles, FourierStack
 from cryorbit.training.loop import run
 from cryorbit.types import Poses
@@ -302,7 +302,7 @@ def test_starts_go_on_where_they_stopped(stack, whole, stopped, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["hole", "infinite", "no starts", "not the best"])
-def test_trials_that_do_not_fit_are_refused(stack, damage):
+def test_trials_that_do_not_fit_are_refused(stack, damage, tmp_path):
     method, again = several(stack, 2), several(stack, 2)
     for index in range(6):
         method.step(index)
@@ -312,7 +312,7 @@ def test_trials_that_do_not_fit_are_refused(stack, damage):
     else:
         gone = "start" if damage == "no starts" else "start0."
         state = {name: value for name, value in state.items() if not name.startswith(gone)}
-    with pytest.raises(RunError, match="RUN013"):
+    with pytest.raises(RunError, match=r"RUN013: .*do not fit their trials"), in_use(tmp_path):
         again.load_state(state)
 
 

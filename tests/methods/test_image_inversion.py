@@ -124,7 +124,7 @@ def test_particles_without_moments_are_refused(wrong):
     images = torch.randn(4, 24, 24, generator=torch.Generator().manual_seed(0)).numpy()
     images[2, 3, 3] = np.nan
     particles = ArrayParticles(images[:0] if wrong == "none" else images, 4.0)
-    with pytest.raises(DataError, match="DATA407" if wrong == "none" else "DATA419: image 3"):
+    with pytest.raises(DataError, match="DATA423" if wrong == "none" else "DATA419: image 3"):
         particle_moments(particles, 5, mask_diameter=64.0)
 
 

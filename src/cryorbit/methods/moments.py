@@ -129,7 +129,7 @@ def particle_moments(
     basis = PolarBasis(particles.box, rings, min(own, particles.box / 2))
     check_shifts(sigma, particles.box)
     if not len(particles):
-        raise DataError("DATA407", "no particles to measure moments of")
+        raise DataError("DATA423", "no particles to measure moments of")
     radius = own + SHIFTED * sigma
     wide = replace(basis, radius=min(radius, particles.box / 2))
     window, whole = background_window(particles.box, radius), fourier_disk(particles.box)

@@ -10,7 +10,6 @@ from typing import Generic, TypeVar
 
 import torch
 
-from cryorbit.errors import RunError
 from cryorbit.methods.decoding import Decoding
 from cryorbit.training.checkpoint import State, fitted
 
@@ -87,9 +86,7 @@ class Starts(Generic[D]):
         complete = unexplained.isfinite().all(dim=1).sum()
         self.unexplained = unexplained
         if bool((made[1:] & ~made[:-1]).any()) or (int(complete) and self.chosen not in numbers) or not numbers:
-            raise RunError(
-                "RUN013", "the checkpoint holds starts that do not fit their trials", "delete it to do its stage again"
-            )
+            raise ValueError("starts that do not fit their trials")
         self.starts = {number: self.begun(number) for number in numbers}
         for number, start in self.starts.items():
             own = f"start{number}."
