@@ -147,7 +147,7 @@ def test_moments_that_are_not_finite_or_too_large_are_refused(exact, wrong):
 def test_a_fit_blurs_what_a_map_predicts_as_shifts_do(exact):
     """The true map's moments match those of shifted images where the fit knows of the shifts, and their circle."""
     wide = PolarBasis(24, 5, 12.0)
-    blur = Blur(POLAR, 1.2, inner=POLAR.orders, outer=wide.orders)
+    blur = Blur(POLAR, 1.2, outer=wide.orders)
     shifted = ImageMoments(*blur(exact.first, exact.second), wide, shift_sigma_px=1.2, particle_radius_px=10.0)
     still, moved = (MomentFit(m, QUICK, 5) for m in (exact, shifted))
     found = still.minimised(still.scaled(still.maps.start(torch.Generator().manual_seed(0))), still.uniform, 100)

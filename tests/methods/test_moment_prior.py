@@ -112,7 +112,7 @@ def test_shifts_that_are_known_hardly_change_a_prediction(prior, generator):
     blocks = torch.zeros(POLAR.orders + 1, 5, 5, dtype=torch.complex128)
     blocks[: second.shape[1]] = second[0]
     wide = PolarBasis(20, 4, 10.0)
-    blur = Blur(POLAR, 0.7, inner=POLAR.orders, outer=wide.orders)
+    blur = Blur(POLAR, 0.7, outer=wide.orders)
     shifted = ImageMoments(
         *blur(first[0].to(torch.complex128), blocks), wide, shift_sigma_px=0.7, particle_radius_px=9.0
     )

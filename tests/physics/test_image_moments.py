@@ -85,20 +85,21 @@ def test_moments_of_shifted_images_are_those_of_centred_ones_once_blur_is_undone
     assert all(float(b) > 0.03 for b in before)
     assert all(float(a) < 0.1 * float(b) for a, b in zip(after, before, strict=True))
     assert all(float(u) < 1e-6 for u in relative_errors(still.centred(), still))
-    blur = Blur(basis, sigma, inner=basis.orders, outer=basis.orders)
+    blur = Blur(basis, sigma, outer=basis.orders)
     forward = relative_errors(ImageMoments(*blur(still.first, still.second), basis), seen)
     assert all(float(f) < 0.1 * float(b) for f, b in zip(forward, before, strict=True))
 
 
 def test_blur_is_a_product_over_angles(generator):
     """Beside the moments as a function of two points of Fourier space, multiplied by what shifts leave there."""
-    basis, sigma, orders = PolarBasis(24, 3, 10.0), 1.5, 4
+    basis, sigma = PolarBasis(24, 3, 10.0), 1.5
+    orders = basis.orders
     first = torch.randn(4, dtype=torch.complex128, generator=generator)
     c = torch.randn(6, orders + 1, 4, dtype=torch.complex128, generator=generator)
     by_order = c.permute(1, 2, 0)
     second = by_order @ by_order.mH
     second[0] = second[0].real.to(second)  # as of real images: order -m is the conjugate of order m
-    blur = Blur(basis, sigma, inner=orders, outer=orders + 9)
+    blur = Blur(basis, sigma, outer=orders + 9)
     found_first, found = blur(first, second)
 
     def at(blocks, theta):

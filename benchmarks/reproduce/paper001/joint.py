@@ -14,7 +14,6 @@ that are not run again stay in the JSON as they are; each run names its seed and
 import argparse
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -29,7 +28,7 @@ from matplotlib import pyplot as plt
 
 from cryorbit.methods.amortized import Amortized, TablePoses, Tomo, from_starts
 from cryorbit.methods.amortized_config import AmortizedConfig, DecoderConfig, TableConfig
-from cryorbit.methods.starts import Starts
+from cryorbit.methods.starts import Starts, in_trial
 from cryorbit.pipeline.config import RunConfig, preset
 from cryorbit.training.loop import Method, run
 
@@ -156,8 +155,7 @@ def trials(
         )
         left: list[float] = []
         run(method, progress=lambda stage, step, total, values, left=left: left.append(float(values["unexplained"])))  # type: ignore[misc]
-        judged = left[trial - math.ceil(trial / 2) : trial]
-        row = {"commit": commit(), "unexplained_in_trial": sum(judged) / len(judged)}
+        row = {"commit": commit(), "unexplained_in_trial": float(in_trial(torch.tensor(left[:trial]).double()))}
         row |= {"unexplained": sum(left[-50:]) / 50, **summary(data.errors(method.poses(chosen), chosen))}
         out.setdefault(str(seed), {})[str(start)] = row
         print(seed, start, row, flush=True)

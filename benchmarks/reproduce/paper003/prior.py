@@ -13,11 +13,10 @@ views as in images.py, moments exact over the 4000 views unless the case says im
 * noise: white noise in the ball with the shells' power of 4AKE.
 
 Compared are the network's map (the head of the least objective at its best density), the best of all heads' maps after L-BFGS (``invert_from``;
-again by the objective), and the best of ten random starts. ``weighed``: of images, the
-refined map once more, entries over their variance (``MomentsConfig.tolerance``). ``likeness`` is the best correlation with any molecule of
-the training, over rotations and hands: a map like them where the truth is not is made up (a search of
-minutes, left out for images). ``unlike_training`` is the size of the network's
-inputs (below 1 for most that is like the training).
+again by the objective), and the best of ten random starts. ``weighed``: of images, the heads' maps after L-BFGS once more, entries over their
+variance (``MomentsConfig.tolerance``). ``likeness`` is the best correlation with any molecule of the training, over rotations and hands: a map
+like them where the truth is not is made up (a search of minutes, left out for images). ``unlike_training`` is the size of the network's inputs
+(below 1 for most that is like the training).
 
 --only-third: 4AKE from images, with third moments through 64 filters and no penalty on negative density; every head's map a little way, then
 the one of the least objective to the end, and on with third moments weighed ten times more. ``from_truth``: the same from the true map.

@@ -203,7 +203,7 @@ class MomentFit:
         )
         sigma = self.moments.shift_sigma_px
         outer = self.moments.basis.orders
-        self.blur = Blur(polar, sigma, inner=polar.orders, outer=outer) if sigma or outer != polar.orders else None
+        self.blur = Blur(polar, sigma, outer=outer) if sigma or outer != polar.orders else None
         self.weights = self._weights()
         self.target = (self.moments.first.to(torch.complex64), self.moments.second.to(torch.complex64))
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from cryorbit.methods.decoding import Decoding
 from cryorbit.training.checkpoint import State, fitted
@@ -16,6 +18,11 @@ from cryorbit.training.checkpoint import State, fitted
 _COMPARED = 0.5  # the last share of a trial's steps
 
 D = TypeVar("D", bound=Decoding)
+
+
+def in_trial(unexplained: Float[Tensor, "*b t"]) -> Float[Tensor, "*b"]:
+    """What starts are compared by, of what each step of a trial left unexplained: the mean of the later half."""
+    return unexplained[..., -math.ceil(_COMPARED * unexplained.shape[-1]) :].mean(dim=-1)
 
 
 class Starts(Generic[D]):
@@ -43,8 +50,7 @@ class Starts(Generic[D]):
     @property
     def chosen(self) -> int:
         """Number of the best of the starts that have made their trial; the first before."""
-        left = self.unexplained[:, -math.ceil(_COMPARED * self.trial) :].mean(dim=1)
-        return int(left.nan_to_num(math.inf).argmin())
+        return int(in_trial(self.unexplained).nan_to_num(math.inf).argmin())
 
     @property
     def best(self) -> D:

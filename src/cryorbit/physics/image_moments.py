@@ -55,24 +55,22 @@ class Blur:
     Parameters
     ----------
     basis
-        Rings.
+        Rings and orders of what comes in.
     shift_sigma_px
         Standard deviation of each coordinate of the shifts.
-    inner, outer
-        Largest order of what comes in and of what goes out.
+    outer
+        Largest order of what goes out.
     undone
         Divide. Angles at which a shift leaves less than a few per cent of a moment are damped, not restored (Wiener).
     """
 
-    def __init__(
-        self, basis: PolarBasis, shift_sigma_px: float, *, inner: int, outer: int, undone: bool = False
-    ) -> None:
+    def __init__(self, basis: PolarBasis, shift_sigma_px: float, *, outer: int, undone: bool = False) -> None:
         def gain(square: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
             blur = torch.exp(-2 * (math.pi * shift_sigma_px / basis.box) ** 2 * square)
             return blur * (1 + _LEAST_BLUR) / (blur.square() + _LEAST_BLUR) if undone else blur
 
         k = torch.arange(basis.rings + 1, dtype=torch.float64)
-        count = max(_ANGLES, 2 * (inner + outer + 1))  # as many as the product has orders
+        count = max(_ANGLES, 2 * (basis.orders + outer + 1))  # as many as the product has orders
         angle = 2 * math.pi / count * torch.arange(count, dtype=torch.float64)
         apart = k[:, None] ** 2 + k**2 - 2 * k[:, None] * k * angle.cos()[:, None, None]
         self.first, self.second = gain(k.square()), gain(apart)
@@ -81,7 +79,7 @@ class Blur:
             phase = torch.arange(most + 1, dtype=torch.float64)[:, None] * angle
             return torch.polar(torch.ones_like(phase), phase)
 
-        self.to_angle, self.to_order = 2 * waves(inner).mT, waves(outer).conj() / count
+        self.to_angle, self.to_order = 2 * waves(basis.orders).mT, waves(outer).conj() / count
         self.to_angle[:, 0] = 1  # the others count for -m too, which is the conjugate
 
     def __call__(
@@ -180,8 +178,8 @@ class ImageMoments:
                 f"shifts of sigma {self.shift_sigma_px:g} px leave less than {_LEAST_RING:g} of ring {self.basis.rings}",
                 f"look at fewer rings (within({reach / self.shift_sigma_px:.0f})), or centre the particles better",
             )
-        basis, orders = self.centred_basis, self.basis.orders
-        undo = Blur(self.basis, self.shift_sigma_px, inner=orders, outer=basis.orders, undone=True)
+        basis = self.centred_basis
+        undo = Blur(self.basis, self.shift_sigma_px, outer=basis.orders, undone=True)
         return ImageMoments(*undo(self.first, self.second), basis)
 
 
