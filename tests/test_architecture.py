@@ -42,7 +42,9 @@ METHODS_SHARED = {
     "refinement_config",
     "symmetric",
     "halves",
+    "moment_fit",
     "moment_maps",
+    "particle_moments",
 }  # what the method files of one folder may look at or be looked at by
 MAX_LINES = 400
 MAX_ORBIT_LINES = 79

@@ -9,20 +9,15 @@ import torch
 
 from cryorbit.errors import ConfigError, DataError
 from cryorbit.io.particles import open_particles
-from cryorbit.methods.moments import (
-    MomentFit,
-    MomentsConfig,
-    invert_from,
-    invert_moments,
-    particle_moments,
-    view_directions,
-)
+from cryorbit.methods.moment_fit import MomentFit, MomentsConfig, view_directions
+from cryorbit.methods.moments import invert_from, invert_moments
+from cryorbit.methods.particle_moments import particle_moments, particle_third_moments
 from cryorbit.metrics.map_search import align_volumes
 from cryorbit.physics.fourier import fourier_to_volume, volume_to_fourier
 from cryorbit.physics.image_moments import Blur, ImageMoments, moments_of_slices, relative_errors
 from cryorbit.physics.polar import PolarBasis
 from cryorbit.physics.slicing import project
-from cryorbit.physics.third_moments import ThirdFilters, third_of_slices
+from cryorbit.physics.third_moments import Seen, ThirdFilters, ThirdMoments
 from cryorbit.simulate.particles import make_projector
 from cryorbit.simulate.phantom import phantom
 from cryorbit.simulate.settings import CTFSettings, SimulationSettings
@@ -154,10 +149,26 @@ def test_a_fit_blurs_what_a_map_predicts_as_shifts_do(exact):
     assert moved.maps.polar == still.maps.polar
     errors = [max(fit.as_map(found).errors) for fit in (still, moved)]
     assert errors[1] < 1.2 * errors[0] < 0.1
-    filters = ThirdFilters.random(POLAR, exact.power, 2, 3, torch.Generator().manual_seed(0))
-    third = third_of_slices(filters, still.maps.slices(found[0]), still.density(found[1]))
+
+
+def third_of(slices, density, count, orders):
+    """Exact, without CTF."""
+    like = torch.randn(20, 24, 24, generator=torch.Generator().manual_seed(0))
+    filters = ThirdFilters.random(POLAR, count, orders, torch.Generator().manual_seed(0), like)
+    filters = replace(filters, weights=filters.weights * slices.abs().square().sum(dim=1).mean(dim=0).rsqrt())
+    plain = torch.ones(1, 6)
+    return ThirdMoments(filters, Seen(filters, plain, POLAR)(slices, density), plain)
+
+
+def test_third_moments_on_other_rings_are_refused(exact):
+    slices = torch.randn(3, POLAR.orders + 1, 6, generator=torch.Generator().manual_seed(0)).to(torch.complex64)
+    third = third_of(slices, torch.full((3,), 1 / 3), 2, 3)
+    start = MomentFit(exact, QUICK, 5).maps.start(torch.Generator().manual_seed(0))
+    for moments in (exact.within(4), replace(exact, basis=PolarBasis(24, 5, 11.0))):
+        with pytest.raises(DataError, match="DATA418"):
+            invert_from(moments, QUICK, start, third)
     with pytest.raises(DataError, match="DATA418"):
-        invert_from(shifted, QUICK, found[0], third)
+        invert_moments(exact, replace(QUICK, rings=4), torch.Generator(), third)
 
 
 def test_entries_of_large_variance_count_less(exact, generator):
@@ -208,8 +219,7 @@ def test_third_moments_tell_maps_apart_that_two_moments_do_not(exact, volume):
     rotations = view_directions(2)
     weight = torch.softmax(2 * rotations[:, 2, 0] + rotations[:, 2, 1], dim=0).float()
     slices = POLAR.coefficients(project(volume.data, rotations.float(), 3))
-    filters = ThirdFilters.random(POLAR, exact.power, 8, 8, torch.Generator().manual_seed(0))
-    third = third_of_slices(filters, slices, weight)
+    third = third_of(slices, weight, 8, 8)
     fit = MomentFit(exact, replace(QUICK, third=1.0), 5, third)
     fewer = MomentFit(exact, QUICK, 5)
     mirrored = torch.flip(volume.data, (0, 1, 2)).roll((1, 1, 1), (0, 1, 2))
@@ -241,3 +251,28 @@ def test_a_map_of_few_gaussians_comes_back_as_such():
     assert float(found.volume.min()) >= 0
     aligned = align_volumes(Volume(found.volume.float(), 4.0), Volume(mixture_volume(truth, 20), 4.0))
     assert aligned.correlation > 0.95
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1.0])
+def test_third_moments_of_particles_are_those_of_the_molecule_through_ctf_and_shifts(tmp_path, volume, sigma):
+    settings = SimulationSettings(count=4000, seed=3, snr_db=5.0, shift_sigma_px=sigma, ctf=CTFSettings((3e3, 1e4)))
+    write_simulation(tmp_path / "set", make_projector(phantom(), 24, 4.0), settings)
+    particles = open_particles(tmp_path / "set" / "particles.star")
+    generator = torch.Generator().manual_seed(0)
+    found = particle_third_moments(
+        particles, 5, mask_diameter=80.0, shift_sigma=4 * sigma, filters=8, orders=6, generator=generator
+    )
+    moments = particle_moments(particles, 5, mask_diameter=80.0, shift_sigma=4 * sigma)
+    assert found.filters.basis == moments.basis
+    rotations = torch.from_numpy(open_particles(tmp_path / "set" / "truth.star").rotations)
+    slices = POLAR.coefficients(project(volume.data, rotations.float(), 3))
+
+    def unlike(sigma, gains):
+        """Beside the right scale."""
+        expected = Seen(found.filters, gains, POLAR, sigma)(slices, torch.full((4000,), 1 / 4000))
+        along = torch.linalg.vecdot(expected.flatten(), found.values.flatten()).real / expected.norm() ** 2
+        return float((found.values - along * expected).norm() / found.values.norm())
+
+    assert unlike(sigma, found.gains) < 0.07
+    assert unlike(sigma, torch.ones(1, 6)) > 0.5
+    assert not sigma or unlike(0.0, found.gains) > 0.1

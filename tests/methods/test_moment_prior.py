@@ -5,8 +5,9 @@ import torch
 
 from cryorbit.errors import ConfigError
 from cryorbit.groups import so3
+from cryorbit.methods.moment_fit import MomentFit, MomentsConfig, view_directions
 from cryorbit.methods.moment_prior import MomentPrior, PriorConfig, random_densities, scaled_moments
-from cryorbit.methods.moments import MomentFit, MomentsConfig, invert_from, view_directions
+from cryorbit.methods.moments import invert_from
 from cryorbit.physics.image_moments import Blur, ImageMoments, moments_of_slices
 from cryorbit.physics.polar import PolarBasis
 from cryorbit.simulate.proteins import Proteins

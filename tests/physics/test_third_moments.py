@@ -1,55 +1,142 @@
-"""Third moments through random filters: noise-free values come back from noisy images, turned images have the same."""
+"""Third moments through random filters: noise-free values come back from noisy images, and a map's predictions go through CTFs and shifts."""
+
+import math
 
 import pytest
 import torch
 
 from cryorbit.errors import DataError
+from cryorbit.physics.ctf import ctf
+from cryorbit.physics.fourier import disk_to_images, fourier_disk, images_to_disk
 from cryorbit.physics.polar import PolarBasis
-from cryorbit.physics.third_moments import ThirdFilters, ThirdSums, third_of_slices
+from cryorbit.physics.third_moments import Seen, ThirdFilters, ThirdSums, mean_products, stand_ins
+from cryorbit.simulate.settings import CTFSettings
 
-POLAR = PolarBasis(16, 4, 7.0)
+POLAR = PolarBasis(16, 4, 8.0)
+PLAIN = torch.ones(1, 5)
+FOUR = torch.full((4,), 0.25)
+
+
+def blobs(centres):
+    """Images (B, 16, 16) of Gaussians at ``centres`` (B, N, 2) from the middle."""
+    axis = torch.arange(16) - 8.0
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    return torch.exp(-((x - centres[..., :1, None]).square() + (y - centres[..., 1:, None]).square()) / 4).sum(dim=1)
+
+
+def turned(centres, angle):
+    """About the middle."""
+    c, s = angle.cos()[:, None], angle.sin()[:, None]
+    x, y = centres.unbind(-1)
+    return torch.stack([c * x - s * y, s * x + c * y], dim=-1)
+
+
+def off(found, expected):
+    return float(((found - expected).norm() / expected.norm()).detach())
 
 
 @pytest.fixture
-def filters(generator):
-    return ThirdFilters.random(POLAR, torch.ones(5), 6, 5, generator)
+def centres(generator):
+    return torch.randn(4, 3, 2, generator=generator)
 
 
-def clean_images(count, generator):
-    axis = torch.arange(16) - 8.0
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    centres = 2.5 * torch.randn(count, 3, 2, generator=generator)
-    squares = (x - centres[..., :1, None]).square() + (y - centres[..., 1:, None]).square()
-    return torch.exp(-squares / 6).sum(dim=1)
+@pytest.fixture
+def filters(centres, generator):
+    return ThirdFilters.random(POLAR, 6, 5, generator, blobs(centres))
 
 
-def test_noise_leaves_no_bias(filters, generator):
-    clean = clean_images(4, generator)
-    expected = third_of_slices(filters, POLAR.coefficients(clean), torch.full((4,), 0.25)).values
-    total = None
-    for _ in range(20):
-        images = clean.repeat(1000, 1, 1) + 0.7 * torch.randn(4000, 16, 16, generator=generator)
-        part = ThirdSums.of(filters, images, 0.49)
-        total = part if total is None else total + part
-    assert total.count == 80_000
-    found = total.debiased(torch.ones(1)).values
-    raw = total.products / total.count
-    assert float((raw - expected).abs().max() / expected.abs().max()) > 0.05
-    assert float((found - expected).abs().max() / expected.abs().max()) < 0.01
+def gains(radius, generator, count):
+    """Of images that differ, some with a change of sign, narrow in real space: (B, len(radius))."""
+    width, turn = (torch.rand(count, 1, generator=generator) for _ in range(2))
+    return torch.exp(-0.05 * (0.2 + width) * radius**2) * (1 - 0.15 * turn * radius**2)
 
 
-def test_in_plane_rotation_changes_nothing(filters, generator):
-    coefficients = POLAR.coefficients(clean_images(3, generator))
-    angle = torch.tensor([0.3, -1.0, 2.0])
-    turned = (
-        coefficients
-        * torch.polar(torch.ones(3, POLAR.orders + 1), -angle[:, None] * torch.arange(POLAR.orders + 1))[..., None]
+def test_noise_leaves_no_bias_with_and_without_ctf(filters, centres, generator):
+    disk, ring = fourier_disk(16), torch.arange(5.0)
+    for optics in (False, True):
+        total, clean = None, None
+        for _ in range(10):
+            images, h = blobs(centres).repeat(1000, 1, 1), None
+            if optics:
+                seed = int(torch.randint(2**31, (1,), generator=generator))
+                whole, h = (gains(r, torch.Generator().manual_seed(seed), 4000) for r in (disk.k_norm, ring))
+                images = disk_to_images(images_to_disk(images, disk) * whole, disk)
+            sigma = 0.4 + 0.4 * torch.rand(4000, generator=generator)
+            noise = sigma[:, None, None] * torch.randn(images.shape, generator=generator)
+            parts = [ThirdSums.of(filters, images + noise, sigma**2, h), ThirdSums.of(filters, images, 0.0, h)]
+            total, clean = parts if total is None else (total + parts[0], clean + parts[1])
+        assert total.count == 40_000
+        found = total.debiased(torch.ones(1))
+        expected = Seen(filters, found.gains, POLAR)(POLAR.coefficients(blobs(centres)), FOUR)
+        assert off(total.products / total.count, expected) > 0.02
+        assert off(found.values, clean.debiased(torch.ones(1)).values) < 0.008
+        assert off(found.values, expected) < 0.01
+        assert len(found.gains) == 1 or optics
+
+
+def test_shifted_images_have_the_moments_that_shifted_slices_have(filters, centres, generator):
+    count = 10_000
+    turns = 2 * math.pi * torch.rand(4, count, generator=generator)
+    for sigma in (0.5, 1.0):
+        moves = sigma * torch.randn(4 * count // 2, 1, 2, generator=generator)
+        moved = turned(centres.repeat_interleave(count, dim=0), turns.flatten()) + torch.cat([moves, -moves])
+        seen = ThirdSums.of(filters, blobs(moved), 0.0).debiased(torch.ones(1)).values
+        slices = POLAR.coefficients(blobs(centres))
+        blurred, still = (Seen(filters, PLAIN, POLAR, s)(slices, FOUR) for s in (sigma, 0.0))
+        assert off(blurred, seen) < 0.15 * off(still, seen)
+
+
+def test_in_plane_rotation_changes_nothing(filters, centres):
+    at, beside = (
+        Seen(filters, PLAIN, POLAR)(POLAR.coefficients(blobs(turned(centres, torch.full((4,), t)))), FOUR)
+        for t in (0.0, 1.1)
     )
-    torch.testing.assert_close(filters.products(turned), filters.products(coefficients), rtol=1e-4, atol=1e-3)
+    assert off(beside, at) < 1e-3
 
 
-def test_sums_through_other_filters_are_not_added(filters, generator):
-    images = clean_images(2, generator)
-    other = ThirdFilters.random(POLAR, torch.ones(5), 6, 5, generator)
+def test_gradients_of_both_implementations(generator):
+    re, im = (torch.randn(5, 3, 300, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2))
+    share = torch.rand(300, generator=generator, dtype=torch.float64).requires_grad_()
+    small = [x.detach()[..., :4].requires_grad_() for x in (re, im, share)]
+    assert torch.autograd.gradcheck(lambda *x: mean_products(*x, 3), small)
+    single = [x.detach().float().requires_grad_() for x in (re, im, share)]
+    weight = torch.randn(mean_products(re, im, share, 3).shape, generator=generator, dtype=torch.complex128)
+    for x, y in zip(
+        *(
+            (value := mean_products(*given, 3), *torch.autograd.grad((value * weight).real.sum(), given))
+            for given in ((re, im, share), single)
+        ),
+        strict=True,
+    ):
+        assert off(y.to(x), x) < 1e-5
+
+
+def test_the_gradient_goes_through_ctf_and_shifts(filters, centres, generator):
+    seen = Seen(filters, gains(torch.arange(5.0), generator, 3), POLAR, 0.7)
+    slices, density = POLAR.coefficients(blobs(centres)).requires_grad_(), FOUR.clone().requires_grad_()
+    values = seen(slices, density)
+    weight = torch.randn(values.shape, generator=generator).to(values)
+    of_slices, of_density = torch.autograd.grad((values * weight).real.sum(), (slices, density))
+    step = torch.randn(slices.shape, generator=generator).to(slices) * slices.detach().abs().mean() * 1e-2
+    up, down = ((seen(slices + s * step, density) * weight).real.sum().detach() for s in (1, -1))
+    assert float((of_slices.conj() * step).real.sum()) == pytest.approx(float(up - down) / 2, rel=1e-2)
+    more = ((seen(slices, density + 0.1 * FOUR * torch.arange(4)) - values) * weight).real.sum().detach()
+    assert float(of_density @ (0.1 * FOUR * torch.arange(4))) == pytest.approx(float(more), rel=1e-3)
+
+
+@pytest.mark.parametrize("defocus", [(8000.0, 20000.0), (5000.0, 30000.0)])
+def test_a_few_gains_stand_in_for_many_ctfs(defocus, generator):
+    ring = torch.arange(10) / 102.4
+    h = ctf(CTFSettings(defocus).sample(2000, generator), torch.stack([ring, 0 * ring], dim=1)).double().square()
+    optics = torch.einsum("na,nb,nc->abc", h, h, h) / 2000
+    found, left = stand_ins(optics)
+    assert left < 3e-3
+    assert len(found) <= 16
+    assert off(torch.einsum("ra,rb,rc->abc", found, found, found), optics) == pytest.approx(left, rel=1e-6)
+
+
+def test_sums_through_other_filters_are_not_added(filters, centres, generator):
+    images = blobs(centres)
+    other = ThirdFilters.random(POLAR, 6, 5, generator, images)
     with pytest.raises(DataError, match="DATA408"):
         ThirdSums.of(filters, images, 0.1) + ThirdSums.of(other, images, 0.1)

@@ -10,7 +10,7 @@ import torch
 from cryorbit.errors import ConfigError
 from cryorbit.io.mrc import read_volume
 from cryorbit.methods.marginal import Marginal
-from cryorbit.methods.moments import MomentsConfig
+from cryorbit.methods.moment_fit import MomentsConfig
 from cryorbit.metrics.align import align_volumes
 from cryorbit.physics.fourier import resize_volume
 from cryorbit.pipeline import moment_start

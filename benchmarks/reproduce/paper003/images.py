@@ -27,13 +27,14 @@ from scipy.stats import vonmises_fisher
 from torch import Tensor
 
 from cryorbit.groups import so3
-from cryorbit.methods.moments import MomentsConfig, invert_moments
+from cryorbit.methods.moment_fit import MomentsConfig
+from cryorbit.methods.moments import invert_moments
 from cryorbit.metrics.fsc import fsc, resolution
 from cryorbit.metrics.map_search import align_volumes
 from cryorbit.physics.cryoem import form_images
 from cryorbit.physics.ctf import ctf, ctf_on_disk
 from cryorbit.physics.fourier import disk_to_images, fourier_disk, images_to_disk
-from cryorbit.physics.image_moments import ImageMoments, ImageMomentSums, moments_of_slices, relative_errors, ring_power
+from cryorbit.physics.image_moments import ImageMoments, ImageMomentSums, moments_of_slices, relative_errors
 from cryorbit.physics.polar import PolarBasis
 from cryorbit.physics.slicing import project
 from cryorbit.physics.third_moments import ThirdFilters, ThirdMoments, ThirdSums
@@ -92,12 +93,6 @@ def views(seed: int) -> Tensor:
     return torch.stack([first, torch.linalg.cross(d, first), d], dim=1)
 
 
-def image_power(sums: ImageMomentSums, variance: float) -> Tensor:
-    """Power of images on each ring, signal (not below a thousandth of its largest) and noise."""
-    signal = sums.debiased(torch.ones(1)).power
-    return signal.clamp_min(1e-3 * signal.max()) + variance * ring_power(sums.basis.noise(torch.ones(1)))
-
-
 @dataclass(frozen=True)
 class Optics:
     """What a microscope adds to images of ``pixel_size`` angstrom, seen on the rings of ``basis``: CTFs without astigmatism, shifts.
@@ -145,12 +140,8 @@ def summed(
         part = ImageMomentSums.of(basis, images, sd**2, rings)
         sums = part if sums is None else sums + part
         if filters:
-            seen = (
-                thirds.filters
-                if thirds is not None
-                else ThirdFilters.random(basis, image_power(sums, sd**2), filters, 12, generator)
-            )
-            more = ThirdSums.of(seen, images, sd**2)
+            seen = thirds.filters if thirds else ThirdFilters.random(basis, filters, 12, generator, images, rings)
+            more = ThirdSums.of(seen, images, sd**2, rings)
             thirds = more if thirds is None else thirds + more
         taken += time.process_time() - begun
     assert sums is not None

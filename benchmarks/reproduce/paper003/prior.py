@@ -37,8 +37,9 @@ import torch
 from images import Optics, molecule, noisy_images, summed, views
 from torch import Tensor
 
+from cryorbit.methods.moment_fit import MomentFit, MomentsConfig, view_directions
 from cryorbit.methods.moment_prior import MomentPrior, PriorConfig
-from cryorbit.methods.moments import MomentFit, MomentsConfig, invert_from, invert_moments, view_directions
+from cryorbit.methods.moments import invert_from, invert_moments
 from cryorbit.metrics.fsc import fsc, resolution, shell_power
 from cryorbit.metrics.map_search import align_volumes
 from cryorbit.physics.fourier import fourier_to_volume, shell_index, volume_to_fourier

@@ -36,7 +36,8 @@ from prior import (
     with_best_density,
 )
 
-from cryorbit.methods.moments import MomentFit, invert_from, invert_moments
+from cryorbit.methods.moment_fit import MomentFit
+from cryorbit.methods.moments import invert_from, invert_moments
 from cryorbit.metrics.fsc import fsc, resolution
 from cryorbit.metrics.map_search import align_volumes
 from cryorbit.types import Volume

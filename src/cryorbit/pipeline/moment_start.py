@@ -5,7 +5,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cryorbit.methods.halves import HALVES, members_of
-from cryorbit.methods.moments import MomentsConfig, invert_moments, particle_moments
+from cryorbit.methods.moment_fit import MomentsConfig
+from cryorbit.methods.moments import invert_moments
+from cryorbit.methods.particle_moments import particle_moments
 from cryorbit.physics.fourier import resize_volume
 from cryorbit.pipeline.config import RunConfig
 from cryorbit.pipeline.inputs import Inputs

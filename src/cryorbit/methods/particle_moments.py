@@ -1,0 +1,127 @@
+"""Moments of particle stacks: what the CTF is on each ring, what the background says of the noise."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import reduce
+from operator import add
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cryorbit.errors import DataError
+from cryorbit.physics.ctf import ctf
+from cryorbit.physics.fourier import fourier_disk
+from cryorbit.physics.image_moments import SHIFTED, ImageMoments, ImageMomentSums, check_shifts
+from cryorbit.physics.polar import PolarBasis
+from cryorbit.physics.third_moments import ThirdFilters, ThirdMoments, ThirdSums
+from cryorbit.training.dataset import ParticleSource
+from cryorbit.training.equalise import background_spectrum, background_window
+from cryorbit.types import CTFParams
+
+_BLOCK = 1000  # images in memory at once
+
+
+class _Images:
+    """A stack read a block at a time for its moments, and the noise of all of it, known at the end.
+
+    ``basis``: rings within the particle; ``wide``: within the circle that shifted particles reach.
+    """
+
+    def __init__(self, particles: ParticleSource, rings: int, mask_diameter: float, shift_sigma: float) -> None:
+        own, self.sigma = 0.5 * mask_diameter / particles.pixel_size, shift_sigma / particles.pixel_size
+        self.basis = PolarBasis(particles.box, rings, min(own, particles.box / 2))
+        check_shifts(self.sigma, particles.box)
+        if not len(particles):
+            raise DataError("DATA423", "no particles to measure moments of")
+        self.radius = own + SHIFTED * self.sigma
+        self.wide = replace(self.basis, radius=min(self.radius, particles.box / 2))
+        self.particles = particles
+        self.noise = torch.zeros(1)
+
+    def __iter__(self) -> Iterator[tuple[Float[Tensor, "b d d"], Float[Tensor, "b k"] | None]]:
+        """Images without their background's mean, and the CTF on each ring."""
+        particles, whole = self.particles, fourier_disk(self.particles.box)
+        window = background_window(particles.box, self.radius)
+        spectrum = torch.zeros(int(whole.shell.max()) + 1, dtype=torch.float64)
+        for block in torch.arange(len(particles)).split(_BLOCK):
+            images = torch.from_numpy(particles.read(block.numpy()))
+            if not bool((fine := images.isfinite().all(dim=(1, 2))).all()):
+                raise DataError(
+                    "DATA419", f"image {int(block[~fine][0]) + 1} holds values that are not finite", "leave it out"
+                )
+            background = (images * window).sum(dim=(1, 2)) / window.sum()
+            images = images - background[:, None, None]
+            spectrum += len(block) / len(particles) * background_spectrum(images, window, whole).double()
+            yield images, _ring_ctf(particles, block, self.wide)
+        spectrum[0] = spectrum[1]  # shell 0 of a background without its mean says nothing
+        self.noise = spectrum
+
+
+def particle_moments(
+    particles: ParticleSource, rings: int, *, mask_diameter: float, shift_sigma: float = 0.0
+) -> ImageMoments:
+    """First and second moments of a particle stack in one pass, a block of images in memory at a time.
+
+    Noise is measured around the particles.
+
+    Parameters
+    ----------
+    particles
+        Particles with their CTF, centred but for ``shift_sigma``; bright protein.
+    rings
+        Fourier pixels of the images' box that are looked at.
+    mask_diameter
+        Particle diameter in angstrom: pixels within it count, those outside are background.
+    shift_sigma
+        Standard deviation in angstrom of each coordinate of the particles' shifts, which an inversion reckons with.
+    """
+    images = _Images(particles, rings, mask_diameter, shift_sigma)
+    sums = reduce(add, (ImageMomentSums.of(images.wide, block, 1.0, h) for block, h in images))
+    found = sums.debiased(images.noise)
+    return replace(found, shift_sigma_px=images.sigma, particle_radius_px=images.basis.radius)
+
+
+def particle_third_moments(
+    particles: ParticleSource,
+    rings: int,
+    *,
+    mask_diameter: float,
+    shift_sigma: float = 0.0,
+    filters: int = 64,
+    orders: int = 12,
+    generator: torch.Generator,
+) -> ThirdMoments:
+    """Third moments of the same particles, in a pass of their own; the first block of images says how strong each ring is.
+
+    Parameters
+    ----------
+    particles, rings, mask_diameter, shift_sigma
+        As of :func:`particle_moments`.
+    filters, orders
+        How many random filters the images are seen through, and the largest order m of each pair.
+    generator
+        Draws the filters.
+    """
+    images = _Images(particles, rings, mask_diameter, shift_sigma)
+    seen: ThirdFilters | None = None
+    sums: ThirdSums | None = None
+    for block, h in images:
+        if seen is None:
+            seen = ThirdFilters.random(images.wide, filters, orders, generator, block, h)
+        part = ThirdSums.of(seen, block, 1.0, h)
+        sums = part if sums is None else sums + part
+    assert sums is not None
+    return sums.debiased(images.noise)
+
+
+def _ring_ctf(particles: ParticleSource, block: Int[Tensor, " b"], basis: PolarBasis) -> Float[Tensor, "b k"] | None:
+    """The CTF on each ring, mean over eight directions."""
+    if particles.ctf is None:
+        return None
+    params = CTFParams.of(particles.ctf)[block]
+    angle = math.pi / 8 * torch.arange(8, dtype=torch.float64)
+    ring = torch.arange(basis.rings + 1, dtype=torch.float64) / (basis.box * particles.pixel_size)
+    points = ring[:, None, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
+    return ctf(params, points.reshape(-1, 2)).view(len(block), -1, 8).mean(dim=2).float()
