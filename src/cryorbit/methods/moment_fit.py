@@ -46,7 +46,7 @@ class MomentsConfig:
         Fourier pixels beyond the rings that functions of the map reach. With 0 even a true map has moments that are off in the last ring, with
         2 by a tenth or less of that.
     third
-        Weight of the relative squared mismatch of third moments, where they are given.
+        Weight of the squared mismatch of third moments over the spread of one image's, where they are given.
     gaussians
         The map is a sum of so many Gaussians; 0: any map in a ball, to which ``degree``, ``positivity`` and ``margin`` apply.
     view_degree
@@ -65,7 +65,7 @@ class MomentsConfig:
     positivity: float = 3.0
     floor: float = 1e-3
     margin: int = 0
-    third: float = 10.0
+    third: float = 5.0
     gaussians: int = 0
     view_degree: int = 0
     tolerance: float = 0.0
@@ -178,9 +178,7 @@ class MomentFit:
         mismatch = (off_second + off_first) / whole + self.config.positivity * self.maps.penalty(parameters)
         if self.third is None or self.seen is None:
             return mismatch
-        given = self.third.values.to(torch.complex64)
-        off_third = (self.seen(slices, density) - given).abs().square().sum()
-        return mismatch + self.config.third * off_third / given.abs().square().sum()
+        return mismatch + self.config.third * self.third.mismatch(self.seen(slices, density))
 
     def minimised(self, parameters: Float[Tensor, " n"], views: Float[Tensor, " l"], iterations: int) -> Found:
         """The same after L-BFGS, and the objective there."""

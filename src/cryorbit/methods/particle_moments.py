@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cryorbit.errors import DataError
-from cryorbit.physics.ctf import ctf
+from cryorbit.physics.ctf import ctf, wavelength
 from cryorbit.physics.fourier import fourier_disk
 from cryorbit.physics.image_moments import SHIFTED, ImageMoments, ImageMomentSums, check_shifts
 from cryorbit.physics.polar import PolarBasis
@@ -26,7 +26,7 @@ _BLOCK = 1000  # images in memory at once
 class _Images:
     """A stack read a block at a time for its moments, and the noise of all of it, known at the end.
 
-    ``basis``: rings within the particle; ``wide``: within the circle that shifted particles reach.
+    ``basis``: rings within the particle; ``wide``: within the circle that it reaches where shifts and defocus carry it, or all of the image.
     """
 
     def __init__(self, particles: ParticleSource, rings: int, mask_diameter: float, shift_sigma: float) -> None:
@@ -36,7 +36,8 @@ class _Images:
         if not len(particles):
             raise DataError("DATA423", "no particles to measure moments of")
         self.radius = own + SHIFTED * self.sigma
-        self.wide = replace(self.basis, radius=min(self.radius, particles.box / 2))
+        carried = _carried(particles, rings)
+        self.wide = replace(self.basis, radius=min(self.radius + carried, particles.box / 2))
         self.particles = particles
         self.noise = torch.zeros(1)
 
@@ -114,6 +115,16 @@ def particle_third_moments(
         sums = part if sums is None else sums + part
     assert sums is not None
     return sums.debiased(images.noise)
+
+
+def _carried(particles: ParticleSource, rings: int) -> float:
+    """Pixels by which the mean defocus moves the last ring: the wavelength times the defocus times the frequency."""
+    if particles.ctf is None:
+        return 0.0
+    params = CTFParams.of(particles.ctf)
+    defocus = 0.5 * (params.defocus_u + params.defocus_v).abs().mean()
+    frequency = rings / (particles.box * particles.pixel_size)
+    return float(wavelength(params.voltage).mean() * defocus * frequency) / particles.pixel_size
 
 
 def _ring_ctf(particles: ParticleSource, block: Int[Tensor, " b"], basis: PolarBasis) -> Float[Tensor, "b k"] | None:

@@ -36,6 +36,7 @@ from cryorbit.physics.polar import PolarBasis
 
 _COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24)  # of gains that stand in for all CTFs
 _CLOSE = 3e-3  # relative error at which they do
+_LEAST_SPREAD = 1e-4  # of the mean square: images that are all the same have none
 _LENGTHS, _ANGLES = 2, 4  # of shifts: third moments of sigma 1 px on 9 rings of 32 px are off by a hundredth
 
 
@@ -151,6 +152,9 @@ class ThirdMoments:
         (J, P) of ``T(m, m')`` for each filter and pair of orders.
     gains
         (R, K + 1) that stand in for ``h^2`` of the images; ones, of one row, where they have no CTF.
+    spread
+        (J, P) variance of the product of one image: entries weigh one over it. By size alone ``T(0, 0)``, the least telling, would outweigh
+        all others.
     gains_off
         Relative error of the third moment of these gains.
     """
@@ -158,7 +162,12 @@ class ThirdMoments:
     filters: ThirdFilters
     values: Complex[Tensor, "j p"]
     gains: Float[Tensor, "r k"]
+    spread: Float[Tensor, "j p"]
     gains_off: float = 0.0
+
+    def mismatch(self, found: Complex[Tensor, "j p"]) -> Float[Tensor, ""]:
+        """Mean over entries of the squared error over the spread; differentiable."""
+        return ((found - self.values.to(found)).abs().square() / self.spread.to(found.real)).mean()
 
 
 @dataclass(frozen=True)
@@ -171,6 +180,8 @@ class ThirdSums:
         What images were seen through.
     products
         (J, P) sums of the products, complex128.
+    squares
+        (J, P) sums of their squares.
     biased
         (J, K + 1, K + 1) sums of ``y_0 h h'`` times the noise's strength.
     optics
@@ -181,6 +192,7 @@ class ThirdSums:
 
     filters: ThirdFilters
     products: Complex[Tensor, "j p"]
+    squares: Float[Tensor, "j p"]
     biased: Float[Tensor, "j k k"]
     optics: Float[Tensor, "k k k"]
     count: int
@@ -208,14 +220,16 @@ class ThirdSums:
         c, rings = filters.basis.coefficients(images), filters.basis.rings + 1
         h = (torch.ones(len(images), rings) if ctf is None else ctf).to(c.real)
         seen, w = (c * h[:, None])[:, : filters.reach + 1].permute(1, 2, 0), filters.by_order.to(h)
-        re, im = w @ seen.real, w @ seen.imag
+        re, im, even = w @ seen.real, w @ seen.imag, torch.ones_like(h[:, 0])
+        power = re.square() + im.square()
         variance = torch.as_tensor(noise, dtype=torch.float64).expand(len(images))
         crossed = (h[:, :, None] * h[:, None]).flatten(1).double()
         first = re[0].double() * variance.to(h.device)
         square = h.square().double()
         return ThirdSums(
             filters,
-            mean_products(re, im, torch.ones_like(h[:, 0]), filters.orders).to(torch.complex128),
+            mean_products(re, im, even, filters.orders).to(torch.complex128),
+            mean_products(power, 0 * power, even, filters.orders).real.double(),
             (first @ crossed).view(-1, rings, rings),
             (square.mT @ crossed.square()).view(rings, rings, rings),
             len(images),
@@ -229,6 +243,7 @@ class ThirdSums:
         return ThirdSums(
             self.filters,
             self.products + other.products,
+            self.squares + other.squares,
             self.biased + other.biased,
             self.optics + other.optics,
             self.count + other.count,
@@ -246,9 +261,11 @@ class ThirdSums:
         w = self.filters.weights.to(covariance)
         bias = torch.einsum("jmk,mkl,jml,jkl->jm", w, covariance, w, self.biased)
         times = torch.where(b == 0, 3.0, 1.0) * (a == 0)
-        return ThirdMoments(
-            self.filters, (self.products - times * bias[:, b]) / self.count, *stand_ins(self.optics / self.count)
-        )
+        gains, gains_off = stand_ins(self.optics / self.count)
+        square = self.squares / self.count
+        spread = (square - (self.products / self.count).abs().square()).clamp_min(_LEAST_SPREAD * square)
+        values = (self.products - times * bias[:, b]) / self.count
+        return ThirdMoments(self.filters, values, gains, spread, gains_off)
 
 
 def stand_ins(optics: Float[Tensor, "k k k"]) -> tuple[Float[Tensor, "r k"], float]:
