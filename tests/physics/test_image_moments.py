@@ -15,7 +15,6 @@ from cryorbit.physics.image_moments import (
     Blur,
     ImageMoments,
     ImageMomentSums,
-    Spread,
     moments_of_slices,
     relative_errors,
 )
@@ -130,7 +129,7 @@ def test_variance_is_the_spread_of_estimates_over_data_sets(volume, with_ctf, ge
             images, rings = disk_to_images(moved, disk), ctf(params, torch.stack([radius, 0 * radius], dim=1))
         strength = sd**2 * (0.5 + torch.rand(300, generator=generator))
         noise = radial_noise(300, 24, spectrum, generator) * strength.sqrt()[:, None, None]
-        found.append(ImageMomentSums.of(BASIS, images + noise, strength, rings).debiased(spectrum))
+        found.append(ImageMomentSums.of(BASIS, images + noise, strength, rings, errors=True).debiased(spectrum))
     for which, name in enumerate(("first", "second")):
         estimates = torch.stack([getattr(one, name) for one in found])
         spread = (estimates - estimates.mean(dim=0)).abs().square().mean(dim=0)
@@ -146,11 +145,15 @@ def test_variances_of_parts_add_up_and_go_with_their_rings(volume, generator):
     images = simulated(volume, generator, 80)
     rings = torch.rand(80, BASIS.rings + 1, generator=generator) - 0.3
     strength = torch.rand(80, generator=generator)
-    parts = [ImageMomentSums.of(BASIS, images[i], strength[i], rings[i]) for i in (slice(0, 30), slice(30, 80))]
-    whole = ImageMomentSums.of(BASIS, images, strength, rings).debiased(torch.ones(1))
+    parts = [
+        ImageMomentSums.of(BASIS, images[i], strength[i], rings[i], errors=True) for i in (slice(0, 30), slice(30, 80))
+    ]
+    whole = ImageMomentSums.of(BASIS, images, strength, rings, errors=True).debiased(torch.ones(1))
     added = (parts[0] + parts[1]).debiased(torch.ones(1))
     for a, b in zip(whole.variance, added.variance, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.max()))
+    without = ImageMomentSums.of(BASIS, images[:30], strength[:30], rings[:30])
+    assert (parts[1] + without).debiased(torch.ones(1)).variance is None
     inner = whole.within(4)
     assert torch.equal(inner.variance[0], whole.variance[0][:5])
     assert torch.equal(inner.variance[1], whole.variance[1][: len(inner.second), :5, :5])
@@ -193,7 +196,7 @@ def test_moments_of_noisy_images_with_ctf_are_those_of_clean_ones_without(volume
         square.sum(dim=0),
         square.mT @ square,
         (rings * (strength * sd**2)[:, None]).double().mT @ rings.double(),
-        Spread.of(by_order, rings, strength * sd**2),
+        None,
         len(clean),
     )
     assert max(map(float, relative_errors(sums.debiased(coloured_spectrum(24, 4.0)), exact))) < 0.08

@@ -131,13 +131,18 @@ def noisy_images(
 
 
 def summed(
-    basis: PolarBasis, blocks: Iterator[tuple[Tensor, float, Tensor | None]], filters: int, generator: torch.Generator
+    basis: PolarBasis,
+    blocks: Iterator[tuple[Tensor, float, Tensor | None]],
+    filters: int,
+    generator: torch.Generator,
+    *,
+    errors: bool = False,
 ) -> tuple[ImageMoments, ThirdMoments | None, float]:
-    """Moments of images, third ones through so many random filters, if any, and the CPU seconds of summing them."""
+    """Moments of images, with their ``errors``, third ones through so many random filters, if any, and the CPU seconds of summing them."""
     sums, thirds, taken = None, None, 0.0
     for images, sd, rings in blocks:
         begun = time.process_time()
-        part = ImageMomentSums.of(basis, images, sd**2, rings)
+        part = ImageMomentSums.of(basis, images, sd**2, rings, errors=errors)
         sums = part if sums is None else sums + part
         if filters:
             seen = thirds.filters if thirds else ThirdFilters.random(basis, filters, 12, generator, images, rings)

@@ -135,7 +135,9 @@ class MomentFit:
         if c.tolerance:
             if self.moments.variance is None:
                 raise DataError(
-                    "DATA417", "these moments do not know their errors", "set tolerance to 0, or give them as summed"
+                    "DATA417",
+                    "these moments do not know their errors",
+                    "set tolerance to 0, or sum them with errors=True",
                 )
             first, second = (
                 c.tolerance**2 * a + b for a, b in zip((first, second), self.moments.variance, strict=True)

@@ -61,7 +61,7 @@ class _Images:
 
 
 def particle_moments(
-    particles: ParticleSource, rings: int, *, mask_diameter: float, shift_sigma: float = 0.0
+    particles: ParticleSource, rings: int, *, mask_diameter: float, shift_sigma: float = 0.0, errors: bool = False
 ) -> ImageMoments:
     """First and second moments of a particle stack in one pass, a block of images in memory at a time.
 
@@ -77,9 +77,11 @@ def particle_moments(
         Particle diameter in angstrom: pixels within it count, those outside are background.
     shift_sigma
         Standard deviation in angstrom of each coordinate of the particles' shifts, which an inversion reckons with.
+    errors
+        Whether to measure the variance of each moment too, for ``MomentsConfig.tolerance``.
     """
     images = _Images(particles, rings, mask_diameter, shift_sigma)
-    sums = reduce(add, (ImageMomentSums.of(images.wide, block, 1.0, h) for block, h in images))
+    sums = reduce(add, (ImageMomentSums.of(images.wide, block, 1.0, h, errors=errors) for block, h in images))
     found = sums.debiased(images.noise)
     return replace(found, shift_sigma_px=images.sigma, particle_radius_px=images.basis.radius)
 

@@ -102,7 +102,7 @@ class ImageMoments:
     basis
         Rings and orders.
     variance
-        Of the entries of both, ``E |estimate - moment|^2``, at a known spectrum of the noise; None where they are exact.
+        Of the entries of both, ``E |estimate - moment|^2``, at a known spectrum of the noise; None where exact or not asked for.
     shift_sigma_px
         Standard deviation of each coordinate of shifts that the images still have, in pixels.
     particle_radius_px
@@ -183,9 +183,9 @@ class ImageMoments:
         return ImageMoments(*undo(self.first, self.second), basis)
 
 
-def _added(a: Any, b: Any, *same: str) -> dict[str, Any]:
-    """Sums of the fields of two dataclasses, but of those that are the ``same``."""
-    return {f.name: getattr(a, f.name) + getattr(b, f.name) for f in fields(a) if f.name not in same}
+def _added(a: Any, b: Any, *other: str) -> dict[str, Any]:
+    """Sums of the fields of two dataclasses, but of the ``other`` ones."""
+    return {f.name: getattr(a, f.name) + getattr(b, f.name) for f in fields(a) if f.name not in other}
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,7 @@ class ImageMomentSums:
     noise
         (K + 1, K + 1) sums of ``h h'`` times the noise's strength.
     spread
-        What the errors of both follow from.
+        What the errors of both follow from; None where they were not asked for.
     count
         Images.
     """
@@ -271,7 +271,7 @@ class ImageMomentSums:
     weight_first: Float[Tensor, " k"]
     weight_second: Float[Tensor, "k k"]
     noise: Float[Tensor, "k k"]
-    spread: Spread
+    spread: Spread | None
     count: int
 
     @staticmethod
@@ -280,6 +280,8 @@ class ImageMomentSums:
         images: Float[Tensor, "b d d"],
         noise: Float[Tensor, " b"] | float,
         ctf: Float[Tensor, "b k"] | None = None,
+        *,
+        errors: bool = False,
     ) -> "ImageMomentSums":
         """Sums over one block of images.
 
@@ -293,6 +295,8 @@ class ImageMomentSums:
             Variance of each image's noise, in units of the spectrum given to :meth:`debiased`: one number, or (B,).
         ctf
             (B, K + 1) at the rings; None for none.
+        errors
+            Whether to sum what the variance of each moment follows from: half as long again.
         """
         c = basis.coefficients(images)
         h = torch.ones(len(images), basis.rings + 1, device=images.device) if ctf is None else ctf.to(images.device)
@@ -306,7 +310,7 @@ class ImageMomentSums:
             square.sum(dim=0),
             square.mT @ square,
             (h * variance[:, None]).double().mT @ h.double(),
-            Spread.of(by_order, h, variance),
+            Spread.of(by_order, h, variance) if errors else None,
             len(images),
         )
 
@@ -315,10 +319,11 @@ class ImageMomentSums:
             raise DataError(
                 "DATA406", f"moments on {self.basis} and {other.basis} cannot be added", "measure both on one basis"
             )
-        return replace(self, **_added(self, other, "basis"))
+        spread = self.spread + other.spread if self.spread and other.spread else None
+        return replace(self, spread=spread, **_added(self, other, "basis", "spread"))
 
     def debiased(self, spectrum: Float[Tensor, " s"]) -> ImageMoments:
-        """Unbiased estimates of the moments of noise-free images without CTF, and the variance of each.
+        """Unbiased estimates of the moments of noise-free images without CTF, and the variance of each, where it was asked for.
 
         Parameters
         ----------
@@ -339,6 +344,8 @@ class ImageMomentSums:
         noise, weights = self.basis.noise(spectrum).to(self.noise.device), (self.weight_first, self.weight_second)
         second = (self.second - self.noise * noise) / self.weight_second
         found = ImageMoments(self.first / self.weight_first, second, self.basis)
+        if self.spread is None:
+            return found
         first_variance, second_variance = self.spread.variance(found, noise, weights)
         fewer = self.count / (self.count - 1) if self.count > 1 else math.inf  # the moments are of the same images
         return replace(found, variance=(fewer * first_variance, fewer * second_variance))
