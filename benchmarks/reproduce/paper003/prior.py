@@ -18,7 +18,7 @@ variance (``MomentsConfig.tolerance``). ``likeness`` is the best correlation wit
 like them where the truth is not is made up (a search of minutes, left out for images). ``unlike_training`` is the size of the network's inputs
 (below 1 for most that is like the training).
 
---only-third: every case from images, with third moments through 64 filters and no penalty on negative density; every head's map a little way, then
+--only-third: every case from images, with third moments through 64 filters, no penalty on negative density; every head's map a little way, then
 the one of the least objective to the end. ``random``: the same from as many random starts, those of least objective of ten that have met two
 moments. ``from_truth``: from the true map.
 """
