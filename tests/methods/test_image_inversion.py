@@ -169,6 +169,9 @@ def test_third_moments_on_other_rings_are_refused(exact):
             invert_from(moments, QUICK, start, third)
     with pytest.raises(DataError, match="DATA418"):
         invert_moments(exact, replace(QUICK, rings=4), torch.Generator(), third)
+    for wrong in ({"values": third.values * math.nan}, {"spread": 0 * third.spread}):
+        with pytest.raises(DataError, match="DATA425"):
+            invert_moments(exact, QUICK, torch.Generator(), replace(third, **wrong))
 
 
 def test_entries_of_large_variance_count_less(exact, generator):

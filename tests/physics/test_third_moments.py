@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cryorbit.errors import DataError
+from cryorbit.errors import ConfigError, DataError
 from cryorbit.physics.ctf import ctf
 from cryorbit.physics.fourier import disk_to_images, fourier_disk, images_to_disk
 from cryorbit.physics.polar import PolarBasis
@@ -140,3 +140,12 @@ def test_sums_through_other_filters_are_not_added(filters, centres, generator):
     other = ThirdFilters.random(POLAR, 6, 5, generator, images)
     with pytest.raises(DataError, match="DATA408"):
         ThirdSums.of(filters, images, 0.1) + ThirdSums.of(other, images, 0.1)
+
+
+@pytest.mark.parametrize("wrong", ["filters", "orders", "none", "zero", "infinite"])
+def test_filters_that_see_nothing_are_refused(wrong, centres, generator):
+    images = blobs(centres) * {"zero": 0.0, "infinite": math.inf}.get(wrong, 1.0)
+    images = images[:0] if wrong == "none" else images
+    settings = wrong in ("filters", "orders")
+    with pytest.raises(ConfigError if settings else DataError, match="CONF123" if settings else "DATA424"):
+        ThirdFilters.random(POLAR, 0 if wrong == "filters" else 2, 0 if wrong == "orders" else 3, generator, images)

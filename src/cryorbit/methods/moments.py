@@ -40,6 +40,8 @@ def _check(moments: ImageMoments, config: MomentsConfig, rings: int, third: Thir
             f"{directions} harmonics, the number of directions",
         )
     moments.check()
+    if third:
+        third.check()
     if third and (third.filters.basis != moments.basis or rings != most):
         raise DataError(
             "DATA418",
