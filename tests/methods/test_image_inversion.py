@@ -284,3 +284,5 @@ def test_third_moments_of_particles_are_those_of_the_molecule_through_ctf_and_sh
     assert unlike(sigma, found.gains) < 0.07
     assert unlike(sigma, torch.ones(1, 6)) > 0.5
     assert not sigma or unlike(0.0, found.gains) > 0.1
+    quick = replace(QUICK, starts=1, iterations=15, gaussians=2)
+    assert max(invert_moments(moments, quick, generator, found).errors) < 0.5

@@ -18,7 +18,7 @@ variance (``MomentsConfig.tolerance``). ``likeness`` is the best correlation wit
 like them where the truth is not is made up (a search of minutes, left out for images). ``unlike_training`` is the size of the network's inputs
 (below 1 for most that is like the training).
 
---only-third: every case from images, with third moments through 64 filters, no penalty on negative density; every head's map a little way, then
+--only-third: every case from images, with third moments through --filters, no penalty on negative density; every head's map a little way, then
 the one of the least objective to the end. ``random``: the same from as many random starts, those of least objective of ten that have met two
 moments. ``from_truth``: from the true map.
 """
@@ -63,10 +63,10 @@ REFINED = MomentsConfig(degree=DEGREE, margin=MARGIN)
 WEIGHED_BY_ERROR = replace(REFINED, tolerance=0.003)
 RANDOM = MomentsConfig(degree=DEGREE, starts=10, kept=3)
 MODELS = {"1igy": "1igy.cif", "1aon": "1aon.pdb.gz"}
-IMAGES, FILTERS = 100_000, 64
+IMAGES = 100_000
 FIRST = MomentsConfig(degree=DEGREE, margin=MARGIN, positivity=0.0, view_degree=5, iterations=300)
 RANDOM_FIRST = replace(FIRST, starts=10, kept=4)
-WHOLE = replace(FIRST, iterations=700)
+WHOLE = replace(FIRST, iterations=900)
 WIDE = replace(POLAR, radius=BOX / 2)  # what CTF and shifts carry out of the circle of the particle
 OPTICS = {
     "4ake, images": None,
@@ -137,24 +137,22 @@ def measured(
     return moments, third, taken
 
 
-def third_row(prior: MomentPrior, case: str, seed: int, data: Path) -> dict[str, Any]:
+def third_row(prior: MomentPrior, case: str, seed: int, data: Path, filters: int) -> dict[str, Any]:
     """From 100,000 images, third moments too: every start a little way, then the likeliest to the end."""
     real, pixel = truth(case, seed, data)
-    moments, third, summing = measured(real, views(seed), case, seed, FILTERS)
+    moments, third, summing = measured(real, views(seed), case, seed, filters)
     assert third is not None
-    out: dict[str, Any] = {"case": case, "seed": seed, "pixel_A": pixel, "filters": FILTERS, "summing_cpu_s": summing}
-    for name in ("network", "random"):
-        begun, generator = time.process_time(), torch.Generator().manual_seed(seed)
-        if name == "network":
-            tried = [invert_from(moments, FIRST, a, third) for a in prior.predict(moments)]
-            best = min(tried, key=lambda found: found.objective)
-        else:
-            best = invert_moments(moments, RANDOM_FIRST, generator, third)
-        first, begun_whole = time.process_time() - begun, time.process_time()
-        out[f"{name}, first"] = compared(best.volume, real, pixel) | {"objective": best.objective, "cpu_s": first}
-        best = invert_from(moments, WHOLE, BASIS.nearest(best.volume).float(), third)
-        whole = time.process_time() - begun_whole
-        out[name] = compared(best.volume, real, pixel) | {"objective": best.objective, "cpu_s": whole}
+    out: dict[str, Any] = {"case": case, "seed": seed, "pixel_A": pixel, "filters": filters, "summing_cpu_s": summing}
+    begun = time.process_time()
+    tried = [invert_from(moments, FIRST, a, third) for a in prior.predict(moments)]
+    best = min(tried, key=lambda found: found.objective)
+    network = invert_from(moments, WHOLE, BASIS.nearest(best.volume).float(), third)
+    between = time.process_time()
+    random = invert_moments(moments, RANDOM_FIRST, torch.Generator().manual_seed(seed), third)
+    taken = {"network": between - begun, "random": time.process_time() - between}
+    out["network, first"] = compared(best.volume, real, pixel) | {"objective": best.objective}
+    for name, found in (("network", network), ("random", random)):
+        out[name] = compared(found.volume, real, pixel) | {"objective": found.objective, "cpu_s": taken[name]}
     ideal = invert_from(moments, WHOLE, BASIS.nearest(real).float(), third)
     out["from_truth"] = compared(ideal.volume, real, pixel) | {"objective": ideal.objective}
     held = compared(BASIS.volume(BASIS.nearest(real)), real, pixel)
@@ -247,6 +245,7 @@ def main() -> None:
         action="store_true",
         help="Only with third moments, every case from images, into a JSON of its own.",
     )
+    parser.add_argument("--filters", type=int, default=64)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -263,7 +262,7 @@ def main() -> None:
     if arguments.only_third:
         about = {name: about[name] for name in ("commit", "device", "training", "parameters")}
         for case, seed in ((case, seed) for seed in range(arguments.seeds) for case in arguments.cases):
-            rows.append(third_row(prior, case, seed, arguments.data))
+            rows.append(third_row(prior, case, seed, arguments.data, arguments.filters))
             print(json.dumps(rows[-1]), flush=True)
             arguments.json.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
         return

@@ -56,7 +56,7 @@ def invert_moments(
     """The map whose moments are closest to ``moments``.
 
     With third moments those that were kept are followed on among all maps in a ball (whatever the family before, with a margin of at least
-    two Fourier pixels), until these moments are met too.
+    two Fourier pixels), and the one that meets all moments best three times as far.
 
     Parameters
     ----------
@@ -89,10 +89,11 @@ def invert_moments(
     if third is not None:
         in_ball = replace(config, gaussians=0, margin=max(2, config.margin))
         wider = MomentFit(moments, in_ball, rings, third)
-        basis = BallMaps(wider.moments.basis, wider.rotations, in_ball.degree, in_ball.margin).basis
+        basis = BallMaps(wider.maps.polar, wider.rotations, in_ball.degree, in_ball.margin).basis
         starts = [(basis.nearest(fit.maps.volume(a)).float(), views) for a, views, _ in found]
         found = [wider.minimised(wider.scaled(a), views, config.iterations) for a, views in starts]
-        fit = wider
+        parameters, views, _ = min(found, key=lambda x: x[2])
+        found, fit = [wider.minimised(parameters, views, 3 * config.iterations)], wider
     return fit.as_map(min(found, key=lambda x: x[2]))
 
 
