@@ -3,12 +3,14 @@
     python benchmarks/reproduce/paper003/images.py --json benchmarks/results/paper003_images.json
 
 gaussians: a mixture of four Gaussians not in one plane in 25^3 voxels of 1 A, as in the paper, which gives no widths (ours: standard deviations
-1.2 to 1.5 voxels, centres 3 to 5.5 voxels from the origin, weights 0.7 to 1.3). 4ake: adenylate kinase in 32^3 voxels of 3.2 A, or 63^3 of 1.6 A; the paper's
-molecules (16.86 and 21.52 A in 63^3) are not at hand. Views: a mixture of eight von Mises-Fisher distributions (kappa 3 to 12, 500 directions
-drawn from each once), in-plane rotations uniform, white noise at SNR 1 over the whole image, no CTF, no shifts. Images are made and summed
-in blocks, never held. Every seed draws map (gaussians), views, noise and starts anew. Maps are looked for among all in a ball, and among sums
-of Gaussians (``methods/moment_maps.py``); "third": among Gaussians (4ake: in a ball, without the penalty), then in a ball with third moments
-through 64 random filters, of the same images, scaled by the power that the first block of them shows.
+1.2 to 1.5 voxels, centres 3 to 5.5 voxels from the origin, weights 0.7 to 1.3). 4ake: adenylate kinase in 32^3 voxels of 3.2 A, or
+63^3 of 1.6 A; the paper's molecules (16.86 and 21.52 A in 63^3) are not at hand. Views: a mixture of eight von Mises-Fisher distributions
+(kappa 3 to 12, 500 directions drawn from each once), in-plane rotations uniform, white noise at SNR 1 over the whole image, no CTF, no
+shifts. Images are made and summed in blocks, never held. Every seed draws map (gaussians), views, noise and starts anew.
+
+Maps are looked for among all in a ball, and among sums of Gaussians (``methods/moment_maps.py``); "third": among Gaussians (4ake: in a
+ball, without the penalty), then in a ball with third moments through 64 random filters, of the same images, scaled by the power that the
+first block of them shows.
 """
 
 import argparse
