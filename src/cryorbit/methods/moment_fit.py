@@ -9,7 +9,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cryorbit.errors import DataError
+from cryorbit.errors import ConfigError, DataError
 from cryorbit.groups.so3 import healpix_grid, in_plane_count
 from cryorbit.methods.moment_maps import BallMaps, MapFamily, MixtureMaps
 from cryorbit.physics.image_moments import Blur, ImageMoments, moments_of_slices, relative_errors
@@ -46,7 +46,8 @@ class MomentsConfig:
         Fourier pixels beyond the rings that functions of the map reach. With 0 even a true map has moments that are off in the last ring, with
         2 by a tenth or less of that.
     third
-        Weight of the squared mismatch of third moments over the spread of one image's, where they are given.
+        Weight of the mean squared mismatch of third moments over the spread of one image's, where they are given. Not the statistical one,
+        which counts images: with twenty times this weight starts were led astray (4AKE, 100,000 images).
     gaussians
         The map is a sum of so many Gaussians; 0: any map in a ball, to which ``degree``, ``positivity`` and ``margin`` apply.
     view_degree
@@ -170,7 +171,7 @@ class MomentFit:
         return self.maps.scaled(parameters, float(power.clamp_min(1e-30)) ** -0.5)
 
     def objective(self, parameters: Float[Tensor, " n"], views: Float[Tensor, " l"]) -> Float[Tensor, ""]:
-        """Weighted squared mismatch and penalty; about 1 for an empty map."""
+        """Weighted squared mismatch and penalty; about 1 for an empty map, without third moments."""
         slices, density = self.maps.slices(parameters), self.density(views)
         found = self._blurred(moments_of_slices(slices, density, self.maps.polar))
         (first, second), (weigh_first, weigh_second) = self.target, self.weights
@@ -202,6 +203,12 @@ class MomentFit:
             "gtol": _TOLERANCE,
         }
         found = scipy.optimize.minimize(loss, start, jac=True, method="L-BFGS-B", options=options)
+        if not np.isfinite(found.fun):
+            raise ConfigError(
+                "CONF125",
+                f"an objective of {found.fun} at {self.config}",
+                "start from a map of moderate density, with moderate weights",
+            )
         x = torch.from_numpy(found.x).float()
         return scale * x[:n], x[n:], float(found.fun)
 

@@ -78,7 +78,8 @@ def invert_moments(
     """
     rings = config.rings or len(moments.first) - 1
     _check(moments, config, rings, third)
-    stages = sorted({max(2, rings // 2), max(2, round(0.8 * rings)), rings})
+    least = max(2, math.ceil(moments.basis.box / (2 * moments.centred_basis.radius)))  # that some function reaches
+    stages = sorted({min(max(least, x), rings) for x in (rings // 2, round(0.8 * rings), rings)})
     fit = MomentFit(moments, config, stages[0])
     found = sorted((_random_start(fit, generator) for _ in range(config.starts)), key=lambda x: x[2])
     found = found[: config.kept]

@@ -4,13 +4,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import reduce
-from operator import add
+from operator import add, index
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cryorbit.errors import DataError
+from cryorbit.errors import ConfigError, DataError
 from cryorbit.physics.ctf import ctf, wavelength
 from cryorbit.physics.fourier import fourier_disk
 from cryorbit.physics.image_moments import SHIFTED, ImageMoments, ImageMomentSums, check_shifts
@@ -21,6 +21,7 @@ from cryorbit.training.equalise import background_spectrum, background_window
 from cryorbit.types import CTFParams
 
 _BLOCK = 1000  # images in memory at once
+_LARGE = 0.9  # of the defoci of a set are below the one that counts
 
 
 class _Images:
@@ -33,18 +34,26 @@ class _Images:
         own, self.sigma = 0.5 * mask_diameter / particles.pixel_size, shift_sigma / particles.pixel_size
         self.basis = PolarBasis(particles.box, rings, min(own, particles.box / 2))
         check_shifts(self.sigma, particles.box)
+        params = None if particles.ctf is None else CTFParams.of(particles.ctf)
+        for name, values in () if params is None else vars(params).items():
+            if not bool(values.isfinite().all()):
+                row = int(torch.nonzero(~values.isfinite())[0])
+                raise DataError(
+                    "DATA427", f"the {name} of image {row + 1} is not finite", "leave the image out, or mend it"
+                )
         if not len(particles):
             raise DataError("DATA423", "no particles to measure moments of")
         self.radius = own + SHIFTED * self.sigma
         carried = _carried(particles, rings)
         self.wide = replace(self.basis, radius=min(self.radius + carried, particles.box / 2))
         self.particles = particles
-        self.noise = torch.zeros(1)
+        self.background = background_window(particles.box, self.radius)
+        self.noise = torch.zeros(1)  # in units of the strength of each image's
 
-    def __iter__(self) -> Iterator[tuple[Float[Tensor, "b d d"], Float[Tensor, "b k"] | None]]:
-        """Images without their background's mean, and the CTF on each ring."""
+    def __iter__(self) -> Iterator[tuple[Float[Tensor, "b d d"], Float[Tensor, " b"], Float[Tensor, "b k"] | None]]:
+        """Images without their background's mean, how strong the noise of each is, and the CTF on each ring."""
         particles, whole = self.particles, fourier_disk(self.particles.box)
-        window = background_window(particles.box, self.radius)
+        window, level = self.background, 0.0
         spectrum = torch.zeros(int(whole.shell.max()) + 1, dtype=torch.float64)
         for block in torch.arange(len(particles)).split(_BLOCK):
             images = torch.from_numpy(particles.read(block.numpy()))
@@ -54,10 +63,12 @@ class _Images:
                 )
             background = (images * window).sum(dim=(1, 2)) / window.sum()
             images = images - background[:, None, None]
+            strength = (images * window).square().sum(dim=(1, 2)) / window.square().sum()
+            level += float(strength.sum()) / len(particles)
             spectrum += len(block) / len(particles) * background_spectrum(images, window, whole).double()
-            yield images, _ring_ctf(particles, block, self.wide)
+            yield images, strength, _ring_ctf(particles, block, self.wide)
         spectrum[0] = spectrum[1]  # shell 0 of a background without its mean says nothing
-        self.noise = spectrum
+        self.noise = spectrum / max(level, 1e-30)
 
 
 def particle_moments(
@@ -81,8 +92,8 @@ def particle_moments(
         Whether to measure the variance of each moment too, for ``MomentsConfig.tolerance``.
     """
     images = _Images(particles, rings, mask_diameter, shift_sigma)
-    sums = reduce(add, (ImageMomentSums.of(images.wide, block, 1.0, h, errors=errors) for block, h in images))
-    found = sums.debiased(images.noise)
+    sums = reduce(add, (ImageMomentSums.of(images.wide, block, v, h, errors=errors) for block, v, h in images))
+    found = sums.debiased(images.noise, images.background)
     return replace(found, shift_sigma_px=images.sigma, particle_radius_px=images.basis.radius)
 
 
@@ -92,7 +103,7 @@ def particle_third_moments(
     *,
     mask_diameter: float,
     shift_sigma: float = 0.0,
-    filters: int = 64,
+    filters: int | ThirdFilters = 64,
     orders: int = 12,
     generator: torch.Generator,
 ) -> ThirdMoments:
@@ -103,28 +114,38 @@ def particle_third_moments(
     particles, rings, mask_diameter, shift_sigma
         As of :func:`particle_moments`.
     filters, orders
-        How many random filters the images are seen through, and the largest order m of each pair.
+        How many random filters the images are seen through, and the largest order m of each pair; or filters that are there already, those
+        of another part of the same particles.
     generator
         Draws the filters.
+
+    Raises
+    ------
+    ConfigError
+        CONF124 filters on other rings than these.
     """
     images = _Images(particles, rings, mask_diameter, shift_sigma)
-    seen: ThirdFilters | None = None
+    there, count = (filters, 0) if isinstance(filters, ThirdFilters) else (None, index(filters))
+    if there is not None and there.basis != images.wide:
+        raise ConfigError(
+            "CONF124", f"filters on {there.basis} for images on {images.wide}", "draw them from particles like these"
+        )
     sums: ThirdSums | None = None
-    for block, h in images:
-        if seen is None:
-            seen = ThirdFilters.random(images.wide, filters, orders, generator, block, h)
-        part = ThirdSums.of(seen, block, 1.0, h)
+    for block, v, h in images:
+        if there is None:
+            there = ThirdFilters.random(images.wide, count, orders, generator, block, h)
+        part = ThirdSums.of(there, block, v, h)
         sums = part if sums is None else sums + part
     assert sums is not None
-    return sums.debiased(images.noise)
+    return sums.debiased(images.noise, images.background)
 
 
 def _carried(particles: ParticleSource, rings: int) -> float:
-    """Pixels by which the mean defocus moves the last ring: the wavelength times the defocus times the frequency."""
+    """Pixels by which a large defocus of the set moves the last ring: the wavelength times the defocus times the frequency."""
     if particles.ctf is None:
         return 0.0
     params = CTFParams.of(particles.ctf)
-    defocus = 0.5 * (params.defocus_u + params.defocus_v).abs().mean()
+    defocus = (0.5 * (params.defocus_u + params.defocus_v)).abs().quantile(_LARGE)
     frequency = rings / (particles.box * particles.pixel_size)
     return float(wavelength(params.voltage).mean() * defocus * frequency) / particles.pixel_size
 

@@ -322,13 +322,15 @@ class ImageMomentSums:
         spread = self.spread + other.spread if self.spread and other.spread else None
         return replace(self, spread=spread, **_added(self, other, "basis", "spread"))
 
-    def debiased(self, spectrum: Float[Tensor, " s"]) -> ImageMoments:
+    def debiased(self, spectrum: Float[Tensor, " s"], background: Float[Tensor, "d d"] | None = None) -> ImageMoments:
         """Unbiased estimates of the moments of noise-free images without CTF, and the variance of each, where it was asked for.
 
         Parameters
         ----------
         spectrum
             Of the noise, variance per pixel and shell (``physics/noise.py``); one entry for white noise.
+        background
+            (D, D) window whose mean was taken off each image (:meth:`PolarBasis.noise`).
 
         Raises
         ------
@@ -341,7 +343,8 @@ class ImageMomentSums:
                 f"{self.count} images leave a ring of the moments without information",
                 "sum images, of more than one defocus where they have a CTF",
             )
-        noise, weights = self.basis.noise(spectrum).to(self.noise.device), (self.weight_first, self.weight_second)
+        noise = self.basis.noise(spectrum, background).to(self.noise.device)
+        weights = (self.weight_first, self.weight_second)
         second = (self.second - self.noise * noise) / self.weight_second
         found = ImageMoments(self.first / self.weight_first, second, self.basis)
         if self.spread is None:

@@ -65,10 +65,17 @@ class PolarBasis:
         values = torch.complex(flat @ matrix.real.contiguous(), flat @ matrix.imag.contiguous())
         return values.view(len(images), self.orders + 1, self.rings + 1)
 
-    def noise(self, spectrum: Float[Tensor, " s"]) -> Complex[Tensor, "m k k"]:
-        """``E c_m(k) c_m(k')*`` of noise of a radial ``spectrum`` (``physics/noise.py``), (M + 1, K + 1, K + 1), complex128."""
+    def noise(
+        self, spectrum: Float[Tensor, " s"], background: Float[Tensor, "d d"] | None = None
+    ) -> Complex[Tensor, "m k k"]:
+        """``E c_m(k) c_m(k')*`` of noise of a radial ``spectrum`` (``physics/noise.py``), (M + 1, K + 1, K + 1), complex128.
+
+        Where the mean under a window ``background`` (D, D) was taken off each image, its noise went into every pixel: reckoned with.
+        """
         gain = spectrum.double()[shell_of_pixel(self.box).clamp(max=len(spectrum) - 1)].sqrt()
         rows = self.matrix().to(torch.complex128).mT.reshape(-1, self.box, self.box)
+        if background is not None:
+            rows = rows - rows.sum(dim=(1, 2), keepdim=True) * (background / background.sum())
         parts = (fourier_to_image(image_to_fourier(x.contiguous()) * gain, self.box) for x in (rows.real, rows.imag))
         b = torch.complex(*parts).view(self.orders + 1, self.rings + 1, -1)
         return b @ b.mH

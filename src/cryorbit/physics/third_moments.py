@@ -9,18 +9,16 @@ Noise adds ``E y_0`` times its own power: ``T(0, m)`` gains ``E y_0 N_m``, ``T(0
 
 What CTFs and shifts do to third moments cannot be divided out of a few combinations, so a map's prediction goes through it (:class:`Seen`):
 
-* **CTF**: of the CTFs of all images ``E h^2(k) h^2(k') h^2(k'')`` is kept, and a few gains ``g_r`` are found with
-  ``sum_r g_r(k) g_r(k') g_r(k'')`` equal to it: the images might as well have had these. Six to twelve gains do for 1 to 2.5 um of defocus at
-  11 angstrom.
+* **CTF**, taken to be round and independent of the view: of the CTFs of all images ``E h^2(k) h^2(k') h^2(k'')`` is kept, and a few
+  gains ``g_r`` are found with ``sum_r g_r(k) g_r(k') g_r(k'')`` equal to it: the images might as well have had these. Six to twelve do for 1 to
+  2.5 um of defocus at 11 angstrom; finding 24, for a wider range, takes some seconds.
 * **shifts**, normal with sigma s in each coordinate: slices are shifted by a few lengths (Gauss-Laguerre quadrature of the square) in a few
   directions.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,14 +26,14 @@ from jaxtyping import Complex, Float, Int
 from numpy.typing import NDArray
 from scipy.special import jv
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cryorbit.errors import ConfigError, DataError
-from cryorbit.physics.kernels.cpu_triples import mean_triples, mean_triples_back
 from cryorbit.physics.polar import PolarBasis
+from cryorbit.physics.triples import mean_products
 
 _COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24)  # of gains that stand in for all CTFs
 _CLOSE = 3e-3  # relative error at which they do
+_WORST = 0.03  # beyond, what is said of the outer rings is not true
 _LEAST_SPREAD = 1e-4  # of the mean square: images that are all the same have none
 
 
@@ -105,54 +103,6 @@ class ThirdFilters:
         return self.weights[:, : self.reach + 1].transpose(0, 1)
 
 
-class _MeanTriples(torch.autograd.Function):
-    """By numba, float32 on a CPU."""
-
-    @staticmethod
-    def forward(ctx: Any, re: Tensor, im: Tensor, share: Tensor, orders: int) -> Tensor:
-        """Kernels want memory in order."""
-        re, im, share = re.contiguous(), im.contiguous(), share.contiguous()
-        ctx.save_for_backward(re, im, share)
-        ctx.orders = orders
-        pairs = sum(len(range(*b.indices(len(re)))) for _, b, _ in _parts(orders, len(re)))
-        out = torch.zeros(re.shape[1], pairs, dtype=torch.complex128)
-        mean_triples(re.detach().numpy(), im.detach().numpy(), share.detach().numpy(), orders, out.numpy())
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Of all three factors, and of the shares."""
-        re, im, share = ctx.saved_tensors
-        of_re, of_im, of_share = (torch.zeros_like(x) for x in (re, im, re[0]))
-        given = (x.detach().numpy() for x in (re, im, share))
-        mean_triples_back(
-            *given, ctx.orders, grad.to(torch.complex64).numpy(), *(x.numpy() for x in (of_re, of_im, of_share))
-        )
-        return of_re, of_im, of_share.sum(dim=0), None
-
-
-def _parts(orders: int, count: int) -> Iterator[tuple[int, slice, slice]]:
-    """m, the m' from m on that go with it, and their sums, below ``count``."""
-    for a in range(min(orders, (count - 1) // 2) + 1):
-        b = slice(a, min(orders, count - 1 - a) + 1)
-        yield a, b, slice(a + b.start, a + b.stop)
-
-
-def mean_products(
-    re: Float[Tensor, "m j n"], im: Float[Tensor, "m j n"], share: Float[Tensor, " n"], orders: int
-) -> Complex[Tensor, "j p"]:
-    """``sum_n p_n y_m y_m' y_(m+m')*`` of what filters see and shares p; pairs as in :attr:`ThirdFilters.pairs`; differentiable."""
-    if re.device.type == "cpu" and re.dtype == torch.float32:
-        values: Tensor = _MeanTriples.apply(re, im, share, orders)
-        return values
-    y = torch.complex(re, im)
-    columns = []
-    for a, b, c in _parts(orders, len(y)):
-        columns.append(((share * y[a]) * y[b] * y[c].conj()).sum(dim=-1))
-    return torch.cat(columns).mT
-
-
 @dataclass(frozen=True)
 class ThirdMoments:
     """Noise-free ``values`` of images with CTFs.
@@ -166,8 +116,8 @@ class ThirdMoments:
     gains
         (R, K + 1) that stand in for ``h^2`` of the images; ones, of one row, where they have no CTF.
     spread
-        (J, P) variance of the product of one image: entries weigh one over it. By size alone ``T(0, 0)``, the least telling, would outweigh
-        all others.
+        (J, P) variance of the product of one image, noise and all: entries weigh one over it. By size alone ``T(0, 0)``, the least
+        telling, would outweigh all others.
     gains_off
         Relative error of the third moment of these gains.
     """
@@ -179,10 +129,16 @@ class ThirdMoments:
     gains_off: float = 0.0
 
     def check(self) -> None:
-        """Refuse values that are not finite: DATA425."""
-        if not bool(self.values.isfinite().all()) or not bool((self.spread > 0).all()):
+        """Refuse values that are not finite, and gains that are not like the CTFs: DATA425."""
+        spread = self.spread.float()  # as it weighs
+        finite = all(bool(x.isfinite().all()) for x in (self.values, self.gains, self.filters.weights, 1 / spread))
+        if not (finite and bool((0 < spread).all()) and self.gains_off < _WORST):
             raise DataError(
-                "DATA425", "third moments that are not finite, or of no spread", "sum images of finite values"
+                "DATA425",
+                f"{len(self.gains)} gains are {self.gains_off:.3f} off what CTFs do to third moments, at most {_WORST}"
+                if finite
+                else "third moments that are not finite, or whose spread is none or infinite",
+                "sum images of finite values and a spread of about 1, and look at fewer rings where defocus varies much",
             )
 
     def mismatch(self, found: Complex[Tensor, "j p"]) -> Float[Tensor, ""]:
@@ -256,7 +212,9 @@ class ThirdSums:
         )
 
     def __add__(self, other: "ThirdSums") -> "ThirdSums":
-        if self.filters is not other.filters:
+        mine, others = self.filters, other.filters
+        same = mine.basis == others.basis and mine.orders == others.orders and torch.equal(mine.weights, others.weights)
+        if not same:
             raise DataError(
                 "DATA408", "third moments seen through other filters cannot be added", "use the same filters"
             )
@@ -269,15 +227,29 @@ class ThirdSums:
             self.count + other.count,
         )
 
-    def debiased(self, spectrum: Float[Tensor, " s"]) -> "ThirdMoments":
+    def debiased(self, spectrum: Float[Tensor, " s"], background: Float[Tensor, "d d"] | None = None) -> "ThirdMoments":
         """Unbiased estimate for noise-free images.
 
         Parameters
         ----------
         spectrum
             Of the noise, variance per pixel and shell (``physics/noise.py``); one entry for white noise.
+        background
+            (D, D) window whose mean was taken off each image (:meth:`PolarBasis.noise`).
+
+        Raises
+        ------
+        DataError
+            DATA426 fewer than two images.
         """
-        covariance, a, b = self.filters.basis.noise(spectrum).real, *self.filters.pairs.unbind(1)
+        if self.count < 2:
+            raise DataError(
+                "DATA426",
+                f"third moments of {self.count} images",
+                "sum more: what one brings says nothing of the spread",
+            )
+        covariance = self.filters.basis.noise(spectrum, background).real.to(self.biased.device)
+        a, b = self.filters.pairs.to(self.biased.device).unbind(1)
         w = self.filters.weights.to(covariance)
         bias = torch.einsum("jmk,mkl,jml,jkl->jm", w, covariance, w, self.biased)
         times = torch.where(b == 0, 3.0, 1.0) * (a == 0)
@@ -291,10 +263,11 @@ class ThirdSums:
 def stand_ins(optics: Float[Tensor, "k k k"]) -> tuple[Float[Tensor, "r k"], float]:
     """Gains (R, K + 1) with ``sum_r g_r g_r' g_r''`` near the given mean of ``h^2 h'^2 h''^2``, and the relative error that they leave.
 
-    As few as leave less than 0.003; without a CTF it is one, of ones. (A symmetric canonical decomposition, from random starts.)
+    As few as leave less than 0.003, at most 24; without a CTF it is one, of ones. (A symmetric canonical decomposition, from random starts.)
     """
-    generator, norm = torch.Generator().manual_seed(0), optics.norm()
-    one = torch.arange(len(optics))
+    generator, scale = torch.Generator().manual_seed(0), float(optics.max()) ** (1 / 3)
+    optics, one = optics / max(scale, 1e-30) ** 3, torch.arange(len(optics))
+    norm = optics.norm()
     typical = optics[one, one, one].clamp_min(0) ** (1 / 3)
     gains, off = typical[None], math.inf
     for count in _COUNTS:
@@ -322,7 +295,7 @@ def stand_ins(optics: Float[Tensor, "k k k"]) -> tuple[Float[Tensor, "r k"], flo
             gains, off = found.detach(), left
         if off < _CLOSE:
             break
-    return gains, off
+    return scale * gains, off
 
 
 class Seen:
@@ -372,13 +345,14 @@ class Seen:
 def _shift_points(sigma: float, spread: float) -> tuple[NDArray[np.complex128], Float[Tensor, " q"]]:
     """Shifts x + iy that stand in for normal ones of ``sigma``, and their chances; ``spread``: of the phase at the last ring, radian.
 
-    As many as leave third moments off by about a hundredth: 4 at a spread of 0.9, 10 at 1.8, 28 at 3.5.
+    As many as leave entries of orders above 0 off by one or two hundredths (those of order 0 by a tenth of that): 10 at a spread of
+    0.9, 21 at 1.8.
     """
     if not sigma:
         return np.zeros(1, dtype=complex), torch.ones(1)
-    count = math.ceil(spread)
+    count = math.ceil(spread) + 1
     squares, chances = np.polynomial.laguerre.laggauss(count)
-    angles = count + 3
+    angles = 2 * count + 1
     angle = 2 * np.pi * (np.arange(angles) + 0.5 * np.arange(count)[:, None]) / angles
     points = sigma * np.sqrt(2 * squares[:, None]) * np.exp(1j * angle)
     return points.ravel(), torch.from_numpy(chances / angles).repeat_interleave(angles)

@@ -1,4 +1,4 @@
-"""Means of triple products of angular orders, and their gradient, on a CPU (``physics/third_moments.py``).
+"""Means of triple products of angular orders, and their gradient, on a CPU (``physics/triples.py``).
 
 Real and imaginary parts lie apart and a few hundred columns at a time are worked on, so that loops over columns are wide and stay in cache.
 """
