@@ -319,3 +319,20 @@ def test_a_small_particle_on_few_rings_has_a_map(generator):
     moments = moments_of_slices(slices, torch.full((len(rotations),), 1 / len(rotations)), polar)
     found = invert_moments(moments, replace(QUICK, starts=1, iterations=3, order=1), generator)
     assert found.volume.isfinite().all()
+
+
+@pytest.mark.parametrize("mask_diameter", [64.0, 88.0])
+def test_noise_alone_has_no_moments_though_the_mean_of_its_background_is_taken_off(mask_diameter, generator):
+    strength = 0.5 + torch.rand(8000, generator=generator)
+    images = strength.sqrt()[:, None, None] * torch.randn(8000, 24, 24, generator=generator)
+    particles = ArrayParticles((images + 3.0).numpy(), 4.0)
+    third = particle_third_moments(particles, 5, mask_diameter=mask_diameter, filters=16, orders=6, generator=generator)
+    errors = third.values / (third.spread / len(images)).sqrt()
+    first, second = third.filters.pairs.unbind(1)
+    for group in (second == 0, (first == 0) & (second > 0), first > 0):
+        assert 0.3 < float(errors[:, group].abs().square().mean().sqrt()) < 1.7
+    if mask_diameter < 80.0:  # beyond, the corners say too little of the coarsest noise for second moments
+        two = particle_moments(particles, 5, mask_diameter=mask_diameter, errors=True)
+        assert two.variance is not None
+        seen = two.variance[1] > 1e-9 * two.variance[1].max()
+        assert 0.5 < float((two.second.abs().square() / two.variance[1])[seen].mean().sqrt()) < 1.6
