@@ -204,6 +204,8 @@ def test_entries_of_large_variance_count_less(exact, generator):
         {"degree": 0},
         {"gaussians": -1},
         {"view_degree": -1},
+        {"margin": 8},
+        {"order": 6},
     ],
 )
 def test_settings_that_cannot_work_are_refused(exact, wrong):

@@ -25,6 +25,9 @@ from cryorbit.methods.moment_maps import BallMaps
 from cryorbit.physics.image_moments import ImageMoments
 from cryorbit.physics.third_moments import ThirdMoments
 
+_MARGIN = 2  # Fourier pixels beyond the rings, at least, of maps that third moments decide
+_FINEST = 5  # HEALPix order of directions: beyond, slices do not fit a computer
+
 
 def _check(moments: ImageMoments, config: MomentsConfig, rings: int, third: ThirdMoments | None) -> None:
     """CONF115 settings out of range, DATA409 moments without a signal, DATA416 shifts, DATA418 third moments on other rings."""
@@ -32,12 +35,14 @@ def _check(moments: ImageMoments, config: MomentsConfig, rings: int, third: Thir
     counts = 1 <= config.kept <= config.starts and min(config.degree, config.iterations) >= 1
     sound = all(0 <= x < math.inf for x in astuple(config))
     directions = 12 * 4**config.order  # of HEALPix
-    if not (2 <= rings <= most and counts and sound and 1 <= (config.view_degree + 1) ** 2 <= directions):
+    margin = max(config.margin, _MARGIN) if third else 0 if config.gaussians else config.margin
+    fits = config.order <= _FINEST and (not margin or rings + margin <= moments.basis.box / 2)
+    if not (2 <= rings <= most and counts and sound and fits and 1 <= (config.view_degree + 1) ** 2 <= directions):
         raise ConfigError(
             "CONF115",
             f"{config} cannot invert moments on {most} rings",
             f"rings 2 to {most} (0: all), degree and iterations from 1, kept from 1 to starts, none negative or infinite, views of at most "
-            f"{directions} harmonics, the number of directions",
+            f"{directions} harmonics, the number of directions, order at most {_FINEST}, rings and margin within half the box",
         )
     moments.check()
     if third:
@@ -88,7 +93,7 @@ def invert_moments(
         found = [wider.minimised(wider.maps.carried(a, before), views, config.iterations) for a, views, _ in found]
         fit = wider
     if third is not None:
-        in_ball = replace(config, gaussians=0, margin=max(2, config.margin))
+        in_ball = replace(config, gaussians=0, margin=max(_MARGIN, config.margin))
         wider = MomentFit(moments, in_ball, rings, third)
         basis = BallMaps(wider.maps.polar, wider.rotations, in_ball.degree, in_ball.margin).basis
         starts = [(basis.nearest(fit.maps.volume(a)).float(), views) for a, views, _ in found]
