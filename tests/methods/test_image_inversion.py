@@ -106,6 +106,12 @@ def test_particles_shifted_by_a_known_sigma_have_the_moments_of_centred_ones(tmp
     assert restored.basis.radius > found.basis.radius  # shifted particles reach further
     assert restored.centred().basis == found.basis
     assert off(restored.centred()) < 0.5 * off(blurred)
+    shifts = open_particles(tmp_path / "1.0" / "truth.star").shifts
+    centred = particle_moments(moved, 5, mask_diameter=64.0, shifts=shifts)
+    assert off(centred) < 0.1 * off(blurred)
+    for wrong in (shifts[:9], shifts * math.nan):
+        with pytest.raises(DataError, match="DATA429"):
+            particle_moments(moved, 5, mask_diameter=64.0, shifts=wrong)
     for wrong in (-1.0, math.nan, math.inf):
         with pytest.raises(DataError, match="DATA416"):
             particle_moments(moved, 5, mask_diameter=64.0, shift_sigma=wrong)

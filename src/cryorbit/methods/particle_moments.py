@@ -6,15 +6,17 @@ from dataclasses import replace
 from functools import reduce
 from operator import add, index
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from cryorbit.errors import ConfigError, DataError
 from cryorbit.physics.ctf import ctf, wavelength
-from cryorbit.physics.fourier import fourier_disk
+from cryorbit.physics.fourier import disk_to_images, fourier_disk, images_to_disk
 from cryorbit.physics.image_moments import SHIFTED, ImageMoments, ImageMomentSums, check_shifts
 from cryorbit.physics.polar import PolarBasis
+from cryorbit.physics.shift import phase_ramp
 from cryorbit.physics.third_moments import ThirdFilters, ThirdMoments, ThirdSums
 from cryorbit.training.dataset import ParticleSource
 from cryorbit.training.equalise import background_spectrum, background_window
@@ -30,7 +32,14 @@ class _Images:
     ``basis``: rings within the particle; ``wide``: within the circle that it reaches where shifts and defocus carry it, or all of the image.
     """
 
-    def __init__(self, particles: ParticleSource, rings: int, mask_diameter: float, shift_sigma: float) -> None:
+    def __init__(
+        self,
+        particles: ParticleSource,
+        rings: int,
+        mask_diameter: float,
+        shift_sigma: float,
+        shifts: Float[np.ndarray, "n 2"] | None,
+    ) -> None:
         own, self.sigma = 0.5 * mask_diameter / particles.pixel_size, shift_sigma / particles.pixel_size
         self.basis = PolarBasis(particles.box, rings, min(own, particles.box / 2))
         check_shifts(self.sigma, particles.box)
@@ -43,6 +52,13 @@ class _Images:
                 )
         if not len(particles):
             raise DataError("DATA423", "no particles to measure moments of")
+        if shifts is not None and not (shifts.shape == (len(particles), 2) and np.isfinite(shifts).all()):
+            raise DataError(
+                "DATA429",
+                f"shifts of shape {shifts.shape} for {len(particles)} particles, or not finite",
+                "give x and y for each",
+            )
+        self.moves = None if shifts is None else torch.from_numpy(shifts / -particles.pixel_size).float()
         self.radius = own + SHIFTED * self.sigma
         carried = _carried(particles, rings)
         self.wide = replace(self.basis, radius=min(self.radius + carried, particles.box / 2))
@@ -61,6 +77,8 @@ class _Images:
                 raise DataError(
                     "DATA419", f"image {int(block[~fine][0]) + 1} holds values that are not finite", "leave it out"
                 )
+            if self.moves is not None:
+                images = disk_to_images(images_to_disk(images, whole) * phase_ramp(self.moves[block], whole), whole)
             background = (images * window).sum(dim=(1, 2)) / window.sum()
             images = images - background[:, None, None]
             strength = (images * window).square().sum(dim=(1, 2)) / window.square().sum()
@@ -72,7 +90,13 @@ class _Images:
 
 
 def particle_moments(
-    particles: ParticleSource, rings: int, *, mask_diameter: float, shift_sigma: float = 0.0, errors: bool = False
+    particles: ParticleSource,
+    rings: int,
+    *,
+    mask_diameter: float,
+    shifts: Float[np.ndarray, "n 2"] | None = None,
+    shift_sigma: float = 0.0,
+    errors: bool = False,
 ) -> ImageMoments:
     """First and second moments of a particle stack in one pass, a block of images in memory at a time.
 
@@ -81,17 +105,20 @@ def particle_moments(
     Parameters
     ----------
     particles
-        Particles with their CTF, centred but for ``shift_sigma``; bright protein.
+        Particles with their CTF, centred but for ``shifts`` and ``shift_sigma``; bright protein.
     rings
         Fourier pixels of the images' box that are looked at.
     mask_diameter
         Particle diameter in angstrom: pixels within it count, those outside are background.
+    shifts
+        (N, 2) angstrom, estimated shifts of the particles, which are undone first: ``particles.shifts`` of a file with origins, as
+        ``cryorbit align2d`` writes it.
     shift_sigma
-        Standard deviation in angstrom of each coordinate of the particles' shifts, which an inversion reckons with.
+        Standard deviation in angstrom of each coordinate of the shifts that are left, which an inversion reckons with.
     errors
         Whether to measure the variance of each moment too, for ``MomentsConfig.tolerance``.
     """
-    images = _Images(particles, rings, mask_diameter, shift_sigma)
+    images = _Images(particles, rings, mask_diameter, shift_sigma, shifts)
     sums = reduce(add, (ImageMomentSums.of(images.wide, block, v, h, errors=errors) for block, v, h in images))
     found = sums.debiased(images.noise, images.background)
     return replace(found, shift_sigma_px=images.sigma, particle_radius_px=images.basis.radius)
@@ -102,6 +129,7 @@ def particle_third_moments(
     rings: int,
     *,
     mask_diameter: float,
+    shifts: Float[np.ndarray, "n 2"] | None = None,
     shift_sigma: float = 0.0,
     filters: int | ThirdFilters = 64,
     orders: int = 12,
@@ -111,7 +139,7 @@ def particle_third_moments(
 
     Parameters
     ----------
-    particles, rings, mask_diameter, shift_sigma
+    particles, rings, mask_diameter, shifts, shift_sigma
         As of :func:`particle_moments`.
     filters, orders
         How many random filters the images are seen through, and the largest order m of each pair; or filters that are there already, those
@@ -124,7 +152,7 @@ def particle_third_moments(
     ConfigError
         CONF124 filters on other rings than these.
     """
-    images = _Images(particles, rings, mask_diameter, shift_sigma)
+    images = _Images(particles, rings, mask_diameter, shift_sigma, shifts)
     there, count = (filters, 0) if isinstance(filters, ThirdFilters) else (None, index(filters))
     if there is not None and there.basis != images.wide:
         raise ConfigError(
