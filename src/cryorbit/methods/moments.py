@@ -45,9 +45,10 @@ def _check(moments: ImageMoments, config: MomentsConfig, rings: int, third: Thir
             f"{directions} harmonics, the number of directions, order at most {_FINEST}, rings and margin within half the box",
         )
     moments.check()
-    if third:
-        third.check()
-    if third and (third.filters.basis != moments.basis or rings != most):
+    if third is None:
+        return
+    third.check()
+    if third.filters.basis != moments.basis or rings != most:
         raise DataError(
             "DATA418",
             f"third moments on {third.filters.basis} beside moments on {moments.basis}, {rings} of these rings asked for",

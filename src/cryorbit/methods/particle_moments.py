@@ -8,7 +8,7 @@ from operator import add, index
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from cryorbit.errors import ConfigError, DataError
@@ -43,8 +43,8 @@ class _Images:
         own, self.sigma = 0.5 * mask_diameter / particles.pixel_size, shift_sigma / particles.pixel_size
         self.basis = PolarBasis(particles.box, rings, min(own, particles.box / 2))
         check_shifts(self.sigma, particles.box)
-        params = None if particles.ctf is None else CTFParams.of(particles.ctf)
-        for name, values in () if params is None else vars(params).items():
+        self.ctf = None if particles.ctf is None else CTFParams.of(particles.ctf)
+        for name, values in () if self.ctf is None else vars(self.ctf).items():
             if not bool(values.isfinite().all()):
                 row = int(torch.nonzero(~values.isfinite())[0])
                 raise DataError(
@@ -60,7 +60,7 @@ class _Images:
             )
         self.moves = None if shifts is None else torch.from_numpy(shifts / -particles.pixel_size).float()
         self.radius = own + SHIFTED * self.sigma
-        carried = _carried(particles, rings)
+        carried = 0.0 if self.ctf is None else _carried(self.ctf, self.basis, particles.pixel_size)
         self.wide = replace(self.basis, radius=min(self.radius + carried, particles.box / 2))
         self.particles = particles
         self.background = background_window(particles.box, self.radius)
@@ -84,7 +84,8 @@ class _Images:
             strength = (images * window).square().sum(dim=(1, 2)) / window.square().sum()
             level += float(strength.sum()) / len(particles)
             spectrum += len(block) / len(particles) * background_spectrum(images, window, whole).double()
-            yield images, strength, _ring_ctf(particles, block, self.wide)
+            h = None if self.ctf is None else _ring_ctf(self.ctf[block], self.basis, particles.pixel_size)
+            yield images, strength, h
         spectrum[0] = spectrum[1]  # shell 0 of a background without its mean says nothing
         self.noise = spectrum / max(level, 1e-30)
 
@@ -168,22 +169,16 @@ def particle_third_moments(
     return sums.debiased(images.noise, images.background)
 
 
-def _carried(particles: ParticleSource, rings: int) -> float:
+def _carried(params: CTFParams, basis: PolarBasis, pixel_size: float) -> float:
     """Pixels by which a large defocus of the set moves the last ring: the wavelength times the defocus times the frequency."""
-    if particles.ctf is None:
-        return 0.0
-    params = CTFParams.of(particles.ctf)
     defocus = (0.5 * (params.defocus_u + params.defocus_v)).abs().quantile(_LARGE)
-    frequency = rings / (particles.box * particles.pixel_size)
-    return float(wavelength(params.voltage).mean() * defocus * frequency) / particles.pixel_size
+    frequency = basis.rings / (basis.box * pixel_size)
+    return float(wavelength(params.voltage).mean() * defocus * frequency) / pixel_size
 
 
-def _ring_ctf(particles: ParticleSource, block: Int[Tensor, " b"], basis: PolarBasis) -> Float[Tensor, "b k"] | None:
+def _ring_ctf(params: CTFParams, basis: PolarBasis, pixel_size: float) -> Float[Tensor, "b k"]:
     """The CTF on each ring, mean over eight directions."""
-    if particles.ctf is None:
-        return None
-    params = CTFParams.of(particles.ctf)[block]
     angle = math.pi / 8 * torch.arange(8, dtype=torch.float64)
-    ring = torch.arange(basis.rings + 1, dtype=torch.float64) / (basis.box * particles.pixel_size)
+    ring = torch.arange(basis.rings + 1, dtype=torch.float64) / (basis.box * pixel_size)
     points = ring[:, None, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
-    return ctf(params, points.reshape(-1, 2)).view(len(block), -1, 8).mean(dim=2).float()
+    return ctf(params, points.reshape(-1, 2)).view(len(params), -1, 8).mean(dim=2).float()

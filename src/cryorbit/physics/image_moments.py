@@ -183,7 +183,7 @@ class ImageMoments:
         return ImageMoments(*undo(self.first, self.second), basis)
 
 
-def _added(a: Any, b: Any, *other: str) -> dict[str, Any]:
+def added(a: Any, b: Any, *other: str) -> dict[str, Any]:
     """Sums of the fields of two dataclasses, but of the ``other`` ones."""
     return {f.name: getattr(a, f.name) + getattr(b, f.name) for f in fields(a) if f.name not in other}
 
@@ -229,7 +229,7 @@ class Spread:
         )
 
     def __add__(self, other: "Spread") -> "Spread":
-        return Spread(**_added(self, other))
+        return Spread(**added(self, other))
 
     def variance(
         self, moments: ImageMoments, noise: Complex[Tensor, "m k k"], weights: tuple[Tensor, Tensor]
@@ -320,7 +320,7 @@ class ImageMomentSums:
                 "DATA406", f"moments on {self.basis} and {other.basis} cannot be added", "measure both on one basis"
             )
         spread = self.spread + other.spread if self.spread and other.spread else None
-        return replace(self, spread=spread, **_added(self, other, "basis", "spread"))
+        return replace(self, spread=spread, **added(self, other, "basis", "spread"))
 
     def debiased(self, spectrum: Float[Tensor, " s"], background: Float[Tensor, "d d"] | None = None) -> ImageMoments:
         """Unbiased estimates of the moments of noise-free images without CTF, and the variance of each, where it was asked for.

@@ -17,7 +17,7 @@ What CTFs and shifts do to third moments cannot be divided out of a few combinat
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -28,8 +28,9 @@ from scipy.special import jv
 from torch import Tensor
 
 from cryorbit.errors import ConfigError, DataError
+from cryorbit.physics.image_moments import added
 from cryorbit.physics.polar import PolarBasis
-from cryorbit.physics.triples import mean_products
+from cryorbit.physics.triples import mean_products, parts
 
 _COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24)  # of gains that stand in for all CTFs
 _CLOSE = 3e-3  # relative error at which they do
@@ -94,8 +95,9 @@ class ThirdFilters:
     @cached_property
     def pairs(self) -> Int[Tensor, "p 2"]:
         """(m, m') with ``m <= m'`` whose sum is an order of the basis."""
-        reach = range(self.orders + 1)
-        return torch.tensor([(a, b) for a in reach for b in reach if a <= b and a + b <= self.basis.orders])
+        return torch.tensor(
+            [(a, b) for a, part, _ in parts(self.orders, self.reach + 1) for b in range(part.start, part.stop)]
+        )
 
     @property
     def by_order(self) -> Float[Tensor, "m j k"]:
@@ -218,14 +220,7 @@ class ThirdSums:
             raise DataError(
                 "DATA408", "third moments seen through other filters cannot be added", "use the same filters"
             )
-        return ThirdSums(
-            self.filters,
-            self.products + other.products,
-            self.squares + other.squares,
-            self.biased + other.biased,
-            self.optics + other.optics,
-            self.count + other.count,
-        )
+        return replace(self, **added(self, other, "filters"))
 
     def debiased(self, spectrum: Float[Tensor, " s"], background: Float[Tensor, "d d"] | None = None) -> "ThirdMoments":
         """Unbiased estimate for noise-free images.
@@ -319,10 +314,8 @@ class Seen:
         self.filters, reach, weights = filters, filters.reach, filters.by_order
         self.weights = (weights[:, :, None] * gains.to(weights)).flatten(1, 2)  # (m, (j, r), k)
         points, self.chances = _shift_points(shift_sigma_px, 2 * math.pi * shift_sigma_px * polar.rings / polar.box)
-        ring, apart = (
-            np.arange(polar.rings + 1),
-            np.arange(reach + 1)[:, None] - np.arange(-polar.orders, polar.orders + 1),
-        )
+        ring = np.arange(polar.rings + 1)
+        apart = np.arange(reach + 1)[:, None] - np.arange(-polar.orders, polar.orders + 1)
         lengths, angles = (x[:, None, None] for x in (np.abs(points), np.angle(points)))
         bend = jv(apart, 2 * np.pi / polar.box * ring[:, None, None, None] * lengths)
         shift = bend * np.array([1, -1j, -1, 1j])[apart % 4] * np.exp(-1j * apart * angles)

@@ -20,7 +20,7 @@ class _MeanTriples(torch.autograd.Function):
         re, im, share = re.contiguous(), im.contiguous(), share.contiguous()
         ctx.save_for_backward(re, im, share)
         ctx.orders = orders
-        pairs = sum(len(range(*b.indices(len(re)))) for _, b, _ in _parts(orders, len(re)))
+        pairs = sum(b.stop - b.start for _, b, _ in parts(orders, len(re)))
         out = torch.zeros(re.shape[1], pairs, dtype=torch.complex128)
         mean_triples(re.detach().numpy(), im.detach().numpy(), share.detach().numpy(), orders, out.numpy())
         return out
@@ -38,7 +38,7 @@ class _MeanTriples(torch.autograd.Function):
         return of_re, of_im, of_share.sum(dim=0), None
 
 
-def _parts(orders: int, count: int) -> Iterator[tuple[int, slice, slice]]:
+def parts(orders: int, count: int) -> Iterator[tuple[int, slice, slice]]:
     """m, the m' from m on that go with it, and their sums, below ``count``."""
     for a in range(min(orders, (count - 1) // 2) + 1):
         b = slice(a, min(orders, count - 1 - a) + 1)
@@ -54,6 +54,6 @@ def mean_products(
         return values
     y = torch.complex(re, im)
     columns = []
-    for a, b, c in _parts(orders, len(y)):
+    for a, b, c in parts(orders, len(y)):
         columns.append(((share * y[a]) * y[b] * y[c].conj()).sum(dim=-1))
     return torch.cat(columns).mT
