@@ -13,7 +13,7 @@ What CTFs and shifts do to third moments cannot be divided out of a few combinat
   gains ``g_r`` are found with ``sum_r g_r(k) g_r(k') g_r(k'')`` equal to it: the images might as well have had these. Six to twelve do for 1 to
   2.5 um of defocus at 11 angstrom; finding 24, for a wider range, takes some seconds.
 * **shifts**, normal with sigma s in each coordinate: slices are shifted by a few lengths (Gauss-Laguerre quadrature of the square) in a few
-  directions.
+  directions, which differ from view to view. As T does not know in-plane rotations, a slice is turned and then shifted along x.
 """
 
 import math
@@ -35,6 +35,8 @@ from cryorbit.physics.triples import mean_products, parts
 _COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24)  # of gains that stand in for all CTFs
 _CLOSE = 3e-3  # relative error at which they do
 _WORST = 0.03  # beyond, what is said of the outer rings is not true
+_FEW_VIEWS = 28  # with fewer, each is shifted in more directions
+_GOLDEN = 0.5 * (math.sqrt(5) - 1)
 _LEAST_SPREAD = 1e-4  # of the mean square: images that are all the same have none
 
 
@@ -313,12 +315,11 @@ class Seen:
     ) -> None:
         self.filters, reach, weights = filters, filters.reach, filters.by_order
         self.weights = (weights[:, :, None] * gains.to(weights)).flatten(1, 2)  # (m, (j, r), k)
-        points, self.chances = _shift_points(shift_sigma_px, 2 * math.pi * shift_sigma_px * polar.rings / polar.box)
-        ring = np.arange(polar.rings + 1)
-        apart = np.arange(reach + 1)[:, None] - np.arange(-polar.orders, polar.orders + 1)
-        lengths, angles = (x[:, None, None] for x in (np.abs(points), np.angle(points)))
-        bend = jv(apart, 2 * np.pi / polar.box * ring[:, None, None, None] * lengths)
-        shift = bend * np.array([1, -1j, -1, 1j])[apart % 4] * np.exp(-1j * apart * angles)
+        lengths, self.chances = _lengths(shift_sigma_px, 2 * math.pi * shift_sigma_px * polar.rings / polar.box)
+        ring, self.orders = np.arange(polar.rings + 1), torch.arange(-polar.orders, polar.orders + 1)
+        apart = np.arange(reach + 1)[:, None] - self.orders.numpy()
+        bend = jv(apart, 2 * np.pi / polar.box * ring[:, None, None, None] * lengths[:, None, None])
+        shift = bend * np.array([1, -1j, -1, 1j])[apart % 4]  # along x
         self.shift = torch.from_numpy(shift).to(torch.complex64)  # (k, q, order out, order in)
         self.sign = torch.tensor([(-1.0) ** m for m in range(polar.orders, 0, -1)])
 
@@ -326,26 +327,32 @@ class Seen:
         """From directions of probability ``density``; differentiable in both."""
         negative = self.sign.to(coefficients)[:, None] * coefficients[:, 1:].flip(1).conj()
         both = torch.cat([negative, coefficients], dim=1).permute(2, 1, 0)
+        phase = self._turns(len(density)).to(both)
+        turned = (both[:, :, None] * phase).flatten(2)  # (k, order in, (a, v))
         rings, points, orders, _ = self.shift.shape
-        shifted = (self.shift.flatten(1, 2).to(both) @ both).view(rings, points, orders, -1)
-        ordered = shifted.permute(2, 0, 1, 3).flatten(2)  # (m, k, (q, v))
+        shifted = (self.shift.flatten(1, 2).to(both) @ turned).view(rings, points, orders, -1)
+        ordered = shifted.permute(2, 0, 1, 3).flatten(2)  # (m, k, (q, a, v))
         weights, count = self.weights.to(ordered.real), len(self.filters.weights)
-        re, im = ((weights @ x).view(orders, count, -1) for x in (ordered.real, ordered.imag))  # (m, j, (r, q, v))
-        share = (self.chances.to(density)[:, None] * density).flatten()
+        re, im = ((weights @ x).view(orders, count, -1) for x in (ordered.real, ordered.imag))  # (m, j, (r, q, a, v))
+        each = density.repeat(phase.shape[1]) / phase.shape[1]
+        share = (self.chances.to(density)[:, None] * each).flatten()
         return mean_products(re, im, share.repeat(re.shape[2] // len(share)), self.filters.orders)
 
+    def _turns(self, views: int) -> Complex[Tensor, "m a v"]:
+        """What turns each slice so that a shift along x is one in any of a few directions, other ones for each view: what they are short of
+        directions to each side is made up by the views beside it.
+        """
+        points = len(self.chances)
+        count = 1 if points == 1 else max(points + 1, math.ceil(_FEW_VIEWS / views))
+        offset = torch.arange(views, dtype=torch.float64) * _GOLDEN % 1
+        angle = 2 * math.pi / count * (torch.arange(count)[:, None] + offset)
+        phase = self.orders[:, None, None] * angle
+        return torch.polar(torch.ones_like(phase), phase)
 
-def _shift_points(sigma: float, spread: float) -> tuple[NDArray[np.complex128], Float[Tensor, " q"]]:
-    """Shifts x + iy that stand in for normal ones of ``sigma``, and their chances; ``spread``: of the phase at the last ring, radian.
 
-    As many as leave entries of orders above 0 off by one or two hundredths (those of order 0 by a tenth of that): 10 at a spread of
-    0.9, 21 at 1.8.
-    """
+def _lengths(sigma: float, spread: float) -> tuple[NDArray[np.float64], Float[Tensor, " q"]]:
+    """Of shifts that stand in for normal ones of ``sigma``, and their chances; ``spread``: of the phase at the last ring, radian."""
     if not sigma:
-        return np.zeros(1, dtype=complex), torch.ones(1)
-    count = math.ceil(spread) + 1
-    squares, chances = np.polynomial.laguerre.laggauss(count)
-    angles = 2 * count + 1
-    angle = 2 * np.pi * (np.arange(angles) + 0.5 * np.arange(count)[:, None]) / angles
-    points = sigma * np.sqrt(2 * squares[:, None]) * np.exp(1j * angle)
-    return points.ravel(), torch.from_numpy(chances / angles).repeat_interleave(angles)
+        return np.zeros(1), torch.ones(1)
+    squares, chances = np.polynomial.laguerre.laggauss(math.ceil(spread) + 1)
+    return sigma * np.sqrt(2 * squares), torch.from_numpy(chances)
