@@ -11,7 +11,7 @@ from cryorbit.errors import ConfigError, DataError
 from cryorbit.io.particles import open_particles
 from cryorbit.methods.moment_fit import MomentFit, MomentsConfig, view_directions
 from cryorbit.methods.moments import invert_from, invert_moments
-from cryorbit.methods.particle_moments import particle_moments, particle_third_moments
+from cryorbit.methods.particle_moments import ParticleMoments
 from cryorbit.metrics.map_search import align_volumes
 from cryorbit.physics.fourier import fourier_to_volume, volume_to_fourier
 from cryorbit.physics.image_moments import Blur, ImageMoments, moments_of_slices, relative_errors
@@ -22,6 +22,7 @@ from cryorbit.simulate.particles import make_projector
 from cryorbit.simulate.phantom import phantom
 from cryorbit.simulate.settings import CTFSettings, SimulationSettings
 from cryorbit.simulate.write import write_simulation
+from cryorbit.training.checkpoint import load_checkpoint, save_checkpoint
 from cryorbit.training.dataset import ArrayParticles
 from cryorbit.types import Volume
 from cryorbit.volumes.ball import BallBasis
@@ -75,7 +76,11 @@ def test_objective_is_about_one_for_an_empty_map_and_has_the_right_gradient(exac
 def test_particles_with_ctf_and_noise_have_the_moments_of_the_molecule(tmp_path, volume):
     settings = SimulationSettings(count=2000, seed=3, snr_db=0.0, ctf=CTFSettings((1e4, 3e4)))
     write_simulation(tmp_path / "set", make_projector(phantom(), 24, 4.0), settings)
-    found = particle_moments(open_particles(tmp_path / "set" / "particles.star"), 5, mask_diameter=80.0)
+    found = (
+        ParticleMoments(open_particles(tmp_path / "set" / "particles.star"), 5, mask_diameter=80.0)
+        .summed()
+        .image_moments()
+    )
     rotations = torch.from_numpy(open_particles(tmp_path / "set" / "truth.star").rotations)
     slices = POLAR.coefficients(project(volume.data, rotations.float(), 3))
     clean = moments_of_slices(slices, torch.full((2000,), 1 / 2000), POLAR)
@@ -94,7 +99,7 @@ def test_particles_shifted_by_a_known_sigma_have_the_moments_of_centred_ones(tmp
         settings = SimulationSettings(count=3000, seed=3, snr_db=20.0, shift_sigma_px=sigma)
         write_simulation(tmp_path / str(sigma), make_projector(phantom(), 24, 4.0), settings)
     still, moved = (open_particles(tmp_path / name / "particles.star") for name in ("0.0", "1.0"))
-    found = particle_moments(still, 5, mask_diameter=64.0)
+    found = ParticleMoments(still, 5, mask_diameter=64.0).summed().image_moments()
 
     def off(moments):
         """Of the second moment, each entry over the power of its rings."""
@@ -102,19 +107,21 @@ def test_particles_shifted_by_a_known_sigma_have_the_moments_of_centred_ones(tmp
         wrong = (moments.second - found.second)[:, 1:, 1:] / scale
         return float(wrong.norm() / (found.second[:, 1:, 1:] / scale).norm())
 
-    blurred, restored = (particle_moments(moved, 5, mask_diameter=64.0, shift_sigma=s) for s in (0.0, 4.0))
+    blurred, restored = (
+        ParticleMoments(moved, 5, mask_diameter=64.0, shift_sigma=s).summed().image_moments() for s in (0.0, 4.0)
+    )
     assert restored.basis.radius > found.basis.radius  # shifted particles reach further
     assert restored.centred().basis == found.basis
     assert off(restored.centred()) < 0.5 * off(blurred)
     shifts = open_particles(tmp_path / "1.0" / "truth.star").shifts
-    centred = particle_moments(moved, 5, mask_diameter=64.0, shifts=shifts)
+    centred = ParticleMoments(moved, 5, mask_diameter=64.0, shifts=shifts).summed().image_moments()
     assert off(centred) < 0.1 * off(blurred)
     for wrong in (shifts[:9], shifts * math.nan):
         with pytest.raises(DataError, match="DATA429"):
-            particle_moments(moved, 5, mask_diameter=64.0, shifts=wrong)
+            ParticleMoments(moved, 5, mask_diameter=64.0, shifts=wrong).summed().image_moments()
     for wrong in (-1.0, math.nan, math.inf):
         with pytest.raises(DataError, match="DATA416"):
-            particle_moments(moved, 5, mask_diameter=64.0, shift_sigma=wrong)
+            ParticleMoments(moved, 5, mask_diameter=64.0, shift_sigma=wrong).summed().image_moments()
         with pytest.raises(DataError, match="DATA416"):
             invert_moments(replace(restored, shift_sigma_px=wrong), QUICK, torch.Generator())
     with pytest.raises(DataError, match="DATA416"):
@@ -127,7 +134,7 @@ def test_particles_without_moments_are_refused(wrong):
     images[2, 3, 3] = np.nan
     particles = ArrayParticles(images[:0] if wrong == "none" else images, 4.0)
     with pytest.raises(DataError, match="DATA423" if wrong == "none" else "DATA419: image 3"):
-        particle_moments(particles, 5, mask_diameter=64.0)
+        ParticleMoments(particles, 5, mask_diameter=64.0).summed().image_moments()
 
 
 @pytest.mark.parametrize("wrong", ["first", "second", "variance", "power", "setting"])
@@ -273,11 +280,10 @@ def test_third_moments_of_particles_are_those_of_the_molecule_through_ctf_and_sh
     write_simulation(tmp_path / "set", make_projector(phantom(), 24, 4.0), settings)
     particles = open_particles(tmp_path / "set" / "particles.star")
     generator = torch.Generator().manual_seed(0)
-    found = particle_third_moments(
-        particles, 5, mask_diameter=80.0, shift_sigma=4 * sigma, filters=8, orders=6, generator=generator
-    )
-    moments = particle_moments(particles, 5, mask_diameter=80.0, shift_sigma=4 * sigma)
-    assert found.filters.basis == moments.basis
+    settings = {"mask_diameter": 80.0, "shift_sigma": 4 * sigma, "orders": 6, "generator": generator}
+    sums = ParticleMoments(particles, 5, filters=8, **settings).summed()
+    moments, found = sums.image_moments(), sums.third_moments()
+    assert found is not None
     rotations = torch.from_numpy(open_particles(tmp_path / "set" / "truth.star").rotations)
     slices = POLAR.coefficients(project(volume.data, rotations.float(), 3))
 
@@ -311,7 +317,7 @@ def test_particles_whose_third_moments_say_nothing_are_refused(wrong, generator)
     particles = ArrayParticles(images[: 1 if wrong == "one" else 40].numpy(), 4.0, ctf=columns)
     codes = {"defocus": "DATA427: the defocus_u of image 4", "one": "DATA426", "filters": "CONF124"}
     with pytest.raises((ConfigError, DataError), match=codes[wrong]):
-        particle_third_moments(particles, 5, mask_diameter=64.0, filters=filters, generator=generator)
+        ParticleMoments(particles, 5, mask_diameter=64.0, filters=filters, generator=generator).summed().third_moments()
 
 
 def test_an_objective_that_is_not_finite_is_refused(exact, generator):
@@ -334,13 +340,43 @@ def test_noise_alone_has_no_moments_though_the_mean_of_its_background_is_taken_o
     strength = 0.5 + torch.rand(8000, generator=generator)
     images = strength.sqrt()[:, None, None] * torch.randn(8000, 24, 24, generator=generator)
     particles = ArrayParticles((images + 3.0).numpy(), 4.0)
-    third = particle_third_moments(particles, 5, mask_diameter=mask_diameter, filters=16, orders=6, generator=generator)
+    settings = {"filters": 16, "orders": 6, "generator": generator, "errors": True}
+    sums = ParticleMoments(particles, 5, mask_diameter=mask_diameter, **settings).summed()
+    third = sums.third_moments()
     errors = third.values / (third.spread / len(images)).sqrt()
     first, second = third.filters.pairs.unbind(1)
     for group in (second == 0, (first == 0) & (second > 0), first > 0):
         assert 0.3 < float(errors[:, group].abs().square().mean().sqrt()) < 1.7
     if mask_diameter < 80.0:  # beyond, the corners say too little of the coarsest noise for second moments
-        two = particle_moments(particles, 5, mask_diameter=mask_diameter, errors=True)
+        two = sums.image_moments()
         assert two.variance is not None
         seen = two.variance[1] > 1e-9 * two.variance[1].max()
         assert 0.5 < float((two.second.abs().square() / two.variance[1])[seen].mean().sqrt()) < 1.6
+
+
+@pytest.mark.parametrize("errors", [False, True])
+def test_a_pass_that_was_stopped_goes_on_where_it_was(tmp_path, errors, generator):
+    images = torch.randn(2500, 16, 16, generator=generator)
+    params = vars(CTFSettings((3e3, 1e4)).sample(2500, generator))
+    particles = ArrayParticles(images.numpy(), 4.0, ctf={name: x.double().numpy() for name, x in params.items()})
+
+    def made(rows=None):
+        settings = {"filters": 3, "orders": 3, "shift_sigma": 2.0, "errors": errors, "rows": rows}
+        return ParticleMoments(particles, 4, mask_diameter=40.0, generator=torch.Generator().manual_seed(1), **settings)
+
+    whole, stopped, again = made(), made(), made()
+    whole.summed()
+    stopped.step(0)
+    save_checkpoint(tmp_path / "sums.safetensors", stopped.state(), {})
+    again.load_state(load_checkpoint(tmp_path / "sums.safetensors")[0])
+    again.summed()
+    parts = [made(rows).summed() for rows in torch.arange(2500).split([1000, 1500])]
+    for name, value in whole.state().items():
+        assert torch.equal(again.state()[name], value), name
+    total = (parts[0] + parts[1]).state()
+    assert all(
+        torch.allclose(total[name], x, rtol=1e-4, atol=1e-4 * float(x.abs().max())) for name, x in whole.state().items()
+    )
+    assert (again.sums.image_moments().variance is not None) == errors
+    with pytest.raises(DataError, match="DATA430"):
+        parts[0] + replace(parts[1], shift_sigma_px=0.1)

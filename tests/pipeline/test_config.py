@@ -93,6 +93,10 @@ def test_documented_settings_are_the_settings():
             defaults[name] = {"true": "True", "false": "False"}.get(value.strip(), value.strip())
     actual = {f"{name}.{f.name}": f.default for name in METHODS for f in fields(method(name)[1])}
     actual |= {f.name: f.default for f in fields(DistillationConfig)}
+    run = RunConfig(particles="x")
+    actual |= {
+        f"{name}.{key}": value for name in ("moments", "inversion") for key, value in vars(getattr(run, name)).items()
+    }
     assert set(actual) <= documented
     for name, value in actual.items():
         documented_value = defaults[name]

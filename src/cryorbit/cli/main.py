@@ -14,6 +14,7 @@ from cryorbit.cli.assign import assign
 from cryorbit.cli.demo import demo
 from cryorbit.cli.evaluate import evaluate
 from cryorbit.cli.inspect import inspect
+from cryorbit.cli.moments import moments
 from cryorbit.cli.mra import mra, simulate_mra
 from cryorbit.cli.posterior import posterior
 from cryorbit.cli.reconstruct import reconstruct
@@ -31,7 +32,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for verb in (demo, inspect, simulate, reconstruct, refine, align2d, select, evaluate, posterior, assign, report, mra):
+for verb in (
+    demo,
+    inspect,
+    simulate,
+    reconstruct,
+    refine,
+    align2d,
+    select,
+    evaluate,
+    posterior,
+    assign,
+    report,
+    moments,
+    mra,
+):
     app.command()(verb)
 app.command("simulate-mra")(simulate_mra)
 

@@ -9,7 +9,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-_WORDS = {"abinitio": "ab initio", "refine": "refine", "amortized": "learn", "align2d": "2-D classes"}
+_WORDS = {
+    "abinitio": "ab initio",
+    "refine": "refine",
+    "amortized": "learn",
+    "align2d": "2-D classes",
+    "moment_prior": "learn molecules",
+}
 _QUIET_SECONDS = 5.0
 
 
@@ -41,7 +47,11 @@ class Reporter:
             self.bar.stop()
 
     def __call__(self, stage: str, step: int, total: int, values: dict[str, float | str]) -> None:
-        note = f"{float(values['resolution_A']):5.1f} A"
+        note = f"{float(values['resolution_A']):5.1f} A" if "resolution_A" in values else ""
+        if "images" in values:
+            note += f"  {float(values['images']):,.0f} images"
+        if "mismatch" in values:
+            note += f"  maps of fresh molecules off by {float(values['mismatch']):5.3f}"
         if "effective_poses" in values:
             note += f"  {float(values['effective_poses']):9.1f} poses per particle"
         if "error_deg" in values:

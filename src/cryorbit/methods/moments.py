@@ -23,20 +23,21 @@ from cryorbit.errors import ConfigError, DataError
 from cryorbit.methods.moment_fit import Found, MomentFit, MomentMap, MomentsConfig
 from cryorbit.methods.moment_maps import BallMaps
 from cryorbit.physics.image_moments import ImageMoments
+from cryorbit.physics.polar import PolarBasis
 from cryorbit.physics.third_moments import ThirdMoments
 
 _MARGIN = 2  # Fourier pixels beyond the rings, at least, of maps that third moments decide
 _FINEST = 5  # HEALPix order of directions: beyond, slices do not fit a computer
 
 
-def _check(moments: ImageMoments, config: MomentsConfig, rings: int, third: ThirdMoments | None) -> None:
-    """CONF115 settings out of range, DATA409 moments without a signal, DATA416 shifts, DATA418 third moments on other rings."""
-    most = len(moments.first) - 1
+def check_inversion(config: MomentsConfig, basis: PolarBasis, rings: int, *, third: bool) -> None:
+    """Refuse settings that cannot invert moments on ``rings`` of the rings of ``basis``, ``third`` ones among them: CONF115."""
+    most = basis.rings
     counts = 1 <= config.kept <= config.starts and min(config.degree, config.iterations) >= 1
     sound = all(0 <= x < math.inf for x in astuple(config))
     directions = 12 * 4**config.order  # of HEALPix
     margin = max(config.margin, _MARGIN) if third else 0 if config.gaussians else config.margin
-    fits = config.order <= _FINEST and (not margin or rings + margin <= moments.basis.box / 2)
+    fits = config.order <= _FINEST and (not margin or rings + margin <= basis.box / 2)
     if not (2 <= rings <= most and counts and sound and fits and 1 <= (config.view_degree + 1) ** 2 <= directions):
         raise ConfigError(
             "CONF115",
@@ -44,6 +45,12 @@ def _check(moments: ImageMoments, config: MomentsConfig, rings: int, third: Thir
             f"rings 2 to {most} (0: all), degree and iterations from 1, kept from 1 to starts, none negative or infinite, views of at most "
             f"{directions} harmonics, the number of directions, order at most {_FINEST}, rings and margin within half the box",
         )
+
+
+def _check(moments: ImageMoments, config: MomentsConfig, rings: int, third: ThirdMoments | None) -> None:
+    """CONF115 settings out of range, DATA409 moments without a signal, DATA416 shifts, DATA418 third moments on other rings."""
+    most = len(moments.first) - 1
+    check_inversion(config, moments.basis, rings, third=third is not None)
     moments.check()
     if third is None:
         return

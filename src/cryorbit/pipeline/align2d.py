@@ -2,7 +2,7 @@
 
 import csv
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +13,14 @@ from torch import Tensor
 from cryorbit.conventions import PARTICLE_COLUMNS
 from cryorbit.groups.so2 import SO2
 from cryorbit.io.atomic import atomic_path
-from cryorbit.io.image_checks import check_images
 from cryorbit.io.mrc_write import StackWriter
 from cryorbit.io.particles import write_particles
 from cryorbit.methods.align2d import Align2D, Assignment
 from cryorbit.methods.class_averages import ClassAverages
 from cryorbit.metrics.fsc import crossing, resolution
 from cryorbit.pipeline import outputs
-from cryorbit.pipeline.config import AUTO, RunConfig
-from cryorbit.pipeline.inputs import DARK, Inputs, prepare
+from cryorbit.pipeline.config import RunConfig
+from cryorbit.pipeline.inputs import Inputs, bright, prepare
 from cryorbit.pipeline.rundir import opened
 from cryorbit.pipeline.start import fourier_stack
 from cryorbit.training.checkpoint import State, kept
@@ -31,7 +30,6 @@ from cryorbit.training.loop import Progress, run
 
 _ASSIGN_BATCH = 1000
 _LIKELIER_JUNK = 0.0  # nats
-_TAKEN_AS_DARK = "the particles are taken as dark (--contrast light forbids it)"
 
 
 @dataclass(frozen=True)
@@ -79,18 +77,9 @@ def align2d(config: RunConfig, output: Path, *, overwrite: bool = False, progres
     progress
         Called after each step.
     """
-    inputs = _bright(config, prepare(config))
+    inputs = bright(config, prepare(config))
     with opened(output, config, inputs, overwrite=overwrite) as fingerprint:
         return _run(config, inputs, output, progress, fingerprint)
-
-
-def _bright(config: RunConfig, inputs: Inputs) -> Inputs:
-    """The particles with the other sign where the images' centres are dark and the user left it open: no map is there to tell."""
-    checks = check_images(inputs.particles) if config.contrast == AUTO else None
-    if checks is None or checks.protein != "dark":
-        return inputs
-    particles = replace(inputs.particles, sign=-inputs.particles.sign)
-    return replace(inputs, particles=particles, warnings=(*inputs.warnings, _TAKEN_AS_DARK, DARK))
 
 
 def _run(config: RunConfig, inputs: Inputs, output: Path, progress: Progress | None, fingerprint: str) -> Classes:

@@ -14,6 +14,8 @@ from cryorbit.methods.align2d import Align2DConfig
 from cryorbit.methods.amortized_config import AmortizedConfig, checked
 from cryorbit.methods.class_averages import ClassAveragesConfig
 from cryorbit.methods.marginal_config import FINEST, MarginalConfig
+from cryorbit.methods.moment_fit import MomentsConfig
+from cryorbit.methods.particle_moments import ParticleMomentsConfig
 from cryorbit.methods.refinement_config import RefinementConfig, checked_volume
 
 T = TypeVar("T")
@@ -65,9 +67,14 @@ PRESETS: dict[str, tuple[str, ...]] = {
 }
 
 
+def _with_third_moments() -> MomentsConfig:
+    """As they find molecules best (docs/benchmarks.md)."""
+    return MomentsConfig(margin=2, positivity=0.0, view_degree=5, starts=10, kept=4, iterations=300)
+
+
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything ``cryorbit reconstruct``, ``refine`` or ``align2d`` needs to do the same again; written to ``config.toml``.
+    """Everything ``cryorbit reconstruct``, ``refine``, ``align2d`` or ``moments`` needs to do the same again; written to ``config.toml``.
 
     Attributes
     ----------
@@ -96,7 +103,7 @@ class RunConfig:
     voltage, spherical_aberration, amplitude_contrast
         kV, mm, fraction: used where the file has a defocus but not these; 0 leaves them to the file.
     start
-        ``abinitio``; ``poses``: refine those of the file; ``classes``: 2-D classes, no map.
+        ``abinitio``; ``poses``: refine those of the file; ``classes``: 2-D classes, no map; ``moments``: a map, no poses.
     method
         How poses are found ab initio: ``marginal`` (a grid, every pose weighed) or ``amortized`` (a network that is learnt with the map).
     init
@@ -136,6 +143,8 @@ class RunConfig:
     refine: RefinementConfig = field(default_factory=RefinementConfig)
     align2d: Align2DConfig = field(default_factory=Align2DConfig)
     averages: ClassAveragesConfig = field(default_factory=ClassAveragesConfig)
+    moments: ParticleMomentsConfig = field(default_factory=ParticleMomentsConfig)
+    inversion: MomentsConfig = field(default_factory=_with_third_moments)
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -206,7 +215,9 @@ def override(config: RunConfig, assignments: list[str] | tuple[str, ...]) -> Run
         if name.strip() == "preset":
             raise ConfigError("CONF018", "a preset cannot be --set, it sets other settings", "pass --preset instead")
         if name.strip() == "start":
-            raise ConfigError("CONF018", "start cannot be --set", "use `cryorbit reconstruct`, `refine` or `align2d`")
+            raise ConfigError(
+                "CONF018", "start cannot be --set", "use `cryorbit reconstruct`, `refine`, `align2d` or `moments`"
+            )
         if isinstance(target.get(key), dict):
             raise ConfigError(
                 "CONF012",
@@ -267,7 +278,7 @@ def check(config: RunConfig) -> None:
         "voltage": config.voltage >= 0,
         "spherical_aberration": config.spherical_aberration >= 0,
         "amplitude_contrast": 0 <= config.amplitude_contrast < 1,
-        "start": config.start in (ABINITIO, POSES, CLASSES),
+        "start": config.start in (ABINITIO, POSES, CLASSES, MOMENTS),
         "method": config.method in (MARGINAL, AMORTIZED) and (config.method == MARGINAL or config.start == ABINITIO),
         "init": config.init == RANDOM
         or (config.init == MOMENTS and config.start == ABINITIO and config.method == MARGINAL),
@@ -298,6 +309,11 @@ def check(config: RunConfig) -> None:
         "align2d.shift_range": 0 <= config.align2d.shift_range <= 0.5,
         "align2d.tau_fudge": config.align2d.tau_fudge > 0,
         "averages.sweeps": config.averages.sweeps >= 0,
+        "moments.periods": 1 <= config.moments.periods <= 100,
+        "moments.filters": 0 <= config.moments.filters <= 10_000,
+        "moments.orders": config.moments.orders > 0,
+        "moments.shift_sigma": config.moments.shift_sigma >= 0,
+        "moments.part": 1 <= config.moments.part <= config.moments.parts,
         "refine.sweeps": 0 < config.refine.sweeps <= 10_000,
         "refine.batch": config.refine.batch > 0,
         "refine.iterations": config.refine.iterations > 0,

@@ -14,6 +14,7 @@ from cryorbit.errors import ConfigError, DataError
 from cryorbit.groups import so3
 from cryorbit.groups.point import point_group
 from cryorbit.io.examine import examine_particles
+from cryorbit.io.image_checks import check_images
 from cryorbit.io.mrc import read_volume
 from cryorbit.io.particle_set import duplicate_groups
 from cryorbit.io.particles import ParticleSet, open_particles
@@ -29,6 +30,7 @@ _FEWEST_VIEWS, _TURNS = 2, 32
 _SMALLEST_MASK = 0.005  # of the sphere of the mask diameter
 _LEAST_POWER = 1e-4  # of the signal, left by the CTF: particles then tell what one in 10,000 of them would without it
 _CTF_SAMPLE, _CTF_SHELLS = 1000, 16
+_TAKEN_AS_DARK = "the particles are taken as dark (--contrast light forbids it)"
 DARK = "particles.star points to the dark images as they are on disk: invert them before RELION refines from it"
 
 
@@ -179,6 +181,15 @@ def prepare(config: RunConfig) -> Inputs:
         warnings += _check_poses(particles)
     mask = read_mask(Path(config.mask), particles, diameter) if config.mask else None
     return Inputs(particles, diameter, symmetry, half_set, device, tuple(warnings), mask)
+
+
+def bright(config: RunConfig, inputs: Inputs) -> Inputs:
+    """The particles with the other sign where the images' centres are dark and the user left it open: no map is there to tell."""
+    checks = check_images(inputs.particles) if config.contrast == AUTO else None
+    if checks is None or checks.protein != "dark":
+        return inputs
+    particles = replace(inputs.particles, sign=-inputs.particles.sign)
+    return replace(inputs, particles=particles, warnings=(*inputs.warnings, _TAKEN_AS_DARK, DARK))
 
 
 def check_ctf(particles: ParticleSet, radii: tuple[float, float], diameter: float) -> None:

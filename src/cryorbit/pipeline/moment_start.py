@@ -7,7 +7,7 @@ from torch import Tensor
 from cryorbit.methods.halves import HALVES, members_of
 from cryorbit.methods.moment_fit import MomentsConfig
 from cryorbit.methods.moments import invert_moments
-from cryorbit.methods.particle_moments import particle_moments
+from cryorbit.methods.particle_moments import ParticleMoments
 from cryorbit.physics.fourier import resize_volume
 from cryorbit.pipeline.config import RunConfig
 from cryorbit.pipeline.inputs import Inputs
@@ -40,7 +40,7 @@ def moment_maps(
     maps = []
     for half in HALVES:
         own = particles.subset(members_of(inputs.half_set, half).numpy())
-        moments = particle_moments(own, rings, mask_diameter=inputs.mask_diameter)
+        moments = ParticleMoments(own, rings, mask_diameter=inputs.mask_diameter).summed().image_moments()
         generator = torch.Generator().manual_seed(2 * config.seed + half)
         found = invert_moments(moments, _SETTINGS, generator).volume.float()
         maps.append(resize_volume(found, stack.box) * stack.scale)

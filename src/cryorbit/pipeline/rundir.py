@@ -41,6 +41,8 @@ OURS = (
     "classes.png",
     "classes_frc.csv",
     "features.npy",
+    "views.csv",
+    "moments.png",
     "config.toml",
 )
 """Everything this program writes into a run folder, and so all that --overwrite removes; last what says that it is one."""
@@ -59,7 +61,7 @@ _UNLOCKED = ("config.toml", "provenance.json", "evaluation.json", "map_aligned.m
 """Of these, what is written without the lock, perhaps at this moment."""
 
 
-def _config_of(folder: Path) -> RunConfig:
+def config_of(folder: Path) -> RunConfig:
     try:
         return from_toml((folder / "config.toml").read_text(encoding="utf-8"))
     except (ConfigError, UnicodeDecodeError) as error:
@@ -141,7 +143,7 @@ def open_run(folder: Path, config: RunConfig, read: Sequence[Path] = (), *, over
         if cleared:
             _clear(folder, read)
         folder.mkdir(parents=True, exist_ok=True)
-        there = _config_of(folder) if (folder / "config.toml").is_file() else None
+        there = config_of(folder) if (folder / "config.toml").is_file() else None
         if there is not None:
             before, now = decisive(there), decisive(config)
             if before != now:

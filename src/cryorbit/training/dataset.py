@@ -22,9 +22,11 @@ from cryorbit.physics.ctf import ctf_on_disk, ctf_phase, frequencies_of, wavelen
 from cryorbit.physics.fourier import (
     Columns,
     FourierDisk,
+    crop_fourier,
     disk_subset,
     disk_to_images,
     fourier_disk,
+    fourier_to_image,
     image_to_fourier,
 )
 from cryorbit.physics.spectrum import shell_mean
@@ -93,6 +95,41 @@ class ArrayParticles:
     def read(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         """(M, D, D) images."""
         return self.images[indices]
+
+
+@dataclass(frozen=True)
+class Downsampled:
+    """``particles`` Fourier cropped to ``box`` pixels as they are read; values of the transform stay, so a pixel holds what went into it."""
+
+    particles: ParticleSource
+    box: int
+
+    @property
+    def pixel_size(self) -> float:
+        """Angstrom per pixel."""
+        return self.particles.pixel_size * self.particles.box / self.box
+
+    @property
+    def ctf(self) -> dict[str, NDArray[np.float64]] | None:
+        """``CTFParams`` fields by name, or None."""
+        return self.particles.ctf
+
+    @property
+    def optics_group(self) -> NDArray[np.int64] | None:
+        """(N,) number of each particle's optics group, or None for one group."""
+        return self.particles.optics_group
+
+    def __len__(self) -> int:
+        return len(self.particles)
+
+    def read(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(M, D, D) images."""
+        images = self.particles.read(indices)
+        if self.box == self.particles.box:
+            return images
+        parts = torch.from_numpy(images).split(_CHUNK)
+        small = (crop_fourier(image_to_fourier(part), self.particles.box, self.box) for part in parts)
+        return torch.cat([fourier_to_image(part, self.box) for part in small]).numpy()
 
 
 def working_box(box: int, radius: float) -> int:
