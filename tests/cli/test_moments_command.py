@@ -95,6 +95,16 @@ def test_parts_of_other_processes_are_those_of_one(particles, finished):
     assert np.array_equal(before, read_volume(folder / "part3/map.mrc")[0])
 
 
+def test_a_map_is_followed_to_the_resolution_asked_for(particles):
+    run = particles.parents[1] / "finer"
+    done = cryorbit("moments", particles, "-o", run, "--resolution", "19", *QUICK)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["rings"] == 7
+    assert metrics["finest_A"] == pytest.approx(128 / 7)
+    assert max(metrics["moments_off"]) < 0.5
+
+
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
@@ -104,6 +114,8 @@ def test_parts_of_other_processes_are_those_of_one(particles, finished):
         (("--with", "whole"), "RUN060"),
         (("--set", "moments.periods=20"), "CONF11"),
         (("--set", "inversion.starts=0"), "CONF115"),
+        (("--resolution", "18", "--set", "moments.filters=0"), "CONF127"),
+        (("--resolution", "4"), "CONF11"),
         (("--set", "moments.filters=-1"), "CONF016"),
         (("--shift-sigma", "-1"), "CONF016"),
     ],

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from cryorbit.errors import ConfigError, DataError
+from cryorbit.groups.so3 import random_rotations
 from cryorbit.io.particles import open_particles
 from cryorbit.methods.moment_fit import MomentFit, MomentsConfig, view_directions
-from cryorbit.methods.moments import invert_from, invert_moments
+from cryorbit.methods.moments import invert_from, invert_moments, march, marched, marched_rings
 from cryorbit.methods.particle_moments import ParticleMoments
 from cryorbit.metrics.map_search import align_volumes
 from cryorbit.physics.fourier import fourier_to_volume, volume_to_fourier
-from cryorbit.physics.image_moments import Blur, ImageMoments, moments_of_slices, relative_errors
+from cryorbit.physics.image_moments import Blur, ImageMoments, ImageMomentSums, moments_of_slices, relative_errors
 from cryorbit.physics.polar import PolarBasis
 from cryorbit.physics.slicing import project
 from cryorbit.physics.third_moments import Seen, ThirdFilters, ThirdSums
@@ -380,3 +381,32 @@ def test_a_pass_that_was_stopped_goes_on_where_it_was(tmp_path, errors, generato
     assert (again.sums.image_moments().variance is not None) == errors
     with pytest.raises(DataError, match="DATA430"):
         parts[0] + replace(parts[1], shift_sigma_px=0.1)
+
+
+def test_a_map_that_is_right_on_few_rings_is_followed_outwards(volume, generator):
+    """From the truth without its outer rings, by third moments of images with noise, to what the truth itself is held to."""
+    polar = PolarBasis(24, 7, 10.0)
+    rotations = random_rotations(6000, generator).float()
+    likely = torch.multinomial((2 * rotations[:, 2, 0] + rotations[:, 2, 1]).exp(), 6000, True, generator=generator)
+    images = project(volume.data, rotations[likely], 2)
+    sd = 0.5 * float(images.std())
+    images = images + sd * torch.randn(images.shape, generator=generator)
+    stops = marched_rings(4, 7)
+    assert stops == [5, 6, 7]
+    filters = ThirdFilters.random(polar, 24, 8, generator, images, reaches=stops)
+    moments = ImageMomentSums.of(polar, images, sd**2).debiased(torch.ones(1))
+    third = ThirdSums.of(filters, images, sd**2).debiased(torch.ones(1))
+    config = replace(QUICK, degree=5, margin=2, positivity=0.0, view_degree=2, order=1, iterations=25)
+    few = BallBasis(24, 10.0, 4, 5)
+    start = few.volume(few.nearest(volume.data))
+    found = march(moments, config, start, third, 4)
+    last = marched(config, 4, 7)
+    assert (last.degree, last.order) == (10, 2)
+    held = BallBasis(24, 10.0, 9, last.degree)
+    likeness = [
+        float(torch.corrcoef(torch.stack([x.flatten().double(), volume.data.flatten().double()]))[0, 1])
+        for x in (start, found.volume, held.volume(held.nearest(volume.data)))
+    ]
+    assert likeness[0] < likeness[1] - 0.5 * (likeness[2] - likeness[0])
+    with pytest.raises(ConfigError, match="CONF126"):
+        march(moments.within(4), config, start, third, 4)

@@ -179,3 +179,23 @@ def test_filters_that_see_nothing_are_refused(wrong, centres, generator):
     settings = wrong in ("filters", "orders")
     with pytest.raises(ConfigError if settings else DataError, match="CONF123" if settings else "DATA424"):
         ThirdFilters.random(POLAR, 0 if wrong == "filters" else 2, 0 if wrong == "orders" else 3, generator, images)
+
+
+def test_inner_rings_are_seen_by_filters_that_look_no_further(centres, generator):
+    images = blobs(centres)
+    both = ThirdFilters.random(POLAR, 6, 5, generator, images, reaches=(2, 4))
+    assert both.last_rings.tolist() == [2] * 6 + [4] * 6
+    noisy = images.repeat(50, 1, 1) + 0.2 * torch.randn(200, 16, 16, generator=generator)
+    third = ThirdSums.of(both, noisy, 0.04).debiased(torch.ones(1))
+    small = PolarBasis(16, 2, 8.0)
+    alone = ThirdFilters(small, both.weights[:6, : small.orders + 1, :3], 5)
+    inner = third.within(2)
+    assert inner.filters.basis == small
+    assert torch.equal(inner.filters.pairs, alone.pairs)
+    there = ThirdSums.of(alone, noisy, 0.04).debiased(torch.ones(1))
+    torch.testing.assert_close(inner.values, there.values, rtol=1e-4, atol=1e-5 * float(there.values.abs().max()))
+    torch.testing.assert_close(inner.spread, there.spread, rtol=1e-3, atol=0.0)
+    assert third.within(3).filters.weights.shape == (6, PolarBasis(16, 3, 8.0).orders + 1, 4)
+    assert third.within(4).filters.last_rings.tolist() == [4] * 6
+    with pytest.raises(DataError, match="DATA431"):
+        third.within(1)

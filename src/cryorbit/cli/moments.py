@@ -29,6 +29,12 @@ def moments(
             "--shift-sigma", help="Standard deviation (A) of each coordinate of shifts that are left in the images."
         ),
     ] = 0.0,
+    resolution: Annotated[
+        float,
+        typer.Option(
+            "--resolution", help="Angstrom to follow the map to, beyond 8 periods per particle diameter (0: not)."
+        ),
+    ] = 0.0,
     prior: Annotated[
         Path | None,
         typer.Option(
@@ -62,7 +68,13 @@ def moments(
     config = configured(
         particles,
         datadir,
-        [f"moments.part={number}", f"moments.parts={parts}", f"moments.shift_sigma={shift_sigma}", *set_],
+        [
+            f"moments.part={number}",
+            f"moments.parts={parts}",
+            f"moments.shift_sigma={shift_sigma}",
+            f"moments.resolution={resolution}",
+            *set_,
+        ],
         start=MOMENTS,
         mask_diameter=mask_diameter,
         seed=seed,

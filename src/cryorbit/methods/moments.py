@@ -25,8 +25,11 @@ from cryorbit.methods.moment_maps import BallMaps
 from cryorbit.physics.image_moments import ImageMoments
 from cryorbit.physics.polar import PolarBasis
 from cryorbit.physics.third_moments import ThirdMoments
+from cryorbit.volumes.ball import BallBasis
 
 _MARGIN = 2  # Fourier pixels beyond the rings, at least, of maps that third moments decide
+_FINER = 1.2  # degree over rings beyond the first ones, over what it is there
+_DEGREES = 4  # of harmonics for each HEALPix pixel along the side of a base pixel
 _FINEST = 5  # HEALPix order of directions: beyond, slices do not fit a computer
 
 
@@ -145,6 +148,59 @@ def invert_from(
             "make it in the same family",
         )
     return fit.as_map(fit.minimised(fit.scaled(given), fit.uniform, config.iterations))
+
+
+def marched_rings(first: int, last: int) -> list[int]:
+    """Where a march from ``first`` to ``last`` rings stops: a third of the first ones further each time."""
+    return [*range(first + max(1, round(first / 3)), last, max(1, round(first / 3))), last] if last > first else []
+
+
+def marched(config: MomentsConfig, first: int, rings: int) -> MomentsConfig:
+    """Settings at ``rings`` of a march that begins with ``config`` at ``first``: finer harmonics, and views close enough for them."""
+    degree = max(config.degree, round(_FINER * config.degree * rings / first))
+    order = max(config.order, math.ceil(math.log2(degree / _DEGREES)))
+    return replace(config, gaussians=0, degree=degree, order=order, margin=max(_MARGIN, config.margin))
+
+
+def march(
+    moments: ImageMoments, config: MomentsConfig, volume: Float[Tensor, "d d d"], third: ThirdMoments, first: int
+) -> MomentMap:
+    """Follow a map that has the moments on ``first`` rings outwards, to the last ring.
+
+    Third moments hold it where it is right; two moments alone lead away from it.
+
+    Parameters
+    ----------
+    moments
+        Debiased, on more rings than ``first``.
+    config
+        Settings at ``first`` rings.
+    volume
+        The map.
+    third
+        Debiased, of the same rings, through filters for each of :func:`marched_rings`.
+    first
+        Rings on which the map has been found.
+
+    Raises
+    ------
+    ConfigError
+        CONF115 settings out of range; CONF126 nothing to march to.
+    DataError
+        DATA409, DATA417, DATA418 as of :func:`invert_from`; DATA431 no filters of such reach.
+    """
+    stages = marched_rings(first, len(moments.first) - 1)
+    if not stages:
+        raise ConfigError(
+            "CONF126", f"moments on {len(moments.first) - 1} rings, a map of {first}", "measure moments on more rings"
+        )
+    for rings in stages:
+        inner, stage = moments.within(rings), marched(config, first, rings)
+        polar = inner.centred_basis
+        basis = BallBasis(polar.box, polar.radius, polar.rings + stage.margin, stage.degree)
+        found = invert_from(inner, stage, basis.nearest(volume).float(), third.within(rings))
+        volume = found.volume
+    return found
 
 
 def _random_start(fit: MomentFit, generator: torch.Generator) -> Found:

@@ -5,6 +5,7 @@ the CTF is on each ring and what the background says of the noise are in it.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from operator import index
 from typing import Any
@@ -37,7 +38,9 @@ class ParticleMomentsConfig:
     Attributes
     ----------
     periods
-        The last ring, in periods per particle diameter.
+        The last ring that maps are first looked for on, in periods per particle diameter.
+    resolution
+        Angstrom to which the map is then followed outwards, ring by ring; 0: not.
     filters, orders
         Random filters that third moments are seen through (0: no third moments), and their largest order.
     shift_sigma
@@ -47,6 +50,7 @@ class ParticleMomentsConfig:
     """
 
     periods: float = 8.0
+    resolution: float = 0.0
     filters: int = 64
     orders: int = 12
     shift_sigma: float = 0.0
@@ -167,6 +171,8 @@ class ParticleMoments:
         are there already, those of another part of the same particles. The first block of ``particles`` says how strong each ring is.
     generator
         Draws the filters.
+    reaches
+        Rings beyond which filters do not look, so many filters for each; none: all rings.
     rows
         Which particles to sum; None for all.
     device
@@ -194,6 +200,7 @@ class ParticleMoments:
         filters: int | ThirdFilters = 0,
         orders: int = 12,
         generator: torch.Generator | None = None,
+        reaches: Sequence[int] = (),
         rows: Int[Tensor, " m"] | None = None,
         device: torch.device | str = "cpu",
         name: str = "moments",
@@ -225,11 +232,11 @@ class ParticleMoments:
         """What images are seen on: the circle that particles reach where shifts and defocus carry them, or all of the image."""
         self.window = background_window(particles.box, radius)
         self.disk = fourier_disk(particles.box)
-        self.filters = self._filters(filters, orders, generator)
+        self.filters = self._filters(filters, orders, generator, reaches)
         self.sums: ParticleSums | None = None
 
     def _filters(
-        self, filters: int | ThirdFilters, orders: int, generator: torch.Generator | None
+        self, filters: int | ThirdFilters, orders: int, generator: torch.Generator | None, reaches: Sequence[int]
     ) -> ThirdFilters | None:
         if isinstance(filters, ThirdFilters):
             if filters.basis != self.wide:
@@ -240,7 +247,7 @@ class ParticleMoments:
         if not (count := index(filters)):
             return None
         images, _, h = self._read(torch.arange(min(_BLOCK, len(self.particles))))
-        return ThirdFilters.random(self.wide, count, orders, generator or torch.Generator(), images, h)
+        return ThirdFilters.random(self.wide, count, orders, generator or torch.Generator(), images, h, reaches)
 
     def _read(self, block: Int[Tensor, " b"]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Images without their background's mean, how strong the noise of each is, and the CTF on each ring."""

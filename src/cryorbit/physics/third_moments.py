@@ -17,6 +17,7 @@ What CTFs and shifts do to third moments cannot be divided out of a few combinat
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -66,8 +67,10 @@ class ThirdFilters:
         generator: torch.Generator,
         images: Float[Tensor, "b d d"],
         ctf: Float[Tensor, "b k"] | None = None,
+        reaches: Sequence[int] = (),
     ) -> "ThirdFilters":
-        """``count`` filters that weigh rings as ``images`` like those to come show them, noise and CTF and all.
+        """``count`` filters that weigh rings as ``images`` like those to come show them, noise and CTF and all; for each of ``reaches`` so many
+        that look no further than that ring.
 
         Raises
         ------
@@ -85,7 +88,10 @@ class ThirdFilters:
             raise DataError(
                 "DATA424", f"{len(images)} images of power {float(power.max()):g}", "give some that show particles"
             )
-        drawn = torch.randn(count, basis.orders + 1, basis.rings + 1, generator=generator)
+        ring, reaches = torch.arange(basis.rings + 1), reaches or (basis.rings,)
+        drawn = torch.cat(
+            [torch.randn(count, basis.orders + 1, len(ring), generator=generator) * (ring <= last) for last in reaches]
+        )
         weights = drawn * power.clamp_min(1e-6 * float(power.max())).rsqrt().to(drawn)
         return ThirdFilters(basis, weights, min(orders, basis.orders))
 
@@ -93,6 +99,12 @@ class ThirdFilters:
     def reach(self) -> int:
         """Largest order that is looked at."""
         return min(2 * self.orders, self.basis.orders)
+
+    @property
+    def last_rings(self) -> Int[Tensor, " j"]:
+        """How far out each filter looks."""
+        ring = torch.arange(self.basis.rings + 1)
+        return torch.where(self.weights.abs().amax(dim=1) > 0, ring, 0).amax(dim=1)
 
     @cached_property
     def pairs(self) -> Int[Tensor, "p 2"]:
@@ -144,6 +156,30 @@ class ThirdMoments:
                 else "third moments that are not finite, or whose spread is none or infinite",
                 "sum images of finite values and a spread of about 1, and look at fewer rings where defocus varies much",
             )
+
+    def within(self, rings: int) -> "ThirdMoments":
+        """Rings 0 to ``rings``: what filters see that look that far, or, where none does, the furthest that look less far.
+
+        Raises
+        ------
+        DataError
+            DATA431 all look further.
+        """
+        last = self.filters.last_rings
+        if not bool((last <= rings).any()):
+            raise DataError(
+                "DATA431",
+                f"third moments through filters that look at {int(last.min())} rings and more, {rings} asked for",
+                "measure them through filters of that reach as well",
+            )
+        chosen = last == last[last <= rings].max()
+        basis = replace(self.filters.basis, rings=min(rings, self.filters.basis.rings))
+        weights = self.filters.weights[chosen, : basis.orders + 1, : basis.rings + 1]
+        inner = ThirdFilters(basis, weights, min(self.filters.orders, basis.orders))
+        place = {tuple(pair): i for i, pair in enumerate(self.filters.pairs.tolist())}
+        kept = [place[tuple(pair)] for pair in inner.pairs.tolist()]
+        values, spread = (x[chosen][:, kept] for x in (self.values, self.spread))
+        return ThirdMoments(inner, values, self.gains[:, : basis.rings + 1], spread, self.gains_off)
 
     def mismatch(self, found: Complex[Tensor, "j p"]) -> Float[Tensor, ""]:
         """Mean over entries of the squared error over the spread; differentiable."""

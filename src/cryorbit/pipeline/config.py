@@ -310,6 +310,7 @@ def check(config: RunConfig) -> None:
         "align2d.tau_fudge": config.align2d.tau_fudge > 0,
         "averages.sweeps": config.averages.sweeps >= 0,
         "moments.periods": 1 <= config.moments.periods <= 100,
+        "moments.resolution": config.moments.resolution >= 0,
         "moments.filters": 0 <= config.moments.filters <= 10_000,
         "moments.orders": config.moments.orders > 0,
         "moments.shift_sigma": config.moments.shift_sigma >= 0,

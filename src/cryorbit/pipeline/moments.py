@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cryorbit.errors import RunError
+from cryorbit.errors import ConfigError, RunError
 from cryorbit.io.atomic import atomic_path
 from cryorbit.io.mrc import write_volume
 from cryorbit.methods.halves import HALVES, members_of
 from cryorbit.methods.moment_fit import MomentMap, MomentsConfig, view_directions
 from cryorbit.methods.moment_prior import MomentPrior, PriorConfig
-from cryorbit.methods.moments import check_inversion, invert_from, invert_moments
+from cryorbit.methods.moments import check_inversion, invert_from, invert_moments, march, marched, marched_rings
 from cryorbit.methods.particle_moments import ParticleMoments, ParticleSums
 from cryorbit.metrics.fsc import crossing, fsc
 from cryorbit.metrics.map_search import align_volumes
@@ -105,13 +105,29 @@ def map_of_moments(
     inputs = bright(config, prepare(config))
     if overwrite and any(path.resolve() == output.resolve() for path in others):
         raise RunError("RUN060", f"{output} is written to, its sums cannot be added", "name the other run folders")
-    rings = round(config.moments.periods * _extent(inputs) / inputs.mask_diameter)
-    small = _downsampled(inputs, rings)
-    basis = PolarBasis(small.box, rings, 0.5 * inputs.mask_diameter / small.pixel_size)
-    check_inversion(config.inversion, basis, rings, third=config.moments.filters > 0)
+    rings = _rings(config, inputs)
+    small = _downsampled(inputs, rings[-1])
+    for last in rings:
+        basis = PolarBasis(small.box, last, 0.5 * inputs.mask_diameter / small.pixel_size)
+        settings = config.inversion if last == rings[0] else marched(config.inversion, rings[0], last)
+        check_inversion(settings, basis, last, third=config.moments.filters > 0)
     parts = _parts_of(config, others)
     with opened(output, config, inputs, overwrite=overwrite) as fingerprint:
         return _run(config, inputs, small, rings, output, parts, prior, progress, fingerprint)
+
+
+def _rings(config: RunConfig, inputs: Inputs) -> list[int]:
+    """How many a map is first looked for on, and the stops of the march outwards."""
+    c, extent = config.moments, _extent(inputs)
+    first = round(c.periods * extent / inputs.mask_diameter)
+    last = math.ceil(extent / c.resolution) if c.resolution else first
+    if last > first and not c.filters:
+        raise ConfigError(
+            "CONF127",
+            f"--resolution {c.resolution:g} without third moments",
+            "leave moments.filters above 0: two moments lead astray",
+        )
+    return [first, *marched_rings(first, last)]
 
 
 def _extent(inputs: Inputs) -> float:
@@ -158,7 +174,7 @@ def _run(
     config: RunConfig,
     inputs: Inputs,
     small: Downsampled,
-    rings: int,
+    rings: list[int],
     output: Path,
     others: list[Path],
     prior: Path | None,
@@ -179,8 +195,8 @@ def _run(
     metrics: dict[str, Any] = {
         "particles": count,
         "particles_in_file": len(inputs.particles),
-        "rings": rings,
-        "finest_A": _extent(inputs) / rings,
+        "rings": rings[-1],
+        "finest_A": _extent(inputs) / rings[-1],
         "mask_diameter_A": inputs.mask_diameter,
         "pixel_size_A": inputs.particles.pixel_size,
         "box": inputs.particles.box,
@@ -191,19 +207,19 @@ def _run(
     if config.moments.parts > 1 and not others:
         outputs.write_json(output / "metrics.json", metrics)
         return metrics, None
-    network = None if prior is None else _learned(sums[0], rings, prior, history, progress)
+    network = None if prior is None else _learned(sums[0], rings[0], prior, history, progress)
     begun = time.monotonic()
-    found = _inverted(config, sums, network, progress)
+    found = _inverted(config, rings[0], sums, network, progress)
     metrics |= found.metrics | {"seconds_inverting": time.monotonic() - begun}
     return metrics, _written(output, inputs, small, found, metrics)
 
 
-def _summation(config: RunConfig, inputs: Inputs, small: Downsampled, rings: int, half: int) -> ParticleMoments:
+def _summation(config: RunConfig, inputs: Inputs, small: Downsampled, rings: list[int], half: int) -> ParticleMoments:
     c, members = config.moments, members_of(inputs.half_set, half)
     begin, end = (round(x * len(members)) for x in _share(config))
     return ParticleMoments(
         small,
-        rings,
+        rings[-1],
         mask_diameter=inputs.mask_diameter,
         shifts=inputs.particles.shifts,
         shift_sigma=c.shift_sigma,
@@ -211,6 +227,7 @@ def _summation(config: RunConfig, inputs: Inputs, small: Downsampled, rings: int
         filters=c.filters,
         orders=c.orders,
         generator=torch.Generator().manual_seed(config.seed),
+        reaches=rings,
         rows=members[begin:end],
         device=inputs.device,
         name=f"moments {half}",
@@ -244,28 +261,33 @@ class _Found:
 
 
 def _inverted(
-    config: RunConfig, sums: list[ParticleSums], network: MomentPrior | None, progress: Progress | None
+    config: RunConfig, rings: int, sums: list[ParticleSums], network: MomentPrior | None, progress: Progress | None
 ) -> _Found:
     """Maps of both halves, each from starts of its own, and that of all images near the better one."""
     halves, objectives = [], {}
     for half, part in zip(HALVES, sums, strict=True):
-        moments, third = part.image_moments(), part.third_moments()
+        moments, third = _within(part, rings)
         generator = torch.Generator().manual_seed(2 * config.seed + half)
         tried = {"random": invert_moments(moments, config.inversion, generator, third)}
         if network is not None:
             tried["learned"] = _from_network(config.inversion, network, moments, third)
         name = min(tried, key=lambda x: tried[x].objective)
-        halves.append(tried[name])
+        halves.append(_marched(config.inversion, part, rings, tried[name]))
         objectives[f"half {half}"] = {"taken": name} | {x: y.objective for x, y in tried.items()}
         if progress is not None:
             progress("invert", half, len(HALVES) + 1, {})
     total = sums[0] + sums[1]
     moments, third = total.image_moments(), total.third_moments()
     best = min(halves, key=lambda x: x.objective)
+    last = (
+        marched(config.inversion, rings, len(moments.first) - 1) if len(moments.first) - 1 > rings else config.inversion
+    )
+    third = None if third is None else third.within(len(moments.first) - 1)
     if config.inversion.gaussians and third is None:
         whole = invert_moments(moments, config.inversion, torch.Generator().manual_seed(2 * config.seed), third)
     else:
-        whole = _followed(config.inversion, best.volume, moments, third, 3 * config.inversion.iterations)
+        more = 3 if last is config.inversion else 1
+        whole = _followed(last, best.volume, moments, third, more * config.inversion.iterations)
     if progress is not None:
         progress("invert", len(HALVES) + 1, len(HALVES) + 1, {})
     told = {
@@ -276,6 +298,20 @@ def _inverted(
         "gains_off": None if third is None else third.gains_off,
     }
     return _Found(whole, halves, told)
+
+
+def _within(sums: ParticleSums, rings: int) -> tuple[ImageMoments, ThirdMoments | None]:
+    """Moments on the first rings."""
+    third = sums.third_moments()
+    return sums.image_moments().within(rings), None if third is None else third.within(rings)
+
+
+def _marched(config: MomentsConfig, sums: ParticleSums, rings: int, found: MomentMap) -> MomentMap:
+    """The map followed to the last ring, where it is not there."""
+    moments, third = sums.image_moments(), sums.third_moments()
+    if third is None or len(moments.first) - 1 == rings:
+        return found
+    return march(moments, config, found.volume, third, rings)
 
 
 def _from_network(
