@@ -108,6 +108,20 @@ def test_shifted_images_have_the_moments_that_shifted_slices_have(filters, centr
         assert known[2] < 0.1 < 0.6 < unknown[2]
 
 
+@pytest.mark.parametrize("sigma", [0.5, 1.1])
+def test_shifts_of_few_views_are_as_good_as_those_of_many(filters, generator, sigma):
+    """What a view is short of directions to be shifted in, others cannot make up where they are not seen."""
+    slices, seen = (
+        POLAR.coefficients(blobs(torch.randn(1, 3, 2, generator=generator))),
+        Seen(filters, PLAIN, POLAR, sigma),
+    )
+    angle = 2 * math.pi * torch.arange(24) / 24
+    one = slices * torch.polar(torch.ones(24, 1), angle[:, None] * torch.arange(slices.shape[1]))[..., None]
+    alone, everywhere = seen(slices, torch.ones(1)), seen(one, torch.full((24,), 1 / 24))
+    telling = filters.pairs[:, 0] > 0
+    assert off(alone[:, telling], everywhere[:, telling]) < 0.08  # 0.12 and more with a direction less to each side
+
+
 def test_in_plane_rotation_changes_nothing(filters, centres, generator):
     at, beside = (
         Seen(filters, PLAIN, POLAR)(POLAR.coefficients(blobs(turned(centres, torch.full((4,), t)))), FOUR)

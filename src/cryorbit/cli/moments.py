@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -92,7 +93,7 @@ def moments(
     for warning in m["warnings"]:
         console.print(f"note: {warning}")
     if found is None:
-        console.print(f"\nsums       {output}: add them with --with {output} when the last part is summed")
+        console.print(f"\nsums       {output}: add them with --with {quote(str(output))} when the last part is summed")
         return
     first, second = m["moments_off"]
     over = m["third_moments_over_noise"]
@@ -103,7 +104,11 @@ def moments(
     reached = m["resolution_0.5_A"]
     console.print(
         "halves     "
-        + ("do not agree: this map is not to be trusted" if reached is None else f"agree to {reached:.1f} A (FSC 0.5)")
+        + (
+            "do not agree: this map is not to be trusted"
+            if reached is None
+            else f"agree to {reached:.1f} A (FSC 0.5)" + (", the last ring" if reached == m["finest_A"] else "")
+        )
     )
     arrays = (x.numpy() for x in (found.curve, found.directions, found.density))
     page = write_moments_figure(output / "moments.png", found.volume.data.numpy(), found.volume.pixel_size, *arrays)

@@ -49,6 +49,17 @@ def check_shifts(shift_sigma_px: float, box: int) -> None:
         )
 
 
+def check_centring(shift_sigma_px: float, basis: PolarBasis) -> None:
+    """Refuse shifts that leave less than a tenth of the last ring, from which moments cannot be centred: DATA416."""
+    reach = math.sqrt(-math.log(_LEAST_RING) / 2) * basis.box / math.pi
+    if shift_sigma_px * basis.rings > reach:
+        raise DataError(
+            "DATA416",
+            f"shifts of sigma {shift_sigma_px:g} px leave less than {_LEAST_RING:g} of ring {basis.rings}",
+            f"look at fewer rings ({reach / shift_sigma_px:.0f}), or centre the particles better",
+        )
+
+
 class Blur:
     """What shifts make of the moments of centred particles, or that undone.
 
@@ -171,13 +182,7 @@ class ImageMoments:
             DATA416 shifts of no standard deviation, or of one that leaves less than a tenth of the last ring.
         """
         self.check()
-        reach = math.sqrt(-math.log(_LEAST_RING) / 2) * self.basis.box / math.pi
-        if self.shift_sigma_px * self.basis.rings > reach:
-            raise DataError(
-                "DATA416",
-                f"shifts of sigma {self.shift_sigma_px:g} px leave less than {_LEAST_RING:g} of ring {self.basis.rings}",
-                f"look at fewer rings (within({reach / self.shift_sigma_px:.0f})), or centre the particles better",
-            )
+        check_centring(self.shift_sigma_px, self.basis)
         basis = self.centred_basis
         undo = Blur(self.basis, self.shift_sigma_px, outer=basis.orders, undone=True)
         return ImageMoments(*undo(self.first, self.second), basis)

@@ -36,7 +36,7 @@ from cryorbit.physics.triples import mean_products, parts
 _COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24)  # of gains that stand in for all CTFs
 _CLOSE = 3e-3  # relative error at which they do
 _WORST = 0.03  # beyond, what is said of the outer rings is not true
-_FEW_VIEWS = 28  # with fewer, each is shifted in more directions
+_SAME_FILTERS = 1e-3  # of the weights: other processors round the power that they follow otherwise
 _GOLDEN = 0.5 * (math.sqrt(5) - 1)
 _LEAST_SPREAD = 1e-4  # of the mean square: images that are all the same have none
 
@@ -253,8 +253,10 @@ class ThirdSums:
 
     def __add__(self, other: "ThirdSums") -> "ThirdSums":
         mine, others = self.filters, other.filters
-        same = mine.basis == others.basis and mine.orders == others.orders and torch.equal(mine.weights, others.weights)
-        if not same:
+        same = (
+            mine.basis == others.basis and mine.orders == others.orders and mine.weights.shape == others.weights.shape
+        )
+        if not (same and torch.allclose(mine.weights, others.weights, rtol=_SAME_FILTERS)):
             raise DataError(
                 "DATA408", "third moments seen through other filters cannot be added", "use the same filters"
             )
@@ -375,11 +377,11 @@ class Seen:
         return mean_products(re, im, share.repeat(re.shape[2] // len(share)), self.filters.orders)
 
     def _turns(self, views: int) -> Complex[Tensor, "m a v"]:
-        """What turns each slice so that a shift along x is one in any of a few directions, other ones for each view: what they are short of
-        directions to each side is made up by the views beside it.
+        """What turns each slice so that a shift along x is one in any of a few directions, other ones for each view: what one is short of
+        the views beside it make up, where there are any.
         """
         points = len(self.chances)
-        count = 1 if points == 1 else max(points + 1, math.ceil(_FEW_VIEWS / views))
+        count = 1 if points == 1 else 2 * points + 1
         offset = torch.arange(views, dtype=torch.float64) * _GOLDEN % 1
         angle = 2 * math.pi / count * (torch.arange(count)[:, None] + offset)
         phase = self.orders[:, None, None] * angle

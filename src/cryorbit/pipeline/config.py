@@ -309,11 +309,12 @@ def check(config: RunConfig) -> None:
         "align2d.shift_range": 0 <= config.align2d.shift_range <= 0.5,
         "align2d.tau_fudge": config.align2d.tau_fudge > 0,
         "averages.sweeps": config.averages.sweeps >= 0,
-        "moments.periods": 1 <= config.moments.periods <= 100,
+        "moments.periods": 1 <= config.moments.periods <= 30,
         "moments.resolution": config.moments.resolution >= 0,
         "moments.filters": 0 <= config.moments.filters <= 10_000,
         "moments.orders": config.moments.orders > 0,
         "moments.shift_sigma": config.moments.shift_sigma >= 0,
+        "inversion.rings": not config.inversion.rings,  # moments.periods says it
         "moments.part": 1 <= config.moments.part <= config.moments.parts,
         "refine.sweeps": 0 < config.refine.sweeps <= 10_000,
         "refine.batch": config.refine.batch > 0,

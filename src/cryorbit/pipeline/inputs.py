@@ -173,7 +173,7 @@ def prepare(config: RunConfig) -> Inputs:
         warnings.append("the half sets of the file are too uneven to use; a balanced random split is used instead")
     if not config.mask_diameter:
         warnings.append(f"no --mask-diameter given: {diameter:.0f} A (85 % of the box) is used")
-    if config.contrast == "dark":
+    if config.contrast == "dark" and config.start != MOMENTS:  # which writes no particles
         warnings.append(DARK)
     if config.init == MOMENTS and config.contrast == AUTO:
         warnings.append("--init moments takes particles as bright: say --contrast dark if they are dark")
@@ -189,7 +189,8 @@ def bright(config: RunConfig, inputs: Inputs) -> Inputs:
     if checks is None or checks.protein != "dark":
         return inputs
     particles = replace(inputs.particles, sign=-inputs.particles.sign)
-    return replace(inputs, particles=particles, warnings=(*inputs.warnings, _TAKEN_AS_DARK, DARK))
+    told = (_TAKEN_AS_DARK,) if config.start == MOMENTS else (_TAKEN_AS_DARK, DARK)
+    return replace(inputs, particles=particles, warnings=(*inputs.warnings, *told))
 
 
 def check_ctf(particles: ParticleSet, radii: tuple[float, float], diameter: float) -> None:

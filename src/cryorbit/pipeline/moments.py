@@ -1,10 +1,12 @@
 """From a particle stack to the map of its moments, without poses: sums of both halves -> maps of both -> one map. Orchestration only."""
 
 import csv
-import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +14,35 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cryorbit.errors import ConfigError, RunError
+from cryorbit.errors import RunError
 from cryorbit.io.atomic import atomic_path
 from cryorbit.io.mrc import write_volume
-from cryorbit.methods.halves import HALVES, members_of
+from cryorbit.methods.halves import HALVES
 from cryorbit.methods.moment_fit import MomentMap, MomentsConfig, view_directions
 from cryorbit.methods.moment_prior import MomentPrior, PriorConfig
-from cryorbit.methods.moments import check_inversion, invert_from, invert_moments, march, marched, marched_rings
+from cryorbit.methods.moments import check_inversion, invert_from, invert_moments, march, marched
 from cryorbit.methods.particle_moments import ParticleMoments, ParticleSums
 from cryorbit.metrics.fsc import crossing, fsc
 from cryorbit.metrics.map_search import align_volumes
 from cryorbit.physics.fourier import resize_volume
-from cryorbit.physics.image_moments import ImageMoments
+from cryorbit.physics.image_moments import ImageMoments, check_centring
 from cryorbit.physics.polar import PolarBasis
 from cryorbit.physics.third_moments import ThirdMoments
 from cryorbit.pipeline import outputs
 from cryorbit.pipeline.config import RunConfig
 from cryorbit.pipeline.inputs import Inputs, bright, prepare
-from cryorbit.pipeline.rundir import config_of, opened
+from cryorbit.pipeline.moment_parts import MARGIN, Part, downsampled, extent_of, parts_of, rings_of, summation
+from cryorbit.pipeline.rundir import opened
 from cryorbit.simulate.proteins import Proteins
-from cryorbit.training.checkpoint import in_use, load_checkpoint
+from cryorbit.training.checkpoint import load_checkpoint
 from cryorbit.training.dataset import Downsampled
 from cryorbit.training.history import History
 from cryorbit.training.loop import Progress, run
 from cryorbit.types import Volume
 from cryorbit.volumes.ball import BallBasis
 
-_GRID = 4  # pixels of the images' box for each ring: so coarse a grid still tells the rings apart
-_MARGIN = 2
 _LEARNT_DEGREE, _LEARNT_ORDER = 10, 2
+_RESULTS = ("metrics.json", "map.mrc", "half_map_1.mrc", "half_map_2.mrc", "fsc.csv", "views.csv", "moments.png")
 _FAINT = 3.0  # standard errors below which third moments decide little
 
 
@@ -103,71 +105,23 @@ def map_of_moments(
         RUN060 sums that are not there, not finished or of the same images.
     """
     inputs = bright(config, prepare(config))
-    if overwrite and any(path.resolve() == output.resolve() for path in others):
+    if any(path.resolve() == output.resolve() for path in others):
         raise RunError("RUN060", f"{output} is written to, its sums cannot be added", "name the other run folders")
-    rings = _rings(config, inputs)
-    small = _downsampled(inputs, rings[-1])
+    rings = rings_of(config, inputs)
+    small = downsampled(inputs, rings[-1])
+    radius = min(0.5 * inputs.mask_diameter / small.pixel_size, small.box / 2)
     for last in rings:
-        basis = PolarBasis(small.box, last, 0.5 * inputs.mask_diameter / small.pixel_size)
-        settings = config.inversion if last == rings[0] else marched(config.inversion, rings[0], last)
-        check_inversion(settings, basis, last, third=config.moments.filters > 0)
-    parts = _parts_of(config, others)
+        basis = PolarBasis(small.box, last, radius)
+        first = last == rings[0]
+        settings = _ball(config.inversion) if first else marched(config.inversion, rings[0], last)
+        for checked in (config.inversion, settings) if first else (settings,):
+            check_inversion(checked, basis, last, third=config.moments.filters > 0)
+    if prior is not None:
+        _check_prior(prior, PolarBasis(small.box, rings[0], radius), config.moments.shift_sigma / small.pixel_size)
+    parts = parts_of(config, inputs, others)
+    summations = [summation(config, inputs, small, rings, half) for half in HALVES]
     with opened(output, config, inputs, overwrite=overwrite) as fingerprint:
-        return _run(config, inputs, small, rings, output, parts, prior, progress, fingerprint)
-
-
-def _rings(config: RunConfig, inputs: Inputs) -> list[int]:
-    """How many a map is first looked for on, and the stops of the march outwards."""
-    c, extent = config.moments, _extent(inputs)
-    first = round(c.periods * extent / inputs.mask_diameter)
-    last = math.ceil(extent / c.resolution) if c.resolution else first
-    if last > first and not c.filters:
-        raise ConfigError(
-            "CONF127",
-            f"--resolution {c.resolution:g} without third moments",
-            "leave moments.filters above 0: two moments lead astray",
-        )
-    return [first, *marched_rings(first, last)]
-
-
-def _extent(inputs: Inputs) -> float:
-    return inputs.particles.box * inputs.particles.pixel_size
-
-
-def _downsampled(inputs: Inputs, rings: int) -> Downsampled:
-    """The particles on a grid that is fine enough for these rings."""
-    box = 2 * math.ceil(_GRID * (rings + _MARGIN) / 2)
-    return Downsampled(inputs.particles, min(box, inputs.particles.box))
-
-
-def _parts_of(config: RunConfig, others: Sequence[Path]) -> list[Path]:
-    """Folders of sums to be added, none of whose images is summed twice."""
-    taken = [_share(config)]
-    for folder in others:
-        if not (folder / "config.toml").is_file():
-            raise RunError("RUN060", f"{folder} is no run of `cryorbit moments`", "name a run folder of another part")
-        there = config_of(folder)
-        if there.start != config.start or there.particles != config.particles or there.seed != config.seed:
-            raise RunError(
-                "RUN060",
-                f"{folder} is not a part of the same sums (start {there.start}, particles {there.particles}, seed {there.seed})",
-                "sum every part with `cryorbit moments`, the same particles and the same --seed",
-            )
-        share = _share(there)
-        for begun, ended in taken:
-            if share[0] < ended and begun < share[1]:
-                raise RunError(
-                    "RUN060",
-                    f"{folder} holds images that are summed already (part {there.moments.part} of {there.moments.parts})",
-                    "give every run its own --part",
-                )
-        taken.append(share)
-    return list(others)
-
-
-def _share(config: RunConfig) -> tuple[float, float]:
-    """From where to where of each half a run sums."""
-    return (config.moments.part - 1) / config.moments.parts, config.moments.part / config.moments.parts
+        return _run(config, inputs, small, rings, output, summations, parts, prior, progress, fingerprint)
 
 
 def _run(
@@ -176,27 +130,26 @@ def _run(
     small: Downsampled,
     rings: list[int],
     output: Path,
-    others: list[Path],
+    summations: list[ParticleMoments],
+    others: list[Part],
     prior: Path | None,
     progress: Progress | None,
     fingerprint: str,
 ) -> tuple[dict[str, Any], MapOfMoments | None]:
     begun, history = time.monotonic(), History(output / "history.jsonl")
+    for name in _RESULTS:  # of other parts or a run that was stopped here
+        (output / name).unlink(missing_ok=True)
     sums = []
-    for half in HALVES:
-        method = _summation(config, inputs, small, rings, half)
+    for i, method in enumerate(summations):
         checkpoint = output / "checkpoint" / f"{method.name}.safetensors"
         run(method, checkpoint=checkpoint, history=history, progress=progress, fingerprint=fingerprint)
-        total = method.summed()
-        for folder in others:
-            total = total + _sums_of(folder, method.name)
-        sums.append(total)
+        sums.append(reduce(add, (part.sums[i] for part in others), method.summed()))
     count = sum(x.moments.count for x in sums)
     metrics: dict[str, Any] = {
         "particles": count,
         "particles_in_file": len(inputs.particles),
         "rings": rings[-1],
-        "finest_A": _extent(inputs) / rings[-1],
+        "finest_A": extent_of(inputs) / rings[-1],
         "mask_diameter_A": inputs.mask_diameter,
         "pixel_size_A": inputs.particles.pixel_size,
         "box": inputs.particles.box,
@@ -207,6 +160,10 @@ def _run(
     if config.moments.parts > 1 and not others:
         outputs.write_json(output / "metrics.json", metrics)
         return metrics, None
+    if count < len(inputs.particles):
+        metrics["warnings"].append(
+            f"{len(inputs.particles) - count:,} particles of parts that were not added are left out"
+        )
     network = None if prior is None else _learned(sums[0], rings[0], prior, history, progress)
     begun = time.monotonic()
     found = _inverted(config, rings[0], sums, network, progress)
@@ -214,42 +171,40 @@ def _run(
     return metrics, _written(output, inputs, small, found, metrics)
 
 
-def _summation(config: RunConfig, inputs: Inputs, small: Downsampled, rings: list[int], half: int) -> ParticleMoments:
-    c, members = config.moments, members_of(inputs.half_set, half)
-    begin, end = (round(x * len(members)) for x in _share(config))
-    return ParticleMoments(
-        small,
-        rings[-1],
-        mask_diameter=inputs.mask_diameter,
-        shifts=inputs.particles.shifts,
-        shift_sigma=c.shift_sigma,
-        errors=config.inversion.tolerance > 0,
-        filters=c.filters,
-        orders=c.orders,
-        generator=torch.Generator().manual_seed(config.seed),
-        reaches=rings,
-        rows=members[begin:end],
-        device=inputs.device,
-        name=f"moments {half}",
-    )
+def _learnt_by(polar: PolarBasis) -> tuple[BallBasis, str]:
+    """Functions of the network for particles of this size on these rings, and what its weights are told by."""
+    basis = BallBasis(polar.box, polar.radius, polar.rings + MARGIN, _LEARNT_DEGREE)
+    return basis, f"{basis} {polar.rings} {PriorConfig()}"
 
 
-def _sums_of(folder: Path, stage: str) -> ParticleSums:
-    """What another run has summed."""
-    path = folder / "checkpoint" / f"{stage}.safetensors"
-    if not (folder / "metrics.json").is_file() or not path.is_file():
-        raise RunError("RUN060", f"{folder} has not summed its part", "finish that run first: give its command again")
-    state, _ = load_checkpoint(path)
-    with in_use(path):
-        return ParticleSums.of_state(state)
+def _check_prior(path: Path, polar: PolarBasis, shift_sigma_px: float) -> None:
+    """Refuse what cannot be read or written as weights for these particles, before the minutes that it takes to learn some."""
+    check_centring(shift_sigma_px, polar)
+    hint = "name another file for --prior, or delete this one to have it learnt again"
+    if not path.exists():
+        if not os.access(path.absolute().parent, os.W_OK):
+            raise RunError(
+                "RUN061", f"--prior {path} cannot be written", "name a file in a folder that is there and writable"
+            )
+        return
+    try:
+        _, meta = load_checkpoint(path)
+    except RunError as error:
+        raise RunError("RUN061", f"--prior {path} holds no weights ({error.message})", hint) from error
+    if (meta.get("stage"), meta.get("fingerprint")) != (MomentPrior.name, _learnt_by(polar)[1]):
+        raise RunError(
+            "RUN061",
+            f"--prior {path} was not learnt for {polar.rings} rings of a box of {polar.box} pixels and particles of {2 * polar.radius:.2f}",
+            hint,
+        )
 
 
 def _learned(sums: ParticleSums, rings: int, path: Path, history: History, progress: Progress | None) -> MomentPrior:
-    """The network for particles of this size on these rings, its weights in ``path``."""
-    basis = BallBasis(sums.moments.basis.box, sums.particle_radius_px, rings + _MARGIN, _LEARNT_DEGREE)
-    settings = PriorConfig()
-    network = MomentPrior(basis, view_directions(_LEARNT_ORDER), rings, Proteins(), settings)
-    run(network, checkpoint=path, history=history, progress=progress, fingerprint=f"{basis} {rings} {settings}")
+    """The network for these particles, its weights in ``path``."""
+    polar = PolarBasis(sums.moments.basis.box, rings, sums.particle_radius_px)
+    basis, fingerprint = _learnt_by(polar)
+    network = MomentPrior(basis, view_directions(_LEARNT_ORDER), rings, Proteins(), PriorConfig())
+    run(network, checkpoint=path, history=history, progress=progress, fingerprint=fingerprint)
     return network
 
 
@@ -314,6 +269,11 @@ def _marched(config: MomentsConfig, sums: ParticleSums, rings: int, found: Momen
     return march(moments, config, found.volume, third, rings)
 
 
+def _ball(config: MomentsConfig) -> MomentsConfig:
+    """The same among all maps in a ball."""
+    return replace(config, gaussians=0, margin=max(MARGIN, config.margin))
+
+
 def _from_network(
     config: MomentsConfig, network: MomentPrior, moments: ImageMoments, third: ThirdMoments | None
 ) -> MomentMap:
@@ -332,7 +292,7 @@ def _followed(
     iterations: int,
 ) -> MomentMap:
     """The map among all in a ball that is near ``volume`` and has the moments."""
-    ball = replace(config, gaussians=0, margin=max(_MARGIN, config.margin), iterations=iterations)
+    ball = replace(_ball(config), iterations=iterations)
     polar = moments.centred_basis
     basis = BallBasis(polar.box, polar.radius, polar.rings + ball.margin, ball.degree)
     return invert_from(moments, ball, basis.nearest(volume).float(), third)
@@ -360,8 +320,8 @@ def _written(output: Path, inputs: Inputs, small: Downsampled, found: _Found, me
             f"third moments are {over:.1f} times their error: two moments and the starts decide, which leave much open"
         )
     metrics |= {
-        "resolution_0.5_A": _reached(curve, 0.5, _extent(inputs)),
-        "resolution_0.143_A": _reached(curve, 0.143, _extent(inputs)),
+        "resolution_0.5_A": _reached(curve, 0.5, extent_of(inputs)),
+        "resolution_0.143_A": _reached(curve, 0.143, extent_of(inputs)),
         "correlation_with_halves": [x.correlation for x in laid],
         "warnings": warnings,
     }

@@ -123,7 +123,7 @@ def written(folder: Path) -> list[Path]:
     return inside + [path for name in OURS if (path := folder / name).is_symlink() or path.is_file()]
 
 
-def _differences(before: RunConfig, now: RunConfig) -> str:
+def differences(before: RunConfig, now: RunConfig) -> str:
     """What changed, at most three settings."""
     old, new = flat(asdict(before)), flat(asdict(now))
     changed = [f"{name} {old[name]!r} there, {new[name]!r} now" for name in new if old[name] != new[name]]
@@ -149,7 +149,7 @@ def open_run(folder: Path, config: RunConfig, read: Sequence[Path] = (), *, over
             if before != now:
                 raise RunError(
                     "RUN002",
-                    f"{folder} holds a run with other settings ({_differences(before, now)})",
+                    f"{folder} holds a run with other settings ({differences(before, now)})",
                     "choose a new --output folder, pass --overwrite to delete that run, or give the settings in its config.toml",
                 )
         elif not cleared and set(folder.iterdir()) - unfinished(folder).keys():
@@ -168,13 +168,23 @@ def open_run(folder: Path, config: RunConfig, read: Sequence[Path] = (), *, over
 @contextmanager
 def opened(folder: Path, config: RunConfig, inputs: Inputs, *, overwrite: bool) -> Iterator[str]:
     """The run folder ready, described and locked; yields what a checkpoint in it must have been made from: settings and files."""
-    stacks = inputs.particles.images.stacks if inputs.particles.images else ()
-    read = [Path(config.particles), *(s.path for s in stacks), *([Path(config.mask)] if config.mask else [])]
+    read = _read(config, inputs)
     open_run(folder, config, read, overwrite=overwrite)
     if not (folder / "provenance.json").exists():  # a continued run keeps how it began
         outputs.write_json(folder / "provenance.json", outputs.provenance(Path(config.particles), str(inputs.device)))
     with locked(folder):
-        yield " ".join([to_toml(decisive(config)), *(outputs.checksum(path) for path in read)])
+        yield fingerprint_of(config, inputs)
+
+
+def _read(config: RunConfig, inputs: Inputs) -> list[Path]:
+    """The files that a run works on."""
+    stacks = inputs.particles.images.stacks if inputs.particles.images else ()
+    return [Path(config.particles), *(s.path for s in stacks), *([Path(config.mask)] if config.mask else [])]
+
+
+def fingerprint_of(config: RunConfig, inputs: Inputs) -> str:
+    """What a checkpoint of such a run was made from: settings and files."""
+    return " ".join([to_toml(decisive(config)), *(outputs.checksum(path) for path in _read(config, inputs))])
 
 
 @contextmanager
