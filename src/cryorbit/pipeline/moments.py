@@ -221,23 +221,26 @@ def _inverted(
     """Maps of both halves, each from starts of its own, and that of all images near the better one."""
     halves, objectives = [], {}
     for half, part in zip(HALVES, sums, strict=True):
-        moments, third = _within(part, rings)
+        every, every_third = part.image_moments(), part.third_moments()
+        moments, third = every.within(rings), None if every_third is None else every_third.within(rings)
         generator = torch.Generator().manual_seed(2 * config.seed + half)
         tried = {"random": invert_moments(moments, config.inversion, generator, third)}
         if network is not None:
             tried["learned"] = _from_network(config.inversion, network, moments, third)
         name = min(tried, key=lambda x: tried[x].objective)
-        halves.append(_marched(config.inversion, part, rings, tried[name]))
+        found = tried[name]
+        if every_third is not None and every.basis.rings > rings:
+            found = march(every, config.inversion, found.volume, every_third, rings)
+        halves.append(found)
         objectives[f"half {half}"] = {"taken": name} | {x: y.objective for x, y in tried.items()}
         if progress is not None:
             progress("invert", half, len(HALVES) + 1, {})
     total = sums[0] + sums[1]
     moments, third = total.image_moments(), total.third_moments()
     best = min(halves, key=lambda x: x.objective)
-    last = (
-        marched(config.inversion, rings, len(moments.first) - 1) if len(moments.first) - 1 > rings else config.inversion
-    )
-    third = None if third is None else third.within(len(moments.first) - 1)
+    end = moments.basis.rings
+    last = marched(config.inversion, rings, end) if end > rings else config.inversion
+    third = None if third is None else third.within(end)
     if config.inversion.gaussians and third is None:
         whole = invert_moments(moments, config.inversion, torch.Generator().manual_seed(2 * config.seed), third)
     else:
@@ -253,20 +256,6 @@ def _inverted(
         "gains_off": None if third is None else third.gains_off,
     }
     return _Found(whole, halves, told)
-
-
-def _within(sums: ParticleSums, rings: int) -> tuple[ImageMoments, ThirdMoments | None]:
-    """Moments on the first rings."""
-    third = sums.third_moments()
-    return sums.image_moments().within(rings), None if third is None else third.within(rings)
-
-
-def _marched(config: MomentsConfig, sums: ParticleSums, rings: int, found: MomentMap) -> MomentMap:
-    """The map followed to the last ring, where it is not there."""
-    moments, third = sums.image_moments(), sums.third_moments()
-    if third is None or len(moments.first) - 1 == rings:
-        return found
-    return march(moments, config, found.volume, third, rings)
 
 
 def _ball(config: MomentsConfig) -> MomentsConfig:
