@@ -18,14 +18,12 @@ from typing import Any
 
 import torch
 from images import noisy_images, views
-from prior import BASIS, FIRST, IMAGES, MODELS, POLAR, RADIUS, RINGS, WHOLE, measured, truth
+from prior import BASIS, FIRST, IMAGES, MODELS, POLAR, RADIUS, RINGS, WHOLE, compared, measured, truth
 from torch import Tensor
 
 from cryorbit.methods.moment_fit import view_directions
 from cryorbit.methods.moment_prior import MomentPrior, PriorConfig
 from cryorbit.methods.moments import invert_from, march, marched, marched_rings
-from cryorbit.metrics.fsc import fsc, resolution
-from cryorbit.metrics.map_search import align_volumes
 from cryorbit.physics.fourier import resize_volume
 from cryorbit.physics.image_moments import ImageMomentSums
 from cryorbit.physics.polar import PolarBasis
@@ -34,19 +32,10 @@ from cryorbit.simulate.atoms import read_model
 from cryorbit.simulate.particles import make_projector
 from cryorbit.simulate.proteins import Proteins
 from cryorbit.training.loop import run
-from cryorbit.types import Volume
 from cryorbit.volumes.ball import BallBasis
 
 BOXES = {"1igy": (44, 18), "1aon": (60, 24)}  # pixels, last ring: 13.3 and 13.7 A
 MARCHED = replace(FIRST, iterations=200)
-
-
-def compared(found: Tensor, real: Tensor, pixel: float) -> dict[str, float | None]:
-    """FSC and correlation of a map with the true one, laid on it."""
-    aligned = align_volumes(Volume(found.float(), pixel), Volume(real, pixel))
-    curve = fsc(aligned.map.data, real)
-    at = {f"fsc_{x}_A": resolution(curve, x, len(real), pixel) for x in (0.5, 0.143)}
-    return {**at, "correlation": aligned.correlation}
 
 
 def first_map(prior: MomentPrior, case: str, seed: int, data: Path) -> tuple[Tensor, dict[str, Any]]:

@@ -164,8 +164,8 @@ def compared(found: Tensor, real: Tensor, pixel: float) -> dict[str, float | Non
     aligned = align_volumes(Volume(found.float(), pixel), Volume(real, pixel))
     curve = fsc(aligned.map.data, real)
     at: dict[str, float | None] = {
-        "fsc_0.5_A": resolution(curve, 0.5, BOX, pixel),
-        "fsc_0.143_A": resolution(curve, 0.143, BOX, pixel),
+        "fsc_0.5_A": resolution(curve, 0.5, len(real), pixel),
+        "fsc_0.143_A": resolution(curve, 0.143, len(real), pixel),
     }
     return at | {"correlation": aligned.correlation}
 

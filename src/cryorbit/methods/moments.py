@@ -27,7 +27,9 @@ from cryorbit.physics.polar import PolarBasis
 from cryorbit.physics.third_moments import ThirdMoments
 from cryorbit.volumes.ball import BallBasis
 
-_MARGIN = 2  # Fourier pixels beyond the rings, at least, of maps that third moments decide
+MARGIN = 2
+"""Fourier pixels beyond the rings, at least, that maps reach which third moments decide."""
+
 _FINER = 1.2  # degree over rings beyond the first ones, over what it is there
 _DEGREES = 4  # of harmonics for each HEALPix pixel along the side of a base pixel
 _FINEST = 5  # HEALPix order of directions: beyond, slices do not fit a computer
@@ -39,7 +41,7 @@ def check_inversion(config: MomentsConfig, basis: PolarBasis, rings: int, *, thi
     counts = 1 <= config.kept <= config.starts and min(config.degree, config.iterations) >= 1
     sound = all(0 <= x < math.inf for x in astuple(config))
     directions = 12 * 4**config.order  # of HEALPix
-    margin = max(config.margin, _MARGIN) if third else 0 if config.gaussians else config.margin
+    margin = max(config.margin, MARGIN) if third else 0 if config.gaussians else config.margin
     fits = config.order <= _FINEST and (not margin or rings + margin <= basis.box / 2)
     if not (2 <= rings <= most and counts and sound and fits and 1 <= (config.view_degree + 1) ** 2 <= directions):
         raise ConfigError(
@@ -104,9 +106,9 @@ def invert_moments(
         found = [wider.minimised(wider.maps.carried(a, before), views, config.iterations) for a, views, _ in found]
         fit = wider
     if third is not None:
-        in_ball = replace(config, gaussians=0, margin=max(_MARGIN, config.margin))
-        wider = MomentFit(moments, in_ball, rings, third)
-        basis = BallMaps(wider.maps.polar, wider.rotations, in_ball.degree, in_ball.margin).basis
+        ball = in_ball(config)
+        wider = MomentFit(moments, ball, rings, third)
+        basis = BallMaps(wider.maps.polar, wider.rotations, ball.degree, ball.margin).basis
         starts = [(basis.nearest(fit.maps.volume(a)).float(), views) for a, views, _ in found]
         found = [wider.minimised(wider.scaled(a), views, config.iterations) for a, views in starts]
         parameters, views, _ = min(found, key=lambda x: x[2])
@@ -150,6 +152,20 @@ def invert_from(
     return fit.as_map(fit.minimised(fit.scaled(given), fit.uniform, config.iterations))
 
 
+def in_ball(config: MomentsConfig) -> MomentsConfig:
+    """The same among all maps in a ball, as third moments decide on them."""
+    return replace(config, gaussians=0, margin=max(MARGIN, config.margin))
+
+
+def follow(
+    moments: ImageMoments, config: MomentsConfig, volume: Float[Tensor, "d d d"], third: ThirdMoments | None = None
+) -> MomentMap:
+    """The map among all in a ball near ``volume`` (:func:`invert_from`)."""
+    config, polar = in_ball(config), moments.centred_basis
+    basis = BallBasis(polar.box, polar.radius, polar.rings + config.margin, config.degree)
+    return invert_from(moments, config, basis.nearest(volume).float(), third)
+
+
 def marched_rings(first: int, last: int) -> list[int]:
     """Where a march from ``first`` to ``last`` rings stops: a third of the first ones further each time."""
     return [*range(first + max(1, round(first / 3)), last, max(1, round(first / 3))), last] if last > first else []
@@ -159,7 +175,7 @@ def marched(config: MomentsConfig, first: int, rings: int) -> MomentsConfig:
     """Settings at ``rings`` of a march that begins with ``config`` at ``first``: finer harmonics, and views close enough for them."""
     degree = max(config.degree, round(_FINER * config.degree * rings / first))
     order = max(config.order, math.ceil(math.log2(degree / _DEGREES)))
-    return replace(config, gaussians=0, degree=degree, order=order, margin=max(_MARGIN, config.margin))
+    return replace(in_ball(config), degree=degree, order=order)
 
 
 def march(
@@ -195,10 +211,7 @@ def march(
             "CONF126", f"moments on {len(moments.first) - 1} rings, a map of {first}", "measure moments on more rings"
         )
     for rings in stages:
-        inner, stage = moments.within(rings), marched(config, first, rings)
-        polar = inner.centred_basis
-        basis = BallBasis(polar.box, polar.radius, polar.rings + stage.margin, stage.degree)
-        found = invert_from(inner, stage, basis.nearest(volume).float(), third.within(rings))
+        found = follow(moments.within(rings), marched(config, first, rings), volume, third.within(rings))
         volume = found.volume
     return found
 

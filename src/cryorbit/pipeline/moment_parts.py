@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cryorbit.errors import ConfigError, RunError
 from cryorbit.methods.halves import HALVES, members_of
-from cryorbit.methods.moments import marched_rings
+from cryorbit.methods.moments import MARGIN, marched_rings
 from cryorbit.methods.particle_moments import ParticleMoments, ParticleSums
 from cryorbit.physics.image_moments import SHIFTED
 from cryorbit.pipeline.config import RunConfig, decisive
@@ -19,9 +19,6 @@ from cryorbit.pipeline.inputs import Inputs
 from cryorbit.pipeline.rundir import config_of, differences, fingerprint_of
 from cryorbit.training.checkpoint import in_use, load_checkpoint
 from cryorbit.training.dataset import Downsampled
-
-MARGIN = 2
-"""Fourier pixels beyond the last ring that maps reach."""
 
 _GRID = 4  # pixels of the images' box for each ring: so coarse a grid still tells the rings apart
 

@@ -20,7 +20,7 @@ from cryorbit.io.mrc import write_volume
 from cryorbit.methods.halves import HALVES
 from cryorbit.methods.moment_fit import MomentMap, MomentsConfig, view_directions
 from cryorbit.methods.moment_prior import MomentPrior, PriorConfig
-from cryorbit.methods.moments import check_inversion, invert_from, invert_moments, march, marched
+from cryorbit.methods.moments import MARGIN, check_inversion, follow, in_ball, invert_moments, march, marched
 from cryorbit.methods.particle_moments import ParticleMoments, ParticleSums
 from cryorbit.metrics.fsc import crossing, fsc
 from cryorbit.metrics.map_search import align_volumes
@@ -31,7 +31,7 @@ from cryorbit.physics.third_moments import ThirdMoments
 from cryorbit.pipeline import outputs
 from cryorbit.pipeline.config import RunConfig
 from cryorbit.pipeline.inputs import Inputs, bright, prepare
-from cryorbit.pipeline.moment_parts import MARGIN, Part, downsampled, extent_of, parts_of, rings_of, summation
+from cryorbit.pipeline.moment_parts import Part, downsampled, extent_of, parts_of, rings_of, summation
 from cryorbit.pipeline.rundir import opened
 from cryorbit.simulate.proteins import Proteins
 from cryorbit.training.checkpoint import load_checkpoint
@@ -113,7 +113,7 @@ def map_of_moments(
     for last in rings:
         basis = PolarBasis(small.box, last, radius)
         first = last == rings[0]
-        settings = _ball(config.inversion) if first else marched(config.inversion, rings[0], last)
+        settings = in_ball(config.inversion) if first else marched(config.inversion, rings[0], last)
         for checked in (config.inversion, settings) if first else (settings,):
             check_inversion(checked, basis, last, third=config.moments.filters > 0)
     if prior is not None:
@@ -245,7 +245,7 @@ def _inverted(
         whole = invert_moments(moments, config.inversion, torch.Generator().manual_seed(2 * config.seed), third)
     else:
         more = 3 if last is config.inversion else 1
-        whole = _followed(last, best.volume, moments, third, more * config.inversion.iterations)
+        whole = follow(moments, replace(last, iterations=more * last.iterations), best.volume, third)
     if progress is not None:
         progress("invert", len(HALVES) + 1, len(HALVES) + 1, {})
     told = {
@@ -258,33 +258,14 @@ def _inverted(
     return _Found(whole, halves, told)
 
 
-def _ball(config: MomentsConfig) -> MomentsConfig:
-    """The same among all maps in a ball."""
-    return replace(config, gaussians=0, margin=max(MARGIN, config.margin))
-
-
 def _from_network(
     config: MomentsConfig, network: MomentPrior, moments: ImageMoments, third: ThirdMoments | None
 ) -> MomentMap:
     """Every head's map a little way, then the likeliest to the end."""
     maps = (network.basis.volume(x) for x in network.predict(moments))
-    tried = [_followed(config, volume, moments, third, config.iterations) for volume in maps]
+    tried = [follow(moments, config, volume, third) for volume in maps]
     best = min(tried, key=lambda x: x.objective)
-    return _followed(config, best.volume, moments, third, 3 * config.iterations)
-
-
-def _followed(
-    config: MomentsConfig,
-    volume: Float[Tensor, "d d d"],
-    moments: ImageMoments,
-    third: ThirdMoments | None,
-    iterations: int,
-) -> MomentMap:
-    """The map among all in a ball that is near ``volume`` and has the moments."""
-    ball = replace(_ball(config), iterations=iterations)
-    polar = moments.centred_basis
-    basis = BallBasis(polar.box, polar.radius, polar.rings + ball.margin, ball.degree)
-    return invert_from(moments, ball, basis.nearest(volume).float(), third)
+    return follow(moments, replace(config, iterations=3 * config.iterations), best.volume, third)
 
 
 def _over_noise(third: ThirdMoments, count: int) -> float:

@@ -62,6 +62,7 @@ _UNLOCKED = ("config.toml", "provenance.json", "evaluation.json", "map_aligned.m
 
 
 def config_of(folder: Path) -> RunConfig:
+    """Settings of the run in ``folder``; RUN004 where they cannot be read."""
     try:
         return from_toml((folder / "config.toml").read_text(encoding="utf-8"))
     except (ConfigError, UnicodeDecodeError) as error:
