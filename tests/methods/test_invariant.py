@@ -66,6 +66,21 @@ def test_learns_angles_and_canonical_pictures(angle, epochs):
     assert picture_errors(made, truth)["pixel_mean"] < 0.3 * picture_errors(shown, truth)["pixel_mean"]
 
 
+def test_pictures_that_may_be_either_way_up_are_met_half_way():
+    """Pointers to the right or to the left, at uniform angles: which of the two nobody can know, and a guess would be all wrong for half."""
+    pointers = bars(128)
+    pointers[::2] = pointers[::2].flip(1, 2).roll((1, 1), (1, 2))
+    train, test = TurnedPictures(pointers), TurnedPictures(pointers[:64])
+    method = Invariant(train, InvariantConfig(epochs=10, batch=16, drop_epoch=8, latent=8))
+    run(method)
+    shown, truth, _ = test.draw(torch.arange(64), torch.Generator().manual_seed(5))
+    made, _ = method.canonical(shown)
+    other = picture_errors(truth.flip(1, 2).roll((1, 1), (1, 2)), truth)
+    errors = picture_errors(made, truth)
+    assert errors["sse_worst"] < 0.5 * other["sse_worst"]
+    assert errors["sse_mean"] == pytest.approx(0.25 * other["sse_mean"], rel=0.2)
+
+
 def test_learns_angles_without_a_truth():
     train, test = TurnedPictures(bars(128), noise=0.05), TurnedPictures(bars(64, 1), noise=0.05)
     method = Invariant(

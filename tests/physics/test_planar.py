@@ -78,6 +78,18 @@ def test_peak_of_a_parabola(best):
     assert float(SO2().distance(found, torch.tensor((best + 0.25) * math.pi / 4))) < 1e-5
 
 
+def test_peak_among_angles_near_one():
+    grid = PolarGrid(8, angles=8)
+    assert grid.away(torch.tensor([1]))[0].tolist() == pytest.approx(
+        [abs(k) * math.pi / 4 for k in (1, 0, 1, 2, 3, 4, 3, 2)]
+    )
+    score = torch.tensor([[0.0, 1.0, 4.0, 9.0, 0.0, 0.0, 2.0, 0.0]])
+    near = grid.away(torch.tensor([6])) < 0.3 * math.pi  # 5, 6, 7
+    assert float(grid.peak(score, near)) == pytest.approx(6 * math.pi / 4 - 2 * math.pi, abs=1e-5)
+    edge = float(grid.peak(score, grid.away(torch.tensor([1])) < 0.3 * math.pi))  # 0, 1, 2, and still rising there
+    assert edge == pytest.approx(2.5 * math.pi / 4, abs=1e-5)
+
+
 def test_values_between_the_angles_of_a_grid():
     grid = PolarGrid(16, angles=8)
     values = torch.arange(8.0).expand(4, -1)

@@ -21,6 +21,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from ambiguous import ambiguous
 from torch import Tensor
 
 from cryorbit.groups.so2 import SO2
@@ -41,6 +42,7 @@ ROWS = ("default", "invariant", "one guess", "paper004", "spatial-vae", "unsuper
 EPOCHS = {"projections": 16, "mnist": 8}
 SPATIAL_VAE_EPOCHS = {"projections": 6, "mnist": 4}
 SHOWN = 8
+COMPARED = 12_000  # training digits that those of the test are held against
 SEED = 4
 
 
@@ -81,9 +83,9 @@ def method_of(name: str, pictures: TurnedPictures, epochs: int, seed: int) -> In
     return Invariant(pictures, config, seed=seed)
 
 
-def turned_over(found: Tensor, truth: Tensor, labels: Tensor) -> dict[str, object]:
-    """Angles off by more than a quarter turn: their share of each digit and of those that were themselves turned by more than that; and what
-    is left in the mean square without them.
+def turned_over(found: Tensor, truth: Tensor, labels: Tensor, either: Tensor) -> dict[str, object]:
+    """Angles off by more than a quarter turn: their share of each digit, of those that were themselves turned by more than that, and of
+    those that could be ``either`` way up; and what is left in the mean square without them, and without all of the latter.
     """
     off = SO2().distance(found, truth)
     over, far = off > math.pi / 2, SO2().distance(truth, SO2().identity()) > math.pi / 2
@@ -91,22 +93,24 @@ def turned_over(found: Tensor, truth: Tensor, labels: Tensor) -> dict[str, objec
         "share": float(over.double().mean()),
         "share_of_far_turned": float(over[far].double().mean()),
         "share_by_digit": [float(over[labels == digit].double().mean()) for digit in range(10)],
+        "share_of_ambiguous": float(over[either].double().mean()),
         "mean_square_without": float(off[~over].square().mean()),
+        "mean_square_of_unambiguous": float(off[~either].square().mean()),
     }
 
 
 def measured(
-    method: Invariant | SpatialVAE, test: TurnedPictures, free: bool, labels: Tensor | None
+    method: Invariant | SpatialVAE, test: TurnedPictures, free: bool, digits: tuple[Tensor, Tensor] | None
 ) -> tuple[dict[str, object], Tensor]:
-    """Errors on turned copies of the test set, drawn the same for every method."""
+    """Errors on turned copies of the test set, drawn the same for every method; ``digits``: which they are, which could be either way up."""
     shown, truth, angles = test.draw(torch.arange(len(test)), torch.Generator().manual_seed(SEED))
     made, found = method.canonical(shown)
     turns = angle_errors(found, angles, free=free)
     if free:  # found = truth + offset: the frame is turned back by it
         made = rotate_images(made, torch.full((len(made),), turns["offset"]))
     out: dict[str, object] = {"pictures": picture_errors(made, truth), "angle": turns}
-    if labels is not None:
-        out["turned_over"] = turned_over(found - turns["offset"] if free else found, angles, labels)
+    if digits is not None:
+        out["turned_over"] = turned_over(found - turns["offset"] if free else found, angles, *digits)
     return out, torch.cat([truth[:SHOWN], shown[:SHOWN], made[:SHOWN]])
 
 
@@ -160,10 +164,15 @@ def main() -> None:
     if a.json.exists():  # rows that are not run again stay
         before = json.loads(a.json.read_text())
         record["rows"] = before.pop("rows")
+        before.pop("ambiguous_digits", None)
         if before != {k: v for k, v in json.loads(json.dumps(record)).items() if k != "rows"}:
             parser.error(f"{a.json} is of other sizes or noise: name another file")
     pictures: dict[str, dict[str, Tensor]] = {kind: {} for kind in sets}
-    digits = labels(a.mnist, a.test[0])
+    digits = None
+    if "mnist" in sets:
+        either = ambiguous(sets["mnist"][1].pictures, sets["mnist"][0].pictures[:COMPARED])
+        record["ambiguous_digits"] = torch.nonzero(either)[:, 0].tolist()
+        digits = labels(a.mnist, a.test[0]), either
     for name, (kind, (train, test)), seed in product(a.rows, sets.items(), range(SEED, SEED + a.seeds)):
         epochs = (SPATIAL_VAE_EPOCHS if name == "spatial-vae" else EPOCHS)[kind]
         method = method_of(name, train, a.epochs or epochs, seed)

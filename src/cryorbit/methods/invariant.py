@@ -42,8 +42,8 @@ _PENALTY = 10.0
 _CHUNK = 1000
 _LEAST = 1e-5  # of the pictures' power, below which the fitted variance does not fall: pictures without noise have none
 _FOLLOW = 0.05  # share of a batch in the running variance
-ON_GRID = ("directed", "fitted")
-ANGLES = (*ON_GRID, "circle", "scalar")
+_WAYS, _AROUND = 2, math.pi / 4 + 1e-3  # pictures that may be meant, and how far around an angle one is the same
+ANGLES = ("directed", "fitted", "circle", "scalar")
 
 
 @dataclass(frozen=True)
@@ -187,15 +187,37 @@ class Invariant:
         """Unturned pictures and angles in radian."""
         parts = []
         for part in shown.split(_CHUNK):
-            z, known = self._encode(part)
-            made = self.decoder(z)
-            if self.config.angle in ON_GRID:
-                angle = self.grid.peak(self._scored(known, self.grid.distance(part, made)))
+            if isinstance(self.encoder, DirectedEncoder):
+                parts.append(self._both_ways(self.encoder, part))
             else:
-                angle = self._guess(known)
-            parts.append((made, angle))
+                parts.append(self._one_way(part))
         pictures, angles = zip(*parts, strict=True)
         return torch.cat(pictures), torch.cat(angles)
+
+    def _one_way(self, shown: Tensor) -> tuple[Tensor, Tensor]:
+        z, known = self._encode(shown)
+        made = self.decoder(z)
+        if self.config.angle != "fitted":
+            return made, self._guess(known)
+        return made, self.grid.peak(self._scored(known, self.grid.distance(shown, made)))
+
+    def _both_ways(self, encoder: DirectedEncoder, shown: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean of the pictures read from the likeliest angle and from the likeliest far from it, each by what is likely around it, which
+        errs least where a picture may be either way up; the angle is the best of those around the likelier."""
+        features, chance = encoder.look(self.grid.sample(shown), self.prior)
+        left, pictures, angles, masses = chance, [], [], []
+        for _ in range(_WAYS):
+            begin = left.argmax(dim=-1)
+            around = self.grid.away(begin) <= _AROUND
+            masses.append(left.masked_fill(~around, -torch.inf).logsumexp(dim=-1))
+            made = self.decoder(encoder.read(features, begin))
+            pictures.append(made)
+            angles.append(self.grid.peak(self._scored(chance, self.grid.distance(shown, made)), around))
+            left = left.masked_fill(around, -torch.inf)
+        share = torch.stack(masses).softmax(dim=0)
+        best = share.argmax(dim=0, keepdim=True)
+        mean = (share[..., None, None] * torch.stack(pictures)).sum(dim=0)
+        return mean, torch.stack(angles).gather(0, best)[0]
 
     # -- training ---------------------------------------------------------------------------------------------------------------
 

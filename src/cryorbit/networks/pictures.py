@@ -91,16 +91,25 @@ class DirectedEncoder(nn.Module):
         steps = torch.arange(angles)
         self.register_buffer("order", (steps[:, None] + steps) % angles, persistent=False)
 
+    def look(
+        self, polar: Float[Tensor, "b r a"], prior: Float[Tensor, " a"]
+    ) -> tuple[Float[Tensor, "b f a"], Float[Tensor, "b a"]]:
+        """What there is to read at every angle, and the log chance of each angle under ``prior``."""
+        features = self.rings(polar)
+        around = nn.functional.pad(torch.relu(self.narrow(features)), (0, self.angles - 1), mode="circular")
+        return features, (prior + self.score(around)[:, 0]).log_softmax(dim=-1)
+
+    def read(self, features: Float[Tensor, "b f a"], begin: Int[Tensor, " b"]) -> Float[Tensor, "b l"]:
+        """The numbers read from step ``begin`` on."""
+        read = features.gather(-1, self.order[begin][:, None].expand_as(features))
+        return self.last(self.pool(read).flatten(1))
+
     def forward(
         self, polar: Float[Tensor, "b r a"], prior: Float[Tensor, " a"], begin: Int[Tensor, " b"] | None = None
     ) -> tuple[Float[Tensor, "b l"], Float[Tensor, "b a"]]:
         """The numbers read from step ``begin`` on (the likeliest, where it is not given), and the log chance of every angle under ``prior``."""
-        features = self.rings(polar)
-        around = nn.functional.pad(torch.relu(self.narrow(features)), (0, self.angles - 1), mode="circular")
-        chance = (prior + self.score(around)[:, 0]).log_softmax(dim=-1)
-        places = self.order[chance.argmax(dim=-1) if begin is None else begin]
-        read = features.gather(-1, places[:, None].expand_as(features))
-        return self.last(self.pool(read).flatten(1)), chance
+        features, chance = self.look(polar, prior)
+        return self.read(features, chance.argmax(dim=-1) if begin is None else begin), chance
 
 
 class Decoder(nn.Module):

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
@@ -75,6 +75,10 @@ class PolarGrid:
         after = step - low
         return (values.gather(-1, near) * torch.stack([1 - after, after], dim=-1)).sum(dim=-1)
 
+    def away(self, step: Int[Tensor, " b"]) -> Float[Tensor, "b a"]:
+        """Distance in radian of every angle of the grid from that of each step."""
+        return SO2().distance(self.steps()[step][:, None], self.steps()).to(step.device)
+
     def sample(self, images: Float[Tensor, "b d d"]) -> Float[Tensor, "b r a"]:
         """Images on the rings; differentiable. One turned by t holds at angle phi what the image holds at ``phi - t``."""
         radius, angle = self._radii(images), self.steps().to(images)
@@ -96,14 +100,13 @@ class PolarGrid:
         corners = (shown.square() + made.square())[:, outside].sum(dim=1)
         return (norms + corners)[:, None] - 2 * self.overlap(one, two)
 
-    def peak(self, score: Float[Tensor, "b a"]) -> Float[Tensor, " b"]:
-        """Angle in radian of the highest score, by a parabola through it and its neighbours."""
-        best = score.argmax(dim=-1)
+    def peak(self, score: Float[Tensor, "b a"], among: Bool[Tensor, "b a"] | None = None) -> Float[Tensor, " b"]:
+        """Angle in radian of the highest score, or of the highest ``among`` some, by a parabola through it and its neighbours."""
+        best = (score if among is None else score.masked_fill(~among, -math.inf)).argmax(dim=-1)
         low, high, top = (score.gather(-1, ((best + k) % self.angles)[:, None])[:, 0] for k in (-1, 1, 0))
         bend = (2 * top - low - high).clamp_min(torch.finfo(score.dtype).tiny)
-        return SO2().compose(
-            (best + 0.5 * (high - low) / bend) * (2 * math.pi / self.angles), SO2().identity().to(score)
-        )
+        after = (0.5 * (high - low) / bend).clamp(-0.5, 0.5)
+        return SO2().compose((best + after) * (2 * math.pi / self.angles), SO2().identity().to(score))
 
     def _area(self, like: Tensor) -> Float[Tensor, "r 1"]:
         """Pixels that a point of each ring stands for."""
