@@ -105,8 +105,8 @@ def planted(truth: SimulatedParticles, model: AtomicModel, generator: torch.Gene
     return images, kind
 
 
-def measure(name: str, data: Path, count: int, classes: int, seed: int) -> dict[str, object]:
-    """Simulate, classify, compare."""
+def planted_file(name: str, data: Path, count: int, seed: int, folder: Path) -> tuple[Path, SimulatedParticles, Tensor]:
+    """A particle file in ``folder`` with junk in it, the particles as they were before, and the kind of each."""
     molecule = MOLECULES[name]
     source = molecule.source if molecule.source == "4ake" else str(data / molecule.source)
     model = open_source(source)
@@ -123,15 +123,22 @@ def measure(name: str, data: Path, count: int, classes: int, seed: int) -> dict[
         seed=seed,
     )
     images, kind = planted(truth, model, torch.Generator().manual_seed(seed + 7))
+    stack = folder / "particles.mrcs"
+    with StackWriter(stack, count, BOX, molecule.pixel_size) as writer:
+        writer.write(images.numpy())
+    names = [f"{i + 1:06d}@particles.mrcs" for i in range(count)]
+    ctf = {key: value.numpy() for key, value in vars(truth.ctf).items()}
+    write_particles(stack.with_suffix(".star"), new_particles(names, molecule.pixel_size, BOX, ctf))
+    return stack.with_suffix(".star"), truth, kind
+
+
+def measure(name: str, data: Path, count: int, classes: int, seed: int) -> dict[str, object]:
+    """Simulate, classify, compare."""
+    molecule = MOLECULES[name]
     with tempfile.TemporaryDirectory() as folder:
-        stack = Path(folder) / "particles.mrcs"
-        with StackWriter(stack, count, BOX, molecule.pixel_size) as writer:
-            writer.write(images.numpy())
-        names = [f"{i + 1:06d}@particles.mrcs" for i in range(count)]
-        ctf = {key: value.numpy() for key, value in vars(truth.ctf).items()}
-        write_particles(stack.with_suffix(".star"), new_particles(names, molecule.pixel_size, BOX, ctf))
+        file, truth, kind = planted_file(name, data, count, seed, Path(folder))
         config = RunConfig(
-            str(stack.with_suffix(".star")),
+            str(file),
             start=CLASSES,
             mask_diameter=molecule.diameter,
             seed=seed,
