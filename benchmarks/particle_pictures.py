@@ -6,7 +6,9 @@
 The same 5,000 particles at -10 dB with CTF, shifts and planted junk as ``align2d.py`` simulates for seed 0, so its numbers stand beside these.
 In-plane angles are compared between all pairs of particles whose true views lie within 10 degrees, of ``PAIRED`` particles, in one frame
 for all; and, as there, between those of one class, the classes being clusters of k-means on the learnt features. Averages of these clusters
-(CTF-weighted, poses refined in halves) are made from the learnt angles and shifts as ``align2d`` makes them of its classes. The settings were
+(CTF-weighted, poses refined in halves) are made from the learnt angles and shifts as ``align2d`` makes them of its classes.
+A particle's learnt picture, turned and shifted as it was found, is compared with its true projection by their correlation up to the Fourier
+radius of the pictures; so is the average that ``align2d`` makes of its class, which is the picture one has of it otherwise. The settings were
 chosen on seed 0; ``--seeds`` adds others.
 """
 
@@ -15,7 +17,7 @@ import json
 import subprocess
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,24 +27,44 @@ from torch import Tensor
 
 from align2d import BOX, MOLECULES, NEAR_DEG, NEIGHBOURS, planted_file
 from cryorbit.groups.point import point_group
+from cryorbit.methods.align2d import Align2DConfig
 from cryorbit.methods.class_averages import ClassAverages, ClassAveragesConfig
 from cryorbit.methods.particle_pictures import ParticlePictures, ParticlePicturesConfig
 from cryorbit.metrics.fsc import resolution
 from cryorbit.metrics.poses import in_plane_pair_errors, view_angles
+from cryorbit.physics.fourier import FourierDisk, disk_subset, disk_to_images, fourier_disk
+from cryorbit.physics.planar import rotate_images
+from cryorbit.physics.shift import phase_ramp
+from cryorbit.physics.turning import planes_of, turned
+from cryorbit.pipeline.align2d import align2d
 from cryorbit.pipeline.config import CLASSES, RunConfig
 from cryorbit.pipeline.inputs import prepare
 from cryorbit.pipeline.start import fourier_stack
 from cryorbit.report.style import DENSITY, bare, figure, png, write_bytes
+from cryorbit.simulate.particles import make_projector
 from cryorbit.training.loop import run
 
 PAIRED = 1500
 SHOWN = 12
 
 
+def correlations(one: Tensor, two: Tensor, disk: FourierDisk) -> dict[str, float]:
+    """Of transforms (N, P), pair by pair, without the mean: the median and what one in twenty stays below."""
+    a, b = (x * disk.weight.sqrt() * (disk.k_norm > 0) for x in (one, two))
+    found = (a.conj() * b).real.sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1))
+    return {"median": float(found.median()), "lowest_twentieth": float(found.quantile(0.05))}
+
+
+def shown_as(pictures: Tensor, which: Tensor, angles: Tensor, shifts_px: Tensor, disk: FourierDisk) -> Tensor:
+    """Transforms (N, P) of ``pictures`` [``which``] turned and shifted."""
+    planes = planes_of(pictures, disk.radius)
+    return turned(planes, angles, disk, which) * phase_ramp(shifts_px, disk)
+
+
 def measure(
     name: str, data: Path, count: int, classes: int, seed: int, config: ParticlePicturesConfig
 ) -> tuple[dict[str, object], Tensor]:
-    """Simulate, learn, compare; and the first particles beside what is made of them."""
+    """Simulate, learn, compare; and the first particles, what is made of them, and what is true, in the frame found."""
     molecule = MOLECULES[name]
     group = point_group(molecule.group)
     with tempfile.TemporaryDirectory() as folder:
@@ -70,8 +92,21 @@ def measure(
             mask_diameter=molecule.diameter,
         )
         run(averages)
-        shown = full.raw(torch.nonzero(kind == 0)[:SHOWN, 0])
-    good = kind == 0
+        good, apix = kind == 0, molecule.pixel_size
+        shown = full.raw(torch.nonzero(good)[:SHOWN, 0])
+        with_classes = replace(settings, align2d=Align2DConfig(classes=classes))
+        started = time.process_time()
+        found = align2d(with_classes, Path(folder) / "run")
+        seconds_of_classes = time.process_time() - started
+    small, disk = fourier_disk(stack.box, float(method.radius)), fourier_disk(BOX, float(method.radius))
+    assert bool((small.k == disk.k).all())
+    projector = make_projector(truth.volume, BOX, apix)
+    upright = projector(truth.poses.rotations[good])[:, disk_subset(projector.disk, disk)]
+    true = upright * phase_ramp(truth.poses.shifts[good] / apix, disk)
+    every = torch.arange(int(good.sum()))
+    learnt = shown_as(seen.pictures[good], every, seen.angles[good], seen.shifts[good], small)
+    average = shown_as(found.pictures, found.which[good], found.angles[good], found.shifts[good] / apix, disk)
+    framed = rotate_images(disk_to_images(upright[:SHOWN], disk), -seen.angles[good][:SHOWN])
     rotations, within = truth.poses.rotations[good].double(), np.deg2rad(NEAR_DEG)
 
     def pairs(which: Tensor, angles: Tensor, rows: slice) -> dict[str, float]:
@@ -85,7 +120,7 @@ def measure(
     apart, own = torch.rad2deg(view_angles(rotations, group)), features[good]
     mates = (clusters[good][:, None] == clusters[good]).fill_diagonal_(False)
     away = torch.cdist(own, own).fill_diagonal_(torch.inf)
-    reached = [resolution(curve, 0.143, BOX, molecule.pixel_size) for curve in averages.correlation]
+    reached = [resolution(curve, 0.143, BOX, apix) for curve in averages.correlation]
     row: dict[str, object] = {
         "particles": count,
         "seed": seed,
@@ -93,6 +128,11 @@ def measure(
         "in_one_frame": pairs(torch.zeros(int(good.sum())), seen.angles, slice(PAIRED)),
         "in_clusters": pairs(clusters[good], seen.angles, slice(None)),
         "in_clusters_refined": pairs(clusters[good], averages.angles, slice(None)),
+        "correlation_with_projections": {
+            "radius_A": BOX * apix / method.radius,
+            "learnt": correlations(true, learnt, disk),
+            "class_averages_of_align2d": correlations(true, average, disk),
+        },
         "views_median_deg": {
             "k_means": float(apart[mates].median()),
             f"nearest_{NEIGHBOURS}": float(apart.gather(1, away.topk(NEIGHBOURS, largest=False).indices).median()),
@@ -101,21 +141,23 @@ def measure(
         "resolution_best_A": min(reached),
         "noise_over_truth": float(method.noise[1 : method.radius + 1].mean() / (stack.scale * BOX) ** 2),
         "cpu_seconds": seconds,
+        "cpu_seconds_of_align2d": seconds_of_classes,
     }
     pictures = seen.pictures[good][:SHOWN]
-    return row, torch.stack([torch.nn.functional.interpolate(x[None], BOX)[0] for x in (shown, pictures)])
+    return row, torch.stack([torch.nn.functional.interpolate(x[None], BOX)[0] for x in (shown, pictures, framed)])
 
 
 def draw(found: dict[str, Tensor], path: Path) -> None:
-    """Particles, and below each its picture."""
-    made = figure(0.8 * SHOWN, 1.7 * len(found) + 0.2)
-    grid = made.subplots(2 * len(found), SHOWN, squeeze=False)
-    lines = [(name, block) for name, blocks in found.items() for block in blocks]
+    """Particles, below each its picture, and below that its projection without noise in the same frame."""
+    made = figure(0.8 * SHOWN + 0.8, 2.5 * len(found) + 0.2)
+    grid = made.subplots(3 * len(found), SHOWN, squeeze=False)
+    labels = ("particle", "learnt", "truth")
+    lines = [(f"{name}\n{k}", b) for name, blocks in found.items() for k, b in zip(labels, blocks, strict=True)]
     for (name, block), line in zip(lines, grid, strict=True):
         for axes, picture in zip(line, block, strict=True):
             bare(axes)
             axes.imshow(picture, cmap=DENSITY)
-        line[0].set_ylabel(name, fontsize=8)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
     write_bytes(path, png(made))
 
 
