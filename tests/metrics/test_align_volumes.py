@@ -125,6 +125,9 @@ def test_round_molecule_finds_its_place(draw_atoms: Callable[..., Tensor]) -> No
         moving = moving + 0.5 * wrong + 1.5 * moving.std() * torch.randn(moving.shape, generator=generator)
         found = align_volumes(Volume(moving, 2.0), Volume(reference, 2.0))
         assert found.mirrored
-        nearest = distance((found.rotation.double() @ rotation.T).expand_as(group), group).min()
-        errors.append(math.degrees(float(nearest)))
-    assert sum(errors) / len(errors) < 0.45  # noise
+        turned = group @ rotation
+        nearest = turned[distance(turned, found.rotation.double().expand_as(turned)).argmin()]
+        errors.append(math.degrees(float(distance(nearest, found.rotation.double()))))
+        best, _, _ = improve_alignment(moving, reference, (nearest.float(), torch.zeros(3), True))
+        assert math.degrees(float(distance(best, found.rotation))) < 0.3  # the maximum next to the truth
+    assert sum(errors) / len(errors) < 0.6  # where noise puts that maximum: 0.41 in the mean of 28 such maps

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cryorbit.errors import DataError
-from cryorbit.groups.so3 import distance, half_turn, healpix_grid
+from cryorbit.groups.so3 import distance, half_turn, healpix_grid, orthonormalise
 from cryorbit.metrics.map_search import MapAlignment, align_volumes, improve_alignment
 from cryorbit.metrics.poses import PoseSummary, rotation_errors, summarise
 from cryorbit.types import Poses
@@ -100,16 +100,23 @@ class PoseAlignment:
         return summarise(self.error, self.out_of_plane, self.in_plane, self.shift_error, pixel_size)
 
 
-def _nearest(candidates: Float[Tensor, "s n 3 3"], rotation: Float[Tensor, "3 3"]) -> Float[Tensor, "n 3 3"]:
-    """Of each particle's equivalent candidates the one nearest to ``rotation``."""
-    if candidates.shape[0] == 1:
-        return candidates[0]
-    best = torch.einsum("snij,ij->sn", candidates, rotation).argmax(dim=0)
-    return candidates[best, torch.arange(candidates.shape[1], device=candidates.device)]
+def _nearest(
+    candidates: Float[Tensor, "s n 9"], rotations: Float[Tensor, "b 3 3"]
+) -> tuple[Float[Tensor, "#b n 9"], Float[Tensor, "b n"]]:
+    """Of each particle's equivalent candidates the one nearest to each of ``rotations``, and the angle between the two."""
+    flat = rotations.flatten(1)
+    if len(candidates) == 1:
+        near, cosine = candidates, flat @ candidates[0].mT
+    else:
+        found = [(candidates @ one).max(dim=0) for one in flat]
+        cosine = torch.stack([best.values for best in found])
+        every = torch.arange(candidates.shape[1], device=candidates.device)
+        near = torch.stack([candidates[best.indices, every] for best in found])
+    return near, 2 * torch.asin((0.5 * (3.0 - cosine).clamp(min=0.0).sqrt()).clamp(max=1.0))
 
 
 def _density(
-    grid: Float[Tensor, "g 3 3"], candidates: Float[Tensor, "s n 3 3"], chunk: int = 4096
+    grid: Float[Tensor, "g 3 3"], candidates: Float[Tensor, "s n 9"], chunk: int = 4096
 ) -> Float[Tensor, " g"]:
     """How many candidates of all particles lie near each rotation of the grid."""
     flat, score = grid.reshape(-1, 9).to(torch.float32), torch.zeros(len(grid), dtype=torch.float64)
@@ -134,52 +141,38 @@ def _modes(
     return torch.stack(chosen)
 
 
-def _project(matrix: Float[Tensor, "3 3"]) -> Float[Tensor, "3 3"]:
-    """Nearest rotation (Procrustes)."""
-    u, _, vh = torch.linalg.svd(matrix)
-    sign = torch.ones(3, dtype=matrix.dtype)
-    sign[2] = torch.linalg.det(u @ vh)
-    return (u * sign) @ vh
-
-
-def _robust_mean(candidates: Float[Tensor, "s n 3 3"], start: Float[Tensor, "3 3"]) -> Float[Tensor, "3 3"]:
-    """Median rotation of all candidates (Weiszfeld's iteration), then a mean whose weights fall off with distance.
+def _robust_means(candidates: Float[Tensor, "s n 9"], starts: Float[Tensor, "b 3 3"]) -> Float[Tensor, "b 3 3"]:
+    """From each start, the median rotation of all candidates (Weiszfeld's iteration), then a mean whose weights fall off with distance.
 
     The second stage is iteratively reweighted least squares with Geman-McClure's function at the scale of the median
     error, which takes away what the far particles' pull left behind.
     """
-    rotation = start
+    rotations = starts
     for step in range(60):
-        near = _nearest(candidates, rotation)
-        angle = distance(near, rotation.expand_as(near))
+        near, angle = _nearest(candidates, rotations)
         if step < 40:
             weight = 1.0 / angle.clamp(min=1e-4)
         else:
-            scale = 1.5 * angle.median().clamp(min=1e-6)
+            scale = 1.5 * angle.median(dim=1, keepdim=True).values.clamp(min=1e-6)
             weight = (1 + (angle / scale) ** 2) ** -2
-        update = _project(torch.einsum("n,nij->ij", weight, near))
-        moved = float(distance(update, rotation))
-        rotation = update
+        update = orthonormalise((weight[:, None] @ near).unflatten(-1, (3, 3))[:, 0])
+        moved = float(distance(update, rotations).max())
+        rotations = update
         if moved < 1e-8 and step >= 40:
             break
-    return rotation
-
-
-def _cost(candidates: Float[Tensor, "s n 3 3"], rotation: Float[Tensor, "3 3"]) -> float:
-    near = _nearest(candidates, rotation)
-    return float(distance(near, rotation.expand_as(near)).clamp(max=_COST_CAP).mean())
+    return rotations
 
 
 def _find_rotation(
-    candidates: Float[Tensor, "s n 3 3"], symmetry: Float[Tensor, "s 3 3"]
+    candidates: Float[Tensor, "s n 9"], symmetry: Float[Tensor, "s 3 3"]
 ) -> tuple[Float[Tensor, "3 3"], float]:
     """The rotation most particles agree on, and its cost."""
     grid = healpix_grid(2).to(torch.float64)
     trace = torch.einsum("sij,gij->sg", symmetry, grid)
     grid = grid[trace[0] >= trace.max(dim=0).values - 1e-4]  # one of each set of equivalent frames
     starts = _modes(grid, _density(grid, candidates), count=5, apart=0.5)
-    found = [_robust_mean(candidates, start) for start in starts]
-    costs = [_cost(candidates, rotation) for rotation in found]
+    found = _robust_means(candidates, starts)
+    costs = _nearest(candidates, found)[1].clamp(max=_COST_CAP).mean(dim=1).tolist()
     best = min(range(len(found)), key=costs.__getitem__)
     return found[best], costs[best]
 
@@ -232,7 +225,8 @@ def align_poses(estimated: Poses, true: Poses, symmetry: Float[Tensor, "s 3 3"] 
     solutions = []
     for pose in (a_est, half_turn(a_est)):
         proposals = a_true.mT @ pose
-        solutions.append((pose, *_find_rotation(torch.einsum("sji,njk->snik", group, proposals), group)))
+        candidates = torch.einsum("sji,njk->snik", group, proposals).flatten(-2)
+        solutions.append((pose, *_find_rotation(candidates, group)))
     mirrored = solutions[1][2] < solutions[0][2]
     pose, rotation, cost = solutions[mirrored]
     turned = pose @ rotation.mT

@@ -3,21 +3,18 @@
 1. Both maps' transforms to a small radius, and a larger one where that leaves the hand undecided: every rotation of a HEALPix grid,
    both hands, and *all* shifts at once (one small inverse transform per rotation and hand), once with the shells whitened and once
    nearly as they are.
-2. The best few distinct rotations of each hand are refined together with the shift by L-BFGS through the differentiable transform.
+2. The best few distinct rotations of each hand are refined together with the shift, all of them at once, by Gauss-Newton steps.
 3. They are compared by the information the maps share, ``-sum n_s ln(1 - FSC_s^2)``: it needs no choice of weights or of a radius,
    shells of noise add the same to every candidate, and its gradient is what step 4 climbs.
 4. The best of each hand are refined further, every shell weighted by what its FSC says it is worth.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from jaxtyping import Complex, Float, Int
-from numpy.typing import NDArray
-from scipy import optimize
+from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor
 
 from cryorbit.errors import DataError
@@ -92,11 +89,24 @@ class _Pair:
     whitening: Float[Tensor, " p"]
 
     def moved(self, motion: Motion) -> Complex[Tensor, " p"]:
-        """The moving map's transform after ``motion``; differentiable."""
+        """The moving map's transform after ``motion``."""
         rotation, shift_px, mirrored = motion
         samples = self.moving.at(self.k @ rotation)
         angle = (-2 * torch.pi / self.moving.box) * (self.k @ shift_px)
         return (samples.conj() if mirrored else samples) * torch.polar(torch.ones_like(angle), angle)
+
+    def slopes(
+        self, rotation: Float[Tensor, "b 3 3"], shift_px: Float[Tensor, "b 3"], mirrored: Bool[Tensor, " b"]
+    ) -> tuple[Complex[Tensor, "b p"], Complex[Tensor, "b 6 p"]]:
+        """The moving map's transform after each motion, and its derivatives by a small rotation that follows (radian) and by the shift."""
+        samples, gradient = self.moving.slope(self.k @ rotation)
+        turning = torch.linalg.cross(gradient @ rotation.mT.to(gradient), self.k.to(gradient).expand_as(gradient))
+        unit = -2 * torch.pi / self.moving.box
+        angle = unit * torch.einsum("pj,bj->bp", self.k, shift_px)
+        phase = torch.polar(torch.ones_like(angle), angle)
+        moved = torch.where(mirrored[:, None], samples.conj(), samples) * phase
+        turning = torch.where(mirrored[:, None, None], turning.conj(), turning) * phase[..., None]
+        return moved, torch.cat([turning.mT, 1j * unit * self.k.mT * moved[:, None]], dim=1)
 
     def _agreement(self, motion: Motion) -> tuple[Float[Tensor, " s"], Float[Tensor, " s"]]:
         """FSC after ``motion`` and the geometric mean of the two maps' power, shells 0 to the radius of the ball."""
@@ -148,48 +158,66 @@ def _pair(moving: Tensor, reference: Tensor, radius: int, turn: Tensor = _ASKEW)
     return _Pair(k, shell, spectrum(reference, radius).at(k), spectrum(moving, radius), whitening[shell])
 
 
-def _search(pair: _Pair, power: float, radius: int) -> tuple[Float[Tensor, "2 g"], Float[Tensor, "2 g 3"]]:
-    """Best weighted correlation over all shifts, and that shift in pixels, for each hand and rotation of the grid; ``pair`` was not turned."""
+def _search(pair: _Pair, radius: int) -> tuple[Float[Tensor, "w 2 g"], Float[Tensor, "w 2 g 3"]]:
+    """Best correlation over all shifts, and that shift in pixels, for each whitening, hand and rotation of the grid; ``pair`` not turned."""
     box, side = pair.moving.box, 2 * radius + 2
-    target = pair.reference * pair.whitening ** (2 * power)
+    targets = [pair.reference * pair.whitening ** (2 * power) for power in _WHITENINGS]
     x, y, z = pair.k.to(torch.int64).unbind(-1)
     place = ((z % side) * side + y % side) * (side // 2 + 1) + x
     on_plane = x == 0
     mate = (((-z[on_plane]) % side) * side + (-y[on_plane]) % side) * (side // 2 + 1)
     scores, shifts = [], []
     for rotations in healpix_grid(2).split(256):
-        samples = pair.moving.at(torch.einsum("gji,pj->gpi", rotations, pair.k))
-        for values in (samples, samples.conj()):
-            cross = target * values.conj()
-            full = cross.new_zeros((len(rotations), side * side * (side // 2 + 1)))
-            full[:, place] = cross
-            full[:, mate] = cross[:, on_plane].conj()
-            field = fourier_to_volume(full.reshape(-1, side, side, side // 2 + 1), side)
-            best, where = field.flatten(1).max(dim=1)
-            position = torch.stack([where % side, where // side % side, where // side**2], dim=-1) - side // 2
-            scores.append(best)
-            shifts.append(position.to(torch.float32) * (box / side))
-    score = torch.stack([torch.cat(scores[0::2]), torch.cat(scores[1::2])])
-    return score, torch.stack([torch.cat(shifts[0::2]), torch.cat(shifts[1::2])])
+        samples = pair.moving.at(pair.k @ rotations)
+        for target in targets:
+            for values in (samples, samples.conj()):
+                cross = target * values.conj()
+                full = cross.new_zeros((len(rotations), side * side * (side // 2 + 1)))
+                full[:, place] = cross
+                full[:, mate] = cross[:, on_plane].conj()
+                field = fourier_to_volume(full.reshape(-1, side, side, side // 2 + 1), side)
+                best, where = field.flatten(1).max(dim=1)
+                position = torch.stack([where % side, where // side % side, where // side**2], dim=-1) - side // 2
+                scores.append(best)
+                shifts.append(position.to(torch.float32) * (box / side))
+    kinds = 2 * len(targets)
+    score, shift = (torch.stack([torch.cat(found[i::kinds]) for i in range(kinds)]) for found in (scores, shifts))
+    return score.unflatten(0, (-1, 2)), shift.unflatten(0, (-1, 2))
 
 
-def _refine(pair: _Pair, weight: Float[Tensor, " p"], start: Motion, iterations: int = 40) -> Motion:
-    """Nearest maximum of the weighted correlation. The rotation step is scaled so that 1 moves the rim by about a pixel."""
-    reach = 0.3 * pair.moving.box
+def _refine(pair: _Pair, weight: Float[Tensor, "#b p"], starts: Sequence[Motion], iterations: int = 15) -> list[Motion]:
+    """Nearest maximum of the weighted correlation from each start, by damped Gauss-Newton steps for all of them at once.
+
+    The curvature is that of maps that agree in every shell as far as these do; a step that lowers the correlation is not taken.
+    """
+    rotation, shift = torch.stack([start[0] for start in starts]), torch.stack([start[1] for start in starts])
+    mirrored = torch.tensor([start[2] for start in starts])
     target = (weight * pair.reference).conj()
-    target = target / (target * pair.moved(start)).abs().sum().clamp(min=1e-30)
-
-    def loss(theta: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        step = torch.tensor(theta, dtype=torch.float32, requires_grad=True)
-        motion = exp(step[:3] / reach) @ start[0], start[1] + step[3:], start[2]
-        value = -(target * pair.moved(motion)).real.sum()
-        (gradient,) = torch.autograd.grad(value, step)
-        return float(value.detach()), gradient.numpy().astype(np.float64)
-
-    options = {"maxiter": iterations, "ftol": 1e-9, "gtol": 1e-6}
-    found = optimize.minimize(loss, np.zeros(6), jac=True, method="L-BFGS-B", options=options)
-    step = torch.from_numpy(found.x).to(torch.float32)
-    return exp(step[:3] / reach) @ start[0], start[1] + step[3:], start[2]
+    damping, value = torch.full((len(starts),), 1e-3), torch.full((len(starts),), -torch.inf)
+    gradient, curvature = torch.zeros(len(starts), 6), torch.eye(6).expand(len(starts), 6, 6)
+    new_rotation, new_shift = rotation, shift
+    for _ in range(iterations):
+        moved, slope = pair.slopes(new_rotation, new_shift, mirrored)
+        each = (target * moved).real
+        now = each.sum(dim=1)
+        better = now > value
+        shells = torch.zeros(2, len(starts), int(pair.shell.max()) + 1)
+        shells.index_add_(2, pair.shell, torch.stack([each, (weight * moved.abs().square()).expand_as(each)]))
+        share = weight * (shells[0] / shells[1].clamp(min=1e-30)).clamp(min=0.0)[:, pair.shell]
+        up = torch.einsum("bp,bip->bi", target, slope).real
+        bend = torch.einsum("bip,bjp->bij", share[:, None] * slope.conj(), slope).real
+        gained = torch.where(better, now - value, 0.0) / now.abs().clamp(min=1e-30)
+        rotation = torch.where(better[:, None, None], new_rotation, rotation)
+        shift, gradient = torch.where(better[:, None], new_shift, shift), torch.where(better[:, None], up, gradient)
+        curvature, value = torch.where(better[:, None, None], bend, curvature), torch.where(better, now, value)
+        damping = torch.where(better, 0.2 * damping, 8.0 * damping)
+        if bool(((gained < 1e-6) & (better | (damping > 1.0))).all()):
+            break
+        spread = curvature.diagonal(dim1=1, dim2=2)
+        firm = spread * damping[:, None] + 1e-6 * spread.amax(dim=1, keepdim=True) + 1e-30
+        step = torch.linalg.solve(curvature + torch.diag_embed(firm), gradient)
+        new_rotation, new_shift = exp(step[:, :3]) @ rotation, shift + step[:, 3:]
+    return [(r, s, bool(m)) for r, s, m in zip(rotation, shift, mirrored, strict=True)]
 
 
 def _distinct(score: Float[Tensor, " g"], count: int, apart: float = 0.4) -> list[int]:
@@ -268,20 +296,19 @@ def improve_alignment(
     with _one_thread():
         pair = _pair(a, b, min(_LARGEST_RADIUS, b.shape[-1] // 2 - 1))
         for _ in range(rounds):
-            motion = _refine(pair, pair.worth(motion), motion)
+            (motion,) = _refine(pair, pair.worth(motion)[None], [motion])
     return motion
 
 
 def _trials(coarse: _Pair, radius: int, candidates: int) -> list[Motion]:
     """The best few rotations of the grid for each hand and each whitening, refined a little."""
-    grid, found = healpix_grid(2), []
-    for power in _WHITENINGS:
-        score, shift = _search(coarse, power, radius)
+    grid, trials, weights = healpix_grid(2), [], []
+    for power, score, shift in zip(_WHITENINGS, *_search(coarse, radius), strict=True):
         for hand in (0, 1):
-            for i in _distinct(score[hand], candidates):
-                trial = grid[i], shift[hand, i], bool(hand)
-                found.append(_refine(coarse, coarse.whitening ** (2 * power), trial, iterations=12))
-    return found
+            chosen = _distinct(score[hand], candidates)
+            trials += [(grid[i], shift[hand, i], bool(hand)) for i in chosen]
+            weights += [coarse.whitening ** (2 * power)] * len(chosen)
+    return _refine(coarse, torch.stack(weights), trials, iterations=10)
 
 
 def _best_motion(
@@ -294,12 +321,11 @@ def _best_motion(
     trials: list[Motion] = [] if start is None else [start]
     for low in sorted({min(radius, nyquist) for radius in _SEARCH_RADII}):
         trials += _trials(_pair(a, b, low, torch.eye(3)), low, candidates)
-        best = {}
-        for mirrored in (False, True):
-            ranked = sorted((t for t in trials if t[2] == mirrored), key=finer.information, reverse=True)[:3]
-            for _ in range(2):
-                ranked = [_refine(finer, finer.worth(t), t) for t in ranked]
-            best[mirrored] = max(ranked, key=finer.information)
+        told = sorted(trials, key=finer.information, reverse=True)
+        ranked = [t for hand in (False, True) for t in [t for t in told if t[2] == hand][:3]]
+        for _ in range(2):
+            ranked = _refine(finer, torch.stack([finer.worth(t) for t in ranked]), ranked)
+        best = {hand: max((t for t in ranked if t[2] == hand), key=finer.information) for hand in (False, True)}
         mirrored = finer.information(best[True]) > finer.information(best[False])
         motion, other = best[mirrored], best[not mirrored]
         final, final_other = finer.information(motion), finer.information(other)
@@ -309,5 +335,5 @@ def _best_motion(
         finer = _pair(a, b, min(_LARGEST_RADIUS, nyquist))
         finer = _pair(a, b, finer.reach(motion))
     for _ in range(2):
-        motion = _refine(finer, finer.worth(motion), motion)
+        (motion,) = _refine(finer, finer.worth(motion)[None], [motion])
     return motion[0], motion[1], mirrored, final, final_other

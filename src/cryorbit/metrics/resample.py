@@ -93,6 +93,15 @@ class Spectrum:
         real, imag = torch.nn.functional.grid_sample(self.data[None], grid, align_corners=True)[0, :, 0, 0]
         return torch.complex(real, imag).reshape(k.shape[:-1])
 
+    def slope(self, k: Float[Tensor, "*p 3"]) -> tuple[Complex[Tensor, "*p"], Complex[Tensor, "*p 3"]]:
+        """Values at ``k``, and their gradients by it."""
+        k = k.detach().requires_grad_()
+        with torch.enable_grad():
+            values = self.at(k)
+            (real,) = torch.autograd.grad(values.real.sum(), k, retain_graph=True)
+            (imag,) = torch.autograd.grad(values.imag.sum(), k)
+        return values.detach(), torch.complex(real, imag)
+
 
 def spectrum(volume: Float[Tensor, "d d d"], radius: int, oversampling: int = 2) -> Spectrum:
     """:class:`Spectrum` of a map for frequencies up to ``radius`` Fourier pixels (float32, CPU)."""
