@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cryorbit.errors import DataError
 from cryorbit.groups.so3 import distance, exp, healpix_grid
+from cryorbit.metrics.climb import Slope, climb, correlated
 from cryorbit.metrics.fsc import shell_power
 from cryorbit.metrics.resample import Spectrum, move_volume, spectrum
 from cryorbit.physics.fourier import fourier_to_volume
@@ -186,38 +187,14 @@ def _search(pair: _Pair, radius: int) -> tuple[Float[Tensor, "w 2 g"], Float[Ten
 
 
 def _refine(pair: _Pair, weight: Float[Tensor, "#b p"], starts: Sequence[Motion], iterations: int = 15) -> list[Motion]:
-    """Nearest maximum of the weighted correlation from each start, by damped Gauss-Newton steps for all of them at once.
-
-    The curvature is that of maps that agree in every shell as far as these do; a step that lowers the correlation is not taken.
-    """
-    rotation, shift = torch.stack([start[0] for start in starts]), torch.stack([start[1] for start in starts])
+    """Nearest maximum of the weighted correlation from each start."""
     mirrored = torch.tensor([start[2] for start in starts])
-    target = (weight * pair.reference).conj()
-    damping, value = torch.full((len(starts),), 1e-3), torch.full((len(starts),), -torch.inf)
-    gradient, curvature = torch.zeros(len(starts), 6), torch.eye(6).expand(len(starts), 6, 6)
-    new_rotation, new_shift = rotation, shift
-    for _ in range(iterations):
-        moved, slope = pair.slopes(new_rotation, new_shift, mirrored)
-        each = (target * moved).real
-        now = each.sum(dim=1)
-        better = now > value
-        shells = torch.zeros(2, len(starts), int(pair.shell.max()) + 1)
-        shells.index_add_(2, pair.shell, torch.stack([each, (weight * moved.abs().square()).expand_as(each)]))
-        share = weight * (shells[0] / shells[1].clamp(min=1e-30)).clamp(min=0.0)[:, pair.shell]
-        up = torch.einsum("bp,bip->bi", target, slope).real
-        bend = torch.einsum("bip,bjp->bij", share[:, None] * slope.conj(), slope).real
-        gained = torch.where(better, now - value, 0.0) / now.abs().clamp(min=1e-30)
-        rotation = torch.where(better[:, None, None], new_rotation, rotation)
-        shift, gradient = torch.where(better[:, None], new_shift, shift), torch.where(better[:, None], up, gradient)
-        curvature, value = torch.where(better[:, None, None], bend, curvature), torch.where(better, now, value)
-        damping = torch.where(better, 0.2 * damping, 8.0 * damping)
-        if bool(((gained < 1e-6) & (better | (damping > 1.0))).all()):
-            break
-        spread = curvature.diagonal(dim1=1, dim2=2)
-        firm = spread * damping[:, None] + 1e-6 * spread.amax(dim=1, keepdim=True) + 1e-30
-        step = torch.linalg.solve(curvature + torch.diag_embed(firm), gradient)
-        new_rotation, new_shift = exp(step[:, :3]) @ rotation, shift + step[:, 3:]
-    return [(r, s, bool(m)) for r, s, m in zip(rotation, shift, mirrored, strict=True)]
+
+    def measure(rotation: Tensor, shift: Tensor) -> Slope:
+        return correlated(weight, pair.reference[None], *pair.slopes(rotation, shift, mirrored), pair.shell)
+
+    found = climb(measure, torch.stack([s[0] for s in starts]), torch.stack([s[1] for s in starts]), iterations)
+    return [(r, s, bool(m)) for r, s, m in zip(*found, mirrored, strict=True)]
 
 
 def _distinct(score: Float[Tensor, " g"], count: int, apart: float = 0.4) -> list[int]:

@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from astropy_healpix import HEALPix
 from jaxtyping import Float, Int
-from numpy.typing import NDArray
-from scipy import optimize
 from torch import Tensor
 
 from cryorbit.conventions import centre
 from cryorbit.errors import DataError
 from cryorbit.groups.point import asymmetric_unit, point_group
 from cryorbit.groups.so3 import exp, healpix_grid, log
+from cryorbit.metrics.climb import Slope, climb, correlated
 from cryorbit.metrics.fsc import shell_power
 from cryorbit.metrics.masks import lowpass, otsu, soft_sphere
 from cryorbit.metrics.resample import Spectrum, spectrum
@@ -226,47 +225,58 @@ def _orientations(name: str) -> Float[Tensor, "m 3 3"]:
     return grid[asymmetric_unit(grid, point_group(name))]
 
 
+@lru_cache(maxsize=64)
+def _on_table(name: str) -> tuple[Int[Tensor, " e"], Float[Tensor, "e 3"], Int[Tensor, "m e"]]:
+    """Where the elements of a group stand in the table: which turn, about which axis, and the nearest axis there is in every frame."""
+    vectors = log(group_elements(name))
+    angle = vectors.norm(dim=-1)
+    fractions = torch.tensor([j / n for j, n in _turns()])
+    turn = (angle[:, None] / (2 * math.pi) - fractions).abs().argmin(dim=1)
+    about = vectors / angle[:, None]
+    directions = torch.einsum("mij,ej->mei", _orientations(name), about)
+    return turn, about, torch.cat([(d @ _axes().T).abs().argmax(dim=-1) for d in directions.split(512)])
+
+
 def best_start(name: str, table: Float[Tensor, "t a"], shifts: Float[Tensor, "t a 3"]) -> tuple[float, Fit]:
     """Best frame of a group on the table with the centre that explains the shifts best, and the least table value of
     its elements there, each at the best of the axes around.
     """
-    vectors, axes = log(group_elements(name)), _axes()
-    angle = vectors.norm(dim=-1)
-    fractions = torch.tensor([j / n for j, n in _turns()])
-    turn = (angle[:, None] / (2 * math.pi) - fractions).abs().argmin(dim=1)
-    frames = _orientations(name)
-    directions = torch.einsum("mij,ej->mei", frames, vectors / angle[:, None])
-    nearest = torch.cat([(d @ axes.T).abs().argmax(dim=-1) for d in directions.split(512)])
+    (turn, about, nearest), frames, axes = _on_table(name), _orientations(name), _axes()
     scores = table[turn, nearest]
     i = int(scores.mean(dim=1).argmax())
     elements = frames[i] @ group_elements(name) @ frames[i].T
-    ahead = (directions[i] * axes[nearest[i]]).sum(dim=-1, keepdim=True) > 0
+    directions = about @ frames[i].T
+    ahead = (directions * axes[nearest[i]]).sum(dim=-1, keepdim=True) > 0
     there = shifts[turn, nearest[i]]  # for the turn about the axis of the table; the inverse turn has another shift
     there = torch.where(ahead, there, -torch.einsum("eij,ej->ei", elements, there))
     system = (torch.eye(3) - elements).reshape(-1, 3).double()
     middle = torch.linalg.pinv(system, rtol=1e-3) @ there.reshape(-1).double()
-    around = (directions[i] @ axes.T).abs() > math.cos(math.radians(6.5))
+    around = (directions @ axes.T).abs() > math.cos(math.radians(6.5))
     least = torch.where(around, table[turn], -1.0).amax(dim=1).min()
     return float(least), Fit(name, frames[i], middle.to(torch.float32))
 
 
 def refine(ball: Ball, fit: Fit, iterations: int) -> Fit:
     """Nearest maximum over frame and centre of the weighted correlation, all elements together."""
-    reach, elements = 0.3 * ball.map.box, group_elements(fit.name)
-    weight = ball.weight / len(elements)
+    elements = group_elements(fit.name)
+    weight = (ball.weight / len(elements)).repeat(len(elements))[None]
+    shell, unit = ball.shell.repeat(len(elements)), 2j * torch.pi / ball.map.box
 
-    def loss(theta: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        step = torch.tensor(theta, dtype=torch.float32, requires_grad=True)
-        frame = exp(step[:3] / reach) @ fit.frame
-        here, there = ball.turned(frame @ elements @ frame.T, fit.middle + step[3:])
-        value = -((here.conj() * there).real * weight).sum()
-        (gradient,) = torch.autograd.grad(value, step)
-        return float(value.detach()), gradient.numpy().astype(np.float64)
+    def measure(frame: Tensor, middle: Tensor) -> Slope:
+        turns = frame[0] @ elements @ frame[0].mT
+        k = ball.k @ turns
+        here = ball.map.at(ball.k) * ball.ramp(ball.k, -middle[0])
+        read, gradient = ball.map.slope(k)
+        ramp = ball.ramp(k, -middle[0])
+        there = read * ramp
+        gradient = (gradient + unit * middle[0] * read[..., None]) * ramp[..., None]
+        outer = torch.linalg.cross(gradient @ turns.mT.to(gradient), ball.k.to(gradient).expand_as(gradient))
+        turning = outer - torch.linalg.cross(gradient, k.to(gradient))
+        slopes = torch.cat([turning, unit * (k - ball.k) * there[..., None]], dim=-1).flatten(0, 1).mT[None]
+        return correlated(weight, here.repeat(len(elements))[None], there.flatten()[None], slopes, shell)
 
-    options = {"maxiter": iterations, "ftol": 1e-6, "gtol": 1e-6}
-    found = optimize.minimize(loss, np.zeros(6), jac=True, method="L-BFGS-B", options=options)
-    step = torch.from_numpy(found.x).to(torch.float32)
-    return Fit(fit.name, exp(step[:3] / reach) @ fit.frame, fit.middle + step[3:])
+    frame, middle = climb(measure, fit.frame[None], fit.middle[None], iterations)
+    return Fit(fit.name, frame[0], middle[0])
 
 
 def half_turns(name: str) -> Float[Tensor, "h 3 3"]:
