@@ -78,6 +78,8 @@ def build(case: str, truth: SimulatedParticles, seed: int = 0) -> Method:
         return cls(TurnedPictures(truth.images, noise=0.1), settings, seed=seed)
     if name == "spatial-vae":
         return cls(TurnedPictures(truth.images, noise=0.1), config(epochs=2, batch=32, latent=4, units=8), seed=seed)
+    if name == "particle-pictures":
+        return cls(stack, config(latent=2, steps=6, batch=20), mask_diameter=DIAMETER, seed=seed)
     if name == "variational":
         poses = PoseSamples(torch.arange(60), truth.poses.rotations, truth.poses.shifts / APIX, torch.ones(60))
         settings = config(epochs=2, batch=25, likelihood=switch or "gaussian")

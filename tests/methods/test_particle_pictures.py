@@ -106,20 +106,6 @@ def test_features_and_gain_do_not_change_with_the_turn(data, trained):
     assert float(SO2().distance(turn, torch.full_like(turn, math.pi / 2)).median()) < 0.15
 
 
-def test_resumed_training_is_that_which_was_not_interrupted(data):
-    config = replace(CONFIG, steps=6)
-    whole, first, second = (ParticlePictures(stack_of(data), config, mask_diameter=DIAMETER) for _ in range(3))
-    for index in range(6):
-        whole.step(index)
-    for index in range(3):
-        first.step(index)
-    second.load_state({k: v.clone() for k, v in first.state().items()})
-    for index in range(3, 6):
-        second.step(index)
-    for name, value in whole.state().items():
-        torch.testing.assert_close(second.state()[name], value, rtol=0, atol=0, msg=name)
-
-
 @pytest.mark.parametrize(
     "settings", [{"latent": 0}, {"periods": -1.0}, {"steps": 0}, {"rate": math.nan}, {"shift_range": 0.5}]
 )

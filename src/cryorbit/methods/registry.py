@@ -11,6 +11,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "averages": ("cryorbit.methods.class_averages", "ClassAverages", "ClassAveragesConfig"),
     "invariant": ("cryorbit.methods.invariant", "Invariant", "InvariantConfig"),
     "spatial-vae": ("cryorbit.methods.spatial_vae", "SpatialVAE", "SpatialVAEConfig"),
+    "particle-pictures": ("cryorbit.methods.particle_pictures", "ParticlePictures", "ParticlePicturesConfig"),
     "variational": ("cryorbit.methods.variational", "Variational", "VariationalConfig"),
     "amortized": ("cryorbit.methods.amortized", "Amortized", "AmortizedConfig"),
     "ad": ("cryorbit.methods.amortized", "TablePoses", "TableConfig"),
