@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 from torch.autograd import gradcheck
 
 from cryorbit.groups import so3
@@ -41,6 +42,36 @@ def test_exp_and_log_invert_each_other(generator: torch.Generator) -> None:
 
 def test_exp_has_gradients_at_zero_and_elsewhere() -> None:
     assert gradcheck(so3.exp, torch.tensor([[0.0, 0, 0], [0.3, -0.2, 0.9]], dtype=torch.float64, requires_grad=True))
+
+
+@pytest.mark.parametrize("angle", [0.0, 1e-8, 1e-3, 0.0316, 0.0317, 1.0, 3.0, math.pi - 1e-6, math.pi, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_exp_and_log_are_those_of_scipy(angle: float, dtype: torch.dtype, generator: torch.Generator) -> None:
+    axes = torch.nn.functional.normalize(torch.randn(50, 3, generator=generator, dtype=torch.float64), dim=-1)
+    vectors = (angle * torch.cat([axes, torch.eye(3).double(), -torch.eye(3).double()])).to(dtype)
+    rotations, near = so3.exp(vectors), 20 * torch.finfo(dtype).eps
+    expected = Rotation.from_rotvec(vectors.double().numpy())
+    torch.testing.assert_close(rotations.double(), torch.from_numpy(expected.as_matrix()), atol=near, rtol=0)
+    found = so3.log(rotations)
+    torch.testing.assert_close(so3.exp(found), rotations, atol=near, rtol=0)
+    assert float(found.norm(dim=-1).max()) <= math.pi + near
+    if angle < math.pi - 1e-6:
+        torch.testing.assert_close(found, vectors, atol=near, rtol=near)
+
+
+def test_log_has_gradients_at_zero_and_elsewhere() -> None:
+    vectors = torch.tensor([[0.0, 0, 0], [0.3, -0.2, 0.9], [1e-3, 0, 0], [0, 3.0, 0.1]], dtype=torch.float64)
+    assert gradcheck(lambda v: so3.log(so3.exp(v)), vectors.requires_grad_())
+
+
+def test_the_nearest_rotation_is_nearest(generator: torch.Generator) -> None:
+    """Against rotations around it; of a reflection too."""
+    matrices = torch.randn(20, 3, 3, generator=generator, dtype=torch.float64)
+    found = so3.orthonormalise(matrices)
+    torch.testing.assert_close(found @ found.mT, torch.eye(3, dtype=torch.float64).expand_as(found))
+    assert float(torch.linalg.det(found).min()) > 0.999
+    around = so3.exp(0.1 * torch.randn(200, 1, 3, generator=generator, dtype=torch.float64)) @ found
+    assert bool(((around - matrices).norm(dim=(-1, -2)) > (found - matrices).norm(dim=(-1, -2))).all())
 
 
 @pytest.mark.parametrize("angle", [0.0, 1e-7, 1e-3, 1.0, math.pi - 1e-3, math.pi])

@@ -4,13 +4,14 @@ import math
 from functools import lru_cache
 
 import numpy as np
-import roma
 import torch
 from astropy_healpix import HEALPix
 from jaxtyping import Float
 from torch import Tensor
 
 from cryorbit.conventions import euler_to_matrix
+
+_SMALL = 1e-3  # square of an angle below which series take the place of quotients
 
 
 def in_plane_count(order: int) -> int:
@@ -55,17 +56,50 @@ def half_turn(rotations: Float[Tensor, "*b 3 3"]) -> Float[Tensor, "*b 3 3"]:
 def random_rotations(n: int, generator: torch.Generator) -> Float[Tensor, "n 3 3"]:
     """Uniform (Haar) rotations, float32, from normalised Gaussian quaternions."""
     quaternion = torch.randn(n, 4, generator=generator, dtype=torch.float64)
-    return roma.unitquat_to_rotmat(quaternion / quaternion.norm(dim=-1, keepdim=True)).to(torch.float32)
+    x, y, z, w = (quaternion / quaternion.norm(dim=-1, keepdim=True)).unbind(-1)
+    return torch.stack(
+        [
+            torch.stack([1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)], dim=-1),
+            torch.stack([2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)], dim=-1),
+            torch.stack([2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)], dim=-1),
+        ],
+        dim=-2,
+    ).to(torch.float32)
 
 
 def exp(rotvec: Float[Tensor, "*b 3"]) -> Float[Tensor, "*b 3 3"]:
-    """Rotation of a rotation vector in radian; finite gradient at zero."""
-    return roma.rotvec_to_rotmat(rotvec)
+    """Rotation of a rotation vector in radian (Rodrigues); differentiable, at zero too."""
+    square = rotvec.square().sum(dim=-1, keepdim=True)[..., None]
+    small = square < _SMALL
+    angle = torch.where(small, 1.0, square).sqrt()
+    sine = torch.where(small, 1 - square / 6 * (1 - square / 20 * (1 - square / 42)), angle.sin() / angle)
+    half = torch.where(small, 1 - square / 24 * (1 - square / 80), 2 * (angle / 2).sin() / angle)
+    x, y, z = rotvec.unbind(-1)
+    zero = torch.zeros_like(x)
+    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], dim=-1).unflatten(-1, (3, 3))
+    outer = rotvec[..., :, None] * rotvec[..., None, :]
+    cosine = 0.5 * half.square()  # (1 - cos a) / a^2
+    return torch.eye(3).to(rotvec) * (1 - cosine * square) + cosine * outer + sine * cross
 
 
 def log(rotation: Float[Tensor, "*b 3 3"]) -> Float[Tensor, "*b 3"]:
-    """Rotation vector in radian, of length at most pi."""
-    return roma.rotmat_to_rotvec(rotation)
+    """Rotation vector in radian, of length at most pi; differentiable but at pi."""
+    r = rotation
+    xx, yy, zz = r.diagonal(dim1=-2, dim2=-1).unbind(-1)
+    a, b, c = r[..., 2, 1] - r[..., 1, 2], r[..., 0, 2] - r[..., 2, 0], r[..., 1, 0] - r[..., 0, 1]
+    d, e, f = r[..., 2, 1] + r[..., 1, 2], r[..., 0, 2] + r[..., 2, 0], r[..., 1, 0] + r[..., 0, 1]
+    rows = [1 + xx + yy + zz, a, b, c, a, 1 + xx - yy - zz, f, e, b, f, 1 - xx + yy - zz, d, c, e, d, 1 - xx - yy + zz]
+    outer = torch.stack(rows, dim=-1).unflatten(-1, (4, 4))  # 4 q q^T of the quaternion (w, x, y, z)
+    best = outer.diagonal(dim1=-2, dim2=-1).argmax(dim=-1)[..., None, None]
+    row = outer.gather(-2, best.expand(*best.shape[:-1], 4))[..., 0, :]
+    row = torch.where(row[..., :1] < 0, -row, row)
+    real, axis = row[..., :1], row[..., 1:]
+    square = axis.square().sum(dim=-1, keepdim=True)
+    small = square < _SMALL * real.square()
+    length = torch.where(small, 1.0, square).sqrt()
+    tangent = square / torch.where(small, real, 1.0).square()
+    near = (1 - tangent * (1 / 3 - tangent * (1 / 5 - tangent / 7))) / torch.where(small, real, 1.0)
+    return 2 * axis * torch.where(small, near, torch.atan2(length, real) / length)
 
 
 def log_uniform(rotvec: Float[Tensor, "*b 3"]) -> Float[Tensor, "*b"]:
@@ -80,8 +114,10 @@ def distance(a: Float[Tensor, "*b 3 3"], b: Float[Tensor, "*b 3 3"]) -> Float[Te
 
 
 def orthonormalise(rotation: Float[Tensor, "*b 3 3"]) -> Float[Tensor, "*b 3 3"]:
-    """Nearest rotation matrix (special Procrustes): removes the drift of repeated products."""
-    return roma.special_procrustes(rotation)
+    """Nearest rotation matrix (special Procrustes): removes the drift of repeated products; not for gradients."""
+    u, _, vh = torch.linalg.svd(rotation)
+    last = torch.linalg.det(u @ vh)[..., None]
+    return (u * torch.cat([torch.ones_like(last), torch.ones_like(last), last], dim=-1)[..., None, :]) @ vh
 
 
 class SO3:
