@@ -53,8 +53,10 @@ def test_critic_every_fourth_step_and_rate_dropped():
     assert method.optimiser.param_groups[0]["lr"] == pytest.approx(1e-4)
 
 
-@pytest.mark.parametrize(("angle", "epochs"), [("directed", 10), ("fitted", 10), ("circle", 20)])
-def test_learns_angles_and_canonical_pictures(angle, epochs):
+@pytest.mark.parametrize(
+    ("angle", "epochs", "left"), [("directed", 10, 0.03), ("fitted", 10, 0.3), ("circle", 20, 0.3)]
+)
+def test_learns_angles_and_canonical_pictures(angle, epochs, left):
     train, test = TurnedPictures(bars(128), noise=0.05), TurnedPictures(bars(64, 1), noise=0.05)
     method = Invariant(
         train, InvariantConfig(angle=angle, epochs=epochs, batch=16, drop_epoch=3 * epochs // 4, latent=8)
@@ -63,7 +65,7 @@ def test_learns_angles_and_canonical_pictures(angle, epochs):
     shown, truth, angles = test.draw(torch.arange(64), torch.Generator().manual_seed(5))
     made, found = method.canonical(shown)
     assert angle_errors(found, angles)["median_deg"] < (1 if angle != "circle" else 10)
-    assert picture_errors(made, truth)["pixel_mean"] < 0.3 * picture_errors(shown, truth)["pixel_mean"]
+    assert picture_errors(made, truth)["pixel_mean"] < left * picture_errors(shown, truth)["pixel_mean"]
 
 
 def test_pictures_that_may_be_either_way_up_are_met_half_way():

@@ -164,9 +164,11 @@ def main() -> None:
     if a.json.exists():  # rows that are not run again stay
         before = json.loads(a.json.read_text())
         record["rows"] = before.pop("rows")
-        before.pop("ambiguous_digits", None)
+        listed = before.pop("ambiguous_digits", None)
         if before != {k: v for k, v in json.loads(json.dumps(record)).items() if k != "rows"}:
             parser.error(f"{a.json} is of other sizes or noise: name another file")
+        if listed is not None:
+            record["ambiguous_digits"] = listed
     pictures: dict[str, dict[str, Tensor]] = {kind: {} for kind in sets}
     digits = None
     if "mnist" in sets:

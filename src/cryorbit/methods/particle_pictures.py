@@ -7,10 +7,9 @@ likelihood of the image given that picture,
 ``p(y) = sum over angles and shifts of p(angle) p(shift) N(y; c e_shift (g_angle . picture(z)), noise)``,
 
 whole sums over a grid (``poses/own.py``), Gaussian noise of one variance per spectral shell that is fitted along. Nothing guesses an angle or a
-shift: both are read off the posterior at the end. The encoder sees the image as a matched filter leaves it, ``y c / sqrt(noise)``.
+shift: both are read off the posterior at the end. The encoder sees the image whitened, times its CTF: ``y c / sqrt(noise)``.
 
-The frame is the model's own, one turn for all pictures that grow out of one another: training begins with one picture for all, as the noise
-begins at the images' own power. Mirror images are different pictures.
+The frame is the model's own, one turn for all pictures that grow out of one another. Mirror images are different pictures.
 """
 
 import math
@@ -38,7 +37,7 @@ _NOISE_RATE = 0.1
 _SHIFT_STEP = 0.38  # of the box over the Fourier radius
 _FIRST = 1000  # images that the first noise is measured on
 _CHUNK = 500
-_SPREAD = 3.0  # standard deviations of a particle's pixels that a decoded value of 1 stands for
+_SPREAD = 3.0  # a decoded value of 1, in root mean powers of a Fourier pixel of the particles
 
 
 @dataclass(frozen=True)
@@ -119,9 +118,15 @@ class ParticlePictures:
                 "CONF436", f"shift_range = {config.shift_range} is no shift", "give 0 to 0.5 particle diameters"
             )
         self.stack, self.config, self.seed, device = stack, config, seed, stack.device
-        per_diameter = stack.box * stack.pixel_size / mask_diameter
-        radius = min(config.periods * per_diameter, stack.disk.radius, (stack.box - 1) // 2)
-        self.radius = max(2, round(radius))
+        side = stack.box * stack.pixel_size
+        if not 4 * stack.pixel_size <= mask_diameter <= side:
+            raise ConfigError(
+                "CONF437",
+                f"the mask diameter is {mask_diameter:g} A, expected {4 * stack.pixel_size:.4g} to {side:.4g}, the box",
+                "give the particle's diameter in angstrom",
+            )
+        per_diameter = side / mask_diameter
+        self.radius = max(2, min(round(config.periods * per_diameter), int(stack.disk.radius), (stack.box - 1) // 2))
         self.disk, self._keep = stack.at_radius(self.radius)
         self.mask = soft_disc(stack.box, 0.5 * mask_diameter / stack.pixel_size).to(device)
         count = max(6, math.ceil(math.pi * self.radius / per_diameter))
@@ -219,14 +224,17 @@ class ParticlePictures:
     # -- resume -----------------------------------------------------------------------------------------------------------------
 
     def state(self) -> State:
-        """Weights, noise, and the optimiser's averages."""
+        """Weights, noise, the scale of pictures, and the optimiser's averages."""
         modules = {"encoder": self.encoder, "decoder": self.decoder}
         weights = {f"{n}.{k}": v.detach().clone() for n, m in modules.items() for k, v in m.state_dict().items()}
-        return weights | {"noise": self.noise.clone()} | adam_state(self.optimiser)
+        scale = {"noise": self.noise.clone(), "initial_noise": self.initial_noise.clone()}
+        return weights | scale | {"strength": torch.tensor([self.strength]).double()} | adam_state(self.optimiser)
 
     def load_state(self, state: State) -> None:
         """Inverse of :meth:`state`."""
         self.encoder.load_state_dict({k: state[f"encoder.{k}"] for k in self.encoder.state_dict()})
         self.decoder.load_state_dict({k: state[f"decoder.{k}"] for k in self.decoder.state_dict()})
-        self.noise = fitted(state, {"noise": self.noise.shape})["noise"].to(self.stack.device)
+        noise = fitted(state, {"noise": self.noise.shape, "initial_noise": self.noise.shape, "strength": (1,)})
+        self.noise, self.initial_noise = (noise[k].to(self.stack.device) for k in ("noise", "initial_noise"))
+        self.strength = float(noise["strength"])
         load_adam(self.optimiser, state)
