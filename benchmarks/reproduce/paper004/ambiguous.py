@@ -8,13 +8,13 @@ from torch import Tensor
 from cryorbit.physics.planar import rotate_images
 
 _UPRIGHT = torch.linspace(-math.pi / 8, math.pi / 8, 9)  # people's hands differ by that much
-_OVER = torch.linspace(math.pi / 2, 3 * math.pi / 2, 33)
+_OVER = math.pi + _UPRIGHT
 
 
 def ambiguous(pictures: Tensor, written: Tensor) -> Tensor:
-    """True for a picture (N, D, D) that, turned by more than a quarter, looks more like one of those ``written`` (M, D, D) than as it is.
+    """True for a picture (N, D, D) that, turned over, looks more like one of those ``written`` (M, D, D) than as it is.
 
-    By the least squared distance from any of them, over turns 5.6 degrees apart; as it is means turned by at most 22.5 degrees.
+    By the least squared distance from any of them, over nine turns of at most 22.5 degrees from half a turn, and from none.
     """
     return _nearest(pictures, written, _OVER) < _nearest(pictures, written, _UPRIGHT)
 
