@@ -1,10 +1,10 @@
 """Nearest maximum of a correlation over a rotation and a shift, by damped Gauss-Newton steps from many starts at once."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Complex, Float, Int
+from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor
 
 from cryorbit.groups.so3 import exp
@@ -12,8 +12,7 @@ from cryorbit.groups.so3 import exp
 _GAINED = 1e-6  # of the correlation, by the last step
 
 
-@dataclass(frozen=True)
-class Slope:
+class Slope(NamedTuple):
     """A correlation at B motions: its value (B,), its gradient (B, 6) by a rotation that follows (radian) and by the shift, and minus its
     curvature (B, 6, 6) by the same.
     """
@@ -59,13 +58,13 @@ def climb(
         now = measure(new_rotation, new_shift)
         better = now.value > best.value
         gained = torch.where(better, now.value - best.value, 0.0) / now.value.abs().clamp(min=1e-30)
-
-        def kept(new: Tensor, old: Tensor, better: Tensor = better) -> Tensor:
-            return torch.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-
-        rotation, shift = kept(new_rotation, rotation), kept(new_shift, shift)
-        best = Slope(*(kept(getattr(now, f.name), getattr(best, f.name)) for f in fields(Slope)))
+        rotation, shift = _where(better, new_rotation, rotation), _where(better, new_shift, shift)
+        best = Slope(*(_where(better, new, old) for new, old in zip(now, best, strict=True)))
         damping = torch.where(better, 0.2 * damping, 8.0 * damping)
         if bool(((gained < _GAINED) & (better | (damping > 1.0))).all()):
             break
     return rotation, shift
+
+
+def _where(chosen: Bool[Tensor, " b"], new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(chosen.reshape(-1, *[1] * (new.ndim - 1)), new, old)
