@@ -8,14 +8,13 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from astropy_healpix import HEALPix
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from cryorbit.conventions import centre
 from cryorbit.errors import DataError
 from cryorbit.groups.point import asymmetric_unit, point_group
-from cryorbit.groups.so3 import exp, healpix_grid, log
+from cryorbit.groups.so3 import exp, healpix_directions, healpix_grid, log
 from cryorbit.metrics.climb import Slope, climb, correlated
 from cryorbit.metrics.fsc import shell_power
 from cryorbit.metrics.masks import lowpass, otsu, soft_sphere
@@ -47,9 +46,8 @@ def _turns() -> list[tuple[int, int]]:
 @lru_cache(maxsize=1)
 def _axes(order: int = 3) -> Float[Tensor, "a 3"]:
     """HEALPix directions of one hemisphere."""
-    pixels = HEALPix(nside=2**order, order="nested")
-    lon, lat = (angle.to_value("rad") for angle in pixels.healpix_to_lonlat(np.arange(pixels.npix)))
-    xyz = torch.from_numpy(np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], -1))
+    rot, tilt = (np.deg2rad(angle) for angle in healpix_directions(order))
+    xyz = torch.from_numpy(np.stack([np.sin(tilt) * np.cos(rot), np.sin(tilt) * np.sin(rot), np.cos(tilt)], -1))
     x, y, z = xyz.round(decimals=9).unbind(-1)
     first = (z > 0) | ((z == 0) & ((y > 0) | ((y == 0) & (x > 0))))
     return xyz[first].to(torch.float32)
